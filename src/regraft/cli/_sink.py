@@ -1,0 +1,66 @@
+"""Where output goes: records to stdout as JSON or tables, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from regraft.report.schema import Record
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+#: Called with (steps done, steps in all, what is at work now).
+Ticker = Callable[[int, int, str], None]
+
+
+def prepare_terminal() -> None:
+    """Let every terminal take our characters: old Windows code pages replace what they lack instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def fail(line: str, code: int) -> NoReturn:
+    """One line on stderr, then exit."""
+    err.print(f"[bold red]regraft:[/] {escape(line)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def emit(record: Record, *, json: bool, quiet: bool, table: Callable[[Console], None]) -> None:
+    """Print a record: as JSON, not at all, or as the table that ``table`` draws."""
+    if json:
+        sys.stdout.write(record.to_json() + "\n")
+    elif not quiet:
+        table(out)
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool = False) -> Iterator[Ticker]:
+    """A bar that shows itself once the work has taken 2 s; none when stderr is no terminal."""
+    if quiet or not err.is_terminal or os.environ.get("TERM") == "dumb":
+        yield lambda done, total, what: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(title, total=None, what="", visible=False)
+
+        def tick(done: int, total: int, what: str) -> None:
+            elapsed = bar.tasks[task].elapsed or 0.0
+            bar.update(task, completed=done, total=total, what=what, visible=elapsed > 2.0)
+
+        yield tick

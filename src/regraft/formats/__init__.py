@@ -1,0 +1,183 @@
+"""Adapter file formats. One file each, with the facts about it at its top; adding one is adding a file.
+
+A format file defines ``FORMAT = Format(...)``. The order of detection is by ``specificity``, highest first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from regraft.adapter import Adapter
+from regraft.errors import InputError, UsageError, reading
+from regraft.output import write_whole
+from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What lies on disk, before any format's rules are applied.
+
+    Attributes:
+        path: what the user named: a file or a PEFT folder.
+        tensors: by key, in the order of the header.
+        metadata: the safetensors header's metadata.
+        config: ``adapter_config.json`` beside the weights, if there is one.
+        sidecars: other files of the folder (tokenizer, README), by name.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorRef]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
+    sidecars: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format's writer wants on disk.
+
+    Attributes:
+        tensors: key → tensor, contiguous, on the CPU.
+        metadata: the safetensors header's metadata.
+        files: further files by name: text, or a file to copy. If there are any, or ``folder`` is set, the
+            output is a folder.
+        weights_name: name of the weights file inside of such a folder.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    files: Mapping[str, str | Path] = field(default_factory=dict)
+    folder: bool = False
+    weights_name: str = "adapter_model.safetensors"
+
+
+#: Component → every module or parameter path of the base, to un-flatten underscored names by.
+BaseNames = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One adapter file format.
+
+    Attributes:
+        name: as ``inspect`` prints and ``--format`` takes it.
+        summary: one line for people.
+        specificity: detection order, highest first.
+        detect: whether these keys are of this format.
+        read: keys → adapter. Gets the base's names where the caller knows them.
+        write: adapter → keys; None where the format is only read.
+    """
+
+    name: str
+    summary: str
+    specificity: int
+    detect: Callable[[AdapterFile], bool]
+    read: Callable[[AdapterFile, BaseNames | None], Adapter]
+    write: Callable[[Adapter], Written] | None = None
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """Every format by name, in the order of detection."""
+    found = [
+        module.FORMAT
+        for info in pkgutil.iter_modules(__path__)
+        if hasattr(module := importlib.import_module(f"{__name__}.{info.name}"), "FORMAT")
+    ]
+    return {format.name: format for format in sorted(found, key=lambda f: (-f.specificity, f.name))}
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in formats():
+        raise UsageError(f"no format is named {name!r}", remedy=f"Known formats: {', '.join(sorted(formats()))}.")
+    return formats()[name]
+
+
+_WEIGHTS_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+_NOT_CARRIED = (".safetensors", *TORCH_SUFFIXES)
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in _WEIGHTS_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    single = sorted(folder.glob("*.safetensors"))
+    if len(single) == 1:
+        return single[0]
+    raise InputError(
+        "this folder holds no adapter weights" if not single else "this folder holds several weights files",
+        file=folder,
+        remedy=f"Expected {_WEIGHTS_NAMES[0]} in it, or name the file itself.",
+    )
+
+
+def open_adapter_file(path: Path) -> AdapterFile:
+    """Header, PEFT config and companions of an adapter file or folder; no tensor is read.
+
+    Raises:
+        InputError: it is missing, damaged or empty.
+    """
+    weights = _weights_in(path) if path.is_dir() else path
+    content = read_tensor_file(weights)
+    if not content.tensors:
+        raise InputError("holds no tensors", file=weights)
+    config_file, config = weights.parent / "adapter_config.json", None
+    # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
+    if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):
+        with reading(config_file):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise InputError("is not a JSON object", file=config_file)
+    sidecars = {}
+    if config is not None:
+        sidecars = {
+            file.name: file
+            for file in sorted(weights.parent.iterdir())
+            if file.is_file() and file.suffix not in _NOT_CARRIED and file.name != "adapter_config.json"
+        }
+    return AdapterFile(path, content.tensors, content.metadata, config, sidecars)
+
+
+def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
+    """Read an adapter of any known format; tensors stay on disk until they are used.
+
+    Args:
+        path: a weights file, or a PEFT folder.
+        names: component → module names of the base, needed only for underscored names of unknown families.
+
+    Raises:
+        InputError: it can't be read, no format knows it, or a tensor pair is broken.
+    """
+    file = open_adapter_file(Path(path).expanduser())
+    for format in formats().values():
+        if format.detect(file):
+            return format.read(file, names)
+    some = ", ".join(list(file.tensors)[:3])
+    raise InputError(
+        f"no known adapter format has keys like {some}",
+        file=path,
+        remedy="Is it an adapter? `regraft inspect` lists what is known; a whole checkpoint goes to --from or --to.",
+    )
+
+
+def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, overwrite: bool = False) -> list[Path]:
+    """See `Adapter.save`."""
+    name = format or adapter.format
+    writer = get_format(name).write
+    if writer is None:
+        raise UsageError(f"format {name!r} can be read, not written", remedy="Choose another with --format.")
+    return write_whole(writer(adapter), path, overwrite=overwrite)
