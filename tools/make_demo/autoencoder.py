@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from . import art, models
 from .resume import Checkpoints, batch_indices, cosine_rate, step_generator
 
-STEPS = 900
-BATCH = 48
+PHASES = ((900, 48, 2e-3, torch.bfloat16), (2000, 16, 1.5e-3, torch.float32))
+"""(steps, batch, peak rate, precision): large batches find the colours, many small ones the fine lines."""
+STEPS = sum(steps for steps, *_ in PHASES)
 SEEDS = {"ae": 11, "ae-v3": 12}
 """v1, v2 and v2-retrained share "ae"; v3 has its own, as new generations of base models do."""
 
@@ -23,14 +24,15 @@ def train(name: str, cache: Path) -> None:
         return
     torch.manual_seed(SEEDS[name])
     model = models.autoencoder()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     pixels = _all_pictures(cache)
     checkpoints = Checkpoints(cache / f"{name}.checkpoint.pt", every=150, log=cache / f"{name}.log")
     for step in checkpoints.steps(STEPS, {"model": model, "optimizer": optimizer}):
+        done, (steps, size, rate, precision) = (0, PHASES[0]) if step < PHASES[0][0] else (PHASES[0][0], PHASES[1])
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * cosine_rate(step, STEPS, warmup=50)
-        batch = _to_model(pixels[batch_indices(SEEDS[name], step, BATCH, len(pixels))])
-        with torch.autocast("cpu", torch.bfloat16):
+            group["lr"] = rate * cosine_rate(step - done, steps, warmup=50)
+        batch = _to_model(pixels[batch_indices(SEEDS[name], step, size, len(pixels))])
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
             posterior = model.encode(batch).latent_dist
             # A random draw keeps the latent space smooth; the KL weight is only there to bound it.
             decoded = model.decode(posterior.sample(step_generator(SEEDS[name], step))).sample.float()

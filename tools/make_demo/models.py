@@ -89,6 +89,7 @@ def scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,  # without effect on trailing spacing, but the pipeline warns of any other value
     )
 
 
