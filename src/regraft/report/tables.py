@@ -1,0 +1,229 @@
+"""The records in the terminal: the verdict first, what is left out and why, then blocks instead of 700 modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from regraft.report.depth import Group, Module, component_of, groups, left_out, mean, number, percent, total
+from regraft.report.schema import (
+    BaseSummary,
+    CheckReport,
+    Effect,
+    Forecast,
+    Interval,
+    PortedModule,
+    PortReport,
+    VerifyReport,
+)
+
+#: Rows of the module table: what a person reads; ``--json`` has every module.
+ROW_LIMIT = 24
+
+_STYLE = {"survives": "bold green", "refine": "bold yellow", "refused": "bold red"}
+
+
+def check_table(report: CheckReport, console: Console) -> None:
+    """Print a forecast, or the plan of ``port --dry-run``."""
+    word = {"survives": "SURVIVES", "refine": "NEEDS A REFINE", "refused": "REFUSED"}[report.verdict]
+    _head(console, word, _STYLE[report.verdict], report.summary)
+    counts = {s: sum(m.status == s for m in report.modules) for s in ("ported", "skipped", "refused")}
+    rows = [
+        ("adapter", escape(report.input)),
+        ("from", _base(report.source)),
+        ("to", _base(report.target)),
+        ("method", f"[bold]{escape(report.method)}[/] (tier: {report.tier})"),
+        (
+            "modules",
+            _counts(counts, "to port", "to skip", total(m.share for m in report.modules if m.status == "skipped")),
+        ),
+        ("weights", _weights(report.similarity, report.distance)),
+    ]
+    forecast = report.forecast
+    rows += [
+        (f"forecast {name}", _forecast(value))
+        for name, value in (("port", forecast.port), ("refine", forecast.refine), ("bridge", forecast.bridge))
+        if value
+    ]
+    _facts(console, rows)
+    _left_out(console, report.modules)
+    _reasons(console, report.reasons)
+    _modules(console, report.modules)
+
+
+def port_table(report: PortReport, console: Console) -> None:
+    """Print what a port did."""
+    if report.forced:
+        word, style = "FORCED", "bold yellow"
+    elif report.verdict == "refused" or not report.counts.ported:
+        word, style = "REFUSED" if report.verdict == "refused" else "NOTHING PORTED", "bold red"
+    elif report.verdict == "refine":
+        word, style = "PORTED, REFINE ADVISED", "bold yellow"
+    else:
+        word, style = "PORTED", "bold green"
+    _head(console, word, style, report.summary)
+    why = f" ({escape(report.method_reason)})" if report.method_reason else ""
+    rows = [
+        ("adapter", escape(report.input)),
+        ("from", _base(report.source)),
+        ("to", _base(report.target)),
+        ("method", f"[bold]{escape(report.method)}[/]{why}"),
+        ("modules", _counts(report.counts.model_dump(), "ported", "skipped", report.skipped_share)),
+        ("written", escape(", ".join(report.outputs)) or "nothing"),
+    ]
+    rows += [("migration", escape(report.migration))] if report.migration else []
+    rows += [("took", f"{report.seconds:.1f} s, {report.peak_mb:.0f} MB at most")]
+    _facts(console, rows)
+    _left_out(console, report.modules)
+    _reasons(console, report.reasons)
+    if report.unrecognised:
+        _reasons(console, [f"not understood: {key}" for key in report.unrecognised[:5]])
+    _modules(console, report.modules)
+
+
+def verify_table(report: VerifyReport, console: Console) -> None:
+    """Print a measurement beside its controls."""
+    _head(console, "MEASURED", "bold cyan", report.summary)
+    _facts(
+        console,
+        [
+            ("original", f"{escape(report.original)} on {escape(report.source)}"),
+            ("ported", f"{escape(report.ported)} on {escape(report.target)}"),
+            ("model", escape(report.model_class)),
+            ("inputs", f"{report.n_inputs}: {escape(report.inputs)}"),
+        ],
+    )
+    own = Effect(effect_cosine=report.effect_cosine, effect_norm_ratio=report.effect_norm_ratio, kl=report.kl)
+    effects = {"this port": own, **report.controls}
+    with_kl = any(effect.kl for effect in effects.values())
+    table = _table("", "effect cosine", "norm ratio", *(["KL"] if with_kl else []))
+    for name, effect in effects.items():
+        cells = [_interval(effect.effect_cosine), _interval(effect.effect_norm_ratio)]
+        table.add_row(escape(name), *cells, *([_interval(effect.kl)] if with_kl else []))
+    console.print(table)
+    console.print("[dim]cosine 1: the same direction; ratio 1: as strong. 95 % intervals over inputs.[/]")
+
+
+# ---- parts --------------------------------------------------------------------------------------------------------
+
+
+def _head(console: Console, word: str, style: str, summary: str) -> None:
+    console.print(f"[{style}]{word}[/]  {escape(summary)}")
+    console.print()
+
+
+def _facts(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _base(base: BaseSummary | None) -> str:
+    if base is None:
+        return "not given"
+    family = f"{base.family}, " if base.family else ""
+    return f"{escape(base.path)} [dim]({escape(family)}{escape(base.fingerprint[:12])})[/]"
+
+
+def _counts(counts: dict[str, int], ported: str, skipped: str, share: float | None) -> str:
+    weight = f" ({percent(share)} of the update's norm)" if counts["skipped"] and share is not None else ""
+    return f"[bold]{counts['ported']}[/] {ported}, {counts['skipped']} {skipped}{weight}, {counts['refused']} refused"
+
+
+def _weights(similarity: float | None, distance: float | None) -> str:
+    return f"similarity {number(similarity)} (1 equal, 0 unrelated), drift {number(distance)}"
+
+
+def _forecast(value: Forecast) -> str:
+    low, high = percent(value.low), percent(value.high)
+    return f"[bold]{percent(value.recovery)}[/] of a native adapter's gain ({low} to {high})"
+
+
+def _interval(value: Interval | None) -> str:
+    if value is None or value.mean is None:
+        return escape(f"– ({value.reason})") if value is not None and value.reason else "–"
+    ends = f" ({number(value.low)} to {number(value.high)})" if value.low is not None and value.high is not None else ""
+    return f"{number(value.mean)}{ends}"
+
+
+def _left_out(console: Console, modules: Sequence[Module]) -> None:
+    rows = left_out(modules)
+    if rows:
+        console.print()
+    for row in rows:
+        style = "red" if row.status == "refused" else "yellow"
+        weight = f", {percent(row.share)} of the norm" if row.share is not None else ""
+        line = f"[{style}]{len(row.names)} {row.status}{weight}[/]: {escape(row.reason)} [dim]({escape(row.where)})[/]"
+        console.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _reasons(console: Console, reasons: Sequence[str]) -> None:
+    if reasons:
+        console.print()
+    for reason in reasons:
+        console.print(Padding(f"- {escape(reason)}", (0, 0, 0, 2)))
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column(first, overflow="fold", ratio=None)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _modules(console: Console, modules: Sequence[Module]) -> None:
+    """The modules by component and block."""
+    if not modules:
+        return
+    ported = any(isinstance(m, PortedModule) for m in modules)
+    rows = groups(modules, ROW_LIMIT)
+    one = len(rows) == len(modules)
+    table = _table(
+        "module" if one else "block", "" if one else "modules", "share", "similar", *([] if one else ["min"]), "drift"
+    )
+    if ported:
+        table.add_column("kept", justify="right")
+    component = ""
+    several = len({group.component for group in rows}) > 1
+    for group in rows[: 2 * ROW_LIMIT]:
+        if several and group.component != component:
+            component = group.component
+            n = sum(component_of(m.name) == component for m in modules)
+            table.add_row(f"[bold]{escape(component)}[/]", *([str(n)] if not one else []))
+        table.add_row(*_row(group, one, several), *([percent(group.kept)] if ported else []))
+    console.print()
+    console.print(table)
+    more = len(rows) - 2 * ROW_LIMIT
+    hidden = f"{more} more blocks; " if more > 0 else ""
+    if not one:
+        console.print(f"[dim]{hidden}means over each block's modules; --json has every module[/]")
+
+
+def _row(group: Group, one: bool, indent: bool) -> list[str]:
+    label = group.name if group.component == "model" else group.name.removeprefix(group.component + ".")
+    gone = {status: group.count(status) for status in ("skipped", "refused") if group.count(status)}
+    n = len(group.modules)
+    if one:
+        count = "".join(gone)
+    elif n in gone.values():
+        count = f"{n} {next(iter(gone))}"
+    else:
+        count = ", ".join([str(n), *(f"{k} {status}" for status, k in gone.items())])
+    sims = group.similarities
+    return [
+        ("  " if indent else "") + escape(label),
+        count,
+        percent(group.share),
+        number(mean(sims)),
+        *([] if one else [number(min(sims, default=None))]),
+        number(mean(group.distances)),
+    ]
