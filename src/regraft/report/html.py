@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -328,6 +329,7 @@ def _shown(
 # ---- the page -----------------------------------------------------------------------------------------------------
 
 
+@cache
 def _environment() -> Environment:
     env = Environment(
         loader=PackageLoader("regraft.report"),
@@ -367,21 +369,17 @@ def _page(
     records: dict[str, Record] = {"demo": demo} if demo else {}
     if not demo:
         records = {n: r for n, r in (("port", port), ("check", check), ("verify", verify)) if r is not None}
-    text = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            kind=kind,
-            banner=banner,
-            port=port,
-            check=check,
-            verify=verify,
-            demo=demo,
-            subject=subject,
-            chart=drawing,
-            chart_svg=Markup(drawing.svg) if drawing else None,
-            figures=_shown(port, check, verify, demo),
-            records={name: without_pictures(record).to_json() for name, record in records.items()},
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        kind=kind,
+        banner=banner,
+        port=port,
+        check=check,
+        verify=verify,
+        demo=demo,
+        subject=subject,
+        chart=drawing,
+        chart_svg=Markup(drawing.svg) if drawing else None,
+        figures=_shown(port, check, verify, demo),
+        records={name: without_pictures(record).to_json() for name, record in records.items()},
     )
-    return text

@@ -204,8 +204,8 @@ def _modules(console: Console, modules: Sequence[Module]) -> None:
     console.print(table)
     more = len(rows) - 2 * ROW_LIMIT
     hidden = f"{more} more blocks; " if more > 0 else ""
-    if not one:
-        console.print(f"[dim]{hidden}means over each block's modules; --json has every module[/]")
+    means = "" if one else "; means and minimum over each block's modules"
+    console.print(f"[dim]{hidden}sim: weight similarity{means}; --json has every module[/]")
 
 
 def _row(group: Group, one: bool, indent: bool) -> list[str]:
