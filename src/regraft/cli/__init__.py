@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import signal
 import sys
 from typing import Any
 
+import click
 import typer
 
 from regraft._version import __version__
@@ -53,17 +57,22 @@ def register() -> typer.Typer:
 
 
 def main() -> None:
-    """Console script: run the app; a `RegraftError` becomes one line and its exit code."""
+    """Console script: run the app; an error becomes one line and its exit code, never a traceback."""
     prepare_terminal()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        register()(standalone_mode=True)
+        code = register()(standalone_mode=False)
     except RegraftError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted: nothing was written", 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted: nothing was written", 130)
     except MemoryError:
         fail("not enough memory for this; close other programs, or leave modules out with --exclude", 1)
     except BrokenPipeError:
         # `regraft … | head` closes the pipe early: that is the reader's choice, not an error.
-        sys.stderr.close()
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -71,9 +71,11 @@ class LowRank:
         # LyCORIS and OneTrainer may hold the norm per input column, (1, in, …); PEFT's is (out,) or (1, out, 1, 1).
         if magnitude.dim() > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == self.shape[1] != self.shape[0]:
             norm = changed.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (changed.dim() - 2))
-            return changed * (magnitude.reshape(norm.shape) / norm)
+            by_column: Tensor = changed * (magnitude.reshape(norm.shape) / norm)
+            return by_column
         norm = changed.flatten(1).norm(dim=1).reshape(-1, *[1] * (changed.dim() - 1))
-        return changed * (magnitude.reshape(norm.shape) / norm)
+        by_row: Tensor = changed * (magnitude.reshape(norm.shape) / norm)
+        return by_row
 
     def norm(self) -> float:
         """‖ΔW‖_F through r × r Gram matrices: ΔW itself is never built."""

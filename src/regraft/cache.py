@@ -1,0 +1,79 @@
+"""Fitted migrations kept between runs, keyed by both fingerprints, the method and its options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from regraft.adapter import ModuleRef
+from regraft.base import Base
+from regraft.errors import RegraftError
+from regraft.migration import Migration
+from regraft.migration_file import VERSION, load_migration, save_migration
+
+
+def cache_folder() -> Path:
+    """``$REGRAFT_CACHE``, or the platform's place for caches."""
+    if "REGRAFT_CACHE" in os.environ:
+        return Path(os.environ["REGRAFT_CACHE"]).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "regraft" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "regraft"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "regraft"
+
+
+def cached_files() -> list[Path]:
+    """Every cached migration, newest first."""
+    folder = cache_folder()
+    files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+
+
+def clear_cache() -> int:
+    """Delete every cached migration; returns the bytes freed."""
+    freed = 0
+    for file in cached_files():
+        freed += file.stat().st_size
+        file.unlink()
+    return freed
+
+
+def _place(old: Base, new: Base, method: str, options: Mapping[str, Any]) -> Path:
+    key = json.dumps([VERSION, old.fingerprint, new.fingerprint, method, dict(options)], sort_keys=True)
+    return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def find_cached(
+    old: Base, new: Base, method: str, options: Mapping[str, Any], wanted: Iterable[ModuleRef]
+) -> Migration | None:
+    """A cached migration that covers every wanted module, or None. A damaged file counts as none."""
+    file = _place(old, new, method, options)
+    if not file.is_file():
+        return None
+    with suppress(RegraftError):
+        migration = load_migration(file)
+        if all(module in migration.entries for module in wanted):
+            return migration
+    return None
+
+
+def keep(migration: Migration, old: Base, new: Base, method: str, options: Mapping[str, Any]) -> None:
+    """Add a migration to the cache, beside the modules that an earlier one of the same key covers.
+
+    A cache that can't be written (read-only home, full disk) is no reason to fail.
+    """
+    with suppress(RegraftError, OSError):
+        file = _place(old, new, method, options)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        earlier = find_cached(old, new, method, options, ())
+        if earlier is not None and earlier.used == migration.used:
+            migration = replace(migration, entries={**earlier.entries, **migration.entries})
+        save_migration(migration, file, overwrite=True)

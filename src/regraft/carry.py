@@ -1,0 +1,222 @@
+"""Each update of an adapter, carried by its module's transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
+from regraft.errors import InputError
+from regraft.families import block_of
+from regraft.migration import Entry
+from regraft.plan import Selection, locate
+from regraft.prepare import Preparation
+from regraft.report.schema import PortedModule, Status
+from regraft.tensors import InMemory, check_finite
+from regraft.transport import Transport
+from regraft.updates import Full, LowRank, Update
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an adapter is to come out.
+
+    Attributes:
+        selection: which of its modules.
+        strength: factor on every update.
+        block_strength: (glob over block or module names, factor), each multiplied in where it matches.
+        rank: of the output: a number, a share of ‖ΔW‖² to keep (a float), or None for the adapter's own.
+        save_dtype: of the output's tensors; None for the input's own.
+        allow_partial: carry on where a key or shape is not understood.
+        force: carry on where the verdict is a refusal.
+    """
+
+    selection: Selection = Selection()
+    strength: float = 1.0
+    block_strength: tuple[tuple[str, float], ...] = ()
+    rank: int | float | None = None
+    save_dtype: torch.dtype | None = None
+    allow_partial: bool = False
+    force: bool = False
+
+    def strength_of(self, ref: ModuleRef, family: str | None) -> float:
+        """The factor on one module's update."""
+        names = (f"{ref.component}.{ref.path}", ref.path, block_of(family, ref.path, ref.component) or "")
+        factors = [factor for glob, factor in self.block_strength if any(fnmatchcase(name, glob) for name in names)]
+        total = self.strength
+        for factor in factors:
+            total *= factor
+        return total
+
+
+class Carrier:
+    """Carries one update after the other."""
+
+    def __init__(
+        self, adapter: Adapter, ready: Preparation, settings: Settings, old: Base | None, new: Base | None
+    ) -> None:
+        self.adapter, self.ready, self.settings, self.old, self.new = adapter, ready, settings, old, new
+        self.located_new = locate(adapter, new, "new") if new is not None else None
+
+    def carry(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+        """Report row, the module's name on the new base, and the update there."""
+        ready = self.ready
+        for reasons in (ready.left_out, ready.evidence.skipped, ready.located.missing):
+            if ref in reasons:
+                return self._row(ref, update, "skipped", reasons[ref]), None, None
+        if str(ref) in ready.problems:
+            return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
+        if isinstance(update, Full):
+            return self._carry_full(ref, update)
+        home = ready.located.modules[ref]
+        entry = ready.migration.entries[home]
+        assert entry.transport is not None
+        assert entry.target is not None
+        target = _respell(ref, home, entry.target)
+        carried, kept, cut = self._transport(ref, update, entry, entry.transport)
+        row = self._row(ref, update, "ported", entry.reason, target=target, entry=entry)
+        row = row.model_copy(update={"energy_kept": kept, "cut_loss": cut, "rank_out": carried.rank})
+        return row, target, carried
+
+    def _transport(
+        self, ref: ModuleRef, update: LowRank, entry: Entry, transport: Transport
+    ) -> tuple[LowRank, float, float]:
+        file, settings = self.adapter.path, self.settings
+        for part in (update.up, update.down, update.magnitude, update.bias):
+            if part is not None:
+                check_finite(part.load(), file, getattr(part, "name", str(ref)))
+        strength = settings.strength_of(ref, self.adapter.family)
+        if transport.is_identity and settings.rank in (None, update.rank):
+            carried, kept, cut = update, 1.0, 0.0
+        else:
+            up, down = update.factors()
+            moved = transport.factors(up, down, settings.rank)
+            shape = _shape_like(update.shape, entry.shape_new or entry.shape_old)
+            carried = update.with_factors(moved.up, moved.down, shape)
+            if update.bias is not None:
+                bias = transport.terms[0][0] @ update.bias.load().float()[:, None]
+                carried = replace(carried, bias=InMemory(bias[:, 0].to(update.bias.dtype)))
+            kept, cut = moved.energy_kept, moved.cut_loss
+        carried = carried.scaled(strength)
+        if update.magnitude is not None:
+            magnitude = carry_magnitude(update.magnitude.load(), entry, transport, strength)
+            if magnitude is None:
+                raise InputError(
+                    "this DoRA magnitude can't be carried (per input column, or onto another size)",
+                    file=file,
+                    key=getattr(update.magnitude, "name", str(ref)),
+                    remedy="Leave the module out with --exclude.",
+                )
+            carried = replace(carried, magnitude=InMemory(magnitude))
+        return carried, kept, cut
+
+    def _carry_full(self, ref: ModuleRef, update: Full) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+        """W_new + strength · (value − W_old); a parameter that no base has (a trained head) goes along as it is."""
+        value = check_finite(update.value.load(), self.adapter.path, update.key)
+        new = self.located_new.modules.get(ref) if self.located_new is not None else None
+        if new is None and self.new is not None:
+            row = self._row(ref, update, "ported", "a parameter of the adapter's own, carried as it is", target=ref)
+            return row, ref, update
+        old = locate(self.adapter, self.old, "old").modules.get(ref) if self.old is not None else None
+        before = self.old.parameter(old) if self.old is not None and old is not None else None
+        after = self.new.parameter(new) if self.new is not None and new is not None else None
+        if before is None or after is None:
+            raise InputError(
+                "a parameter stored whole is carried as its change, which takes both bases",
+                file=self.adapter.path,
+                key=update.key,
+                remedy="Give --from and --to, or leave it out with --exclude.",
+            )
+        if not before.shape == after.shape == update.shape:
+            reason = f"stored whole as {tuple(update.shape)}; the new base has {tuple(after.shape)}"
+            return self._row(ref, update, "skipped", reason), None, None
+        start, end = before.load(), after.load()
+        strength = self.settings.strength_of(ref, self.adapter.family)
+        if torch.equal(start, end) and strength == 1.0:
+            carried = update
+        else:
+            carried = update.with_value(end.float() + strength * (value.float() - start.float()))
+        return (
+            self._row(ref, update, "ported", "its change from the old base, on the new one", target=ref),
+            ref,
+            carried,
+        )
+
+    def _row(
+        self,
+        ref: ModuleRef,
+        update: Update,
+        status: Status,
+        reason: str,
+        *,
+        target: ModuleRef | None = None,
+        entry: Entry | None = None,
+    ) -> PortedModule:
+        near = entry.nearness if entry is not None else self.ready.evidence.nearness.get(ref)
+        return PortedModule(
+            name=str(ref),
+            target=str(target) if target is not None else None,
+            status=status,
+            reason=reason,
+            energy_kept=None,
+            rank_in=update.rank,
+            rank_out=None,
+            similarity=near.similarity if near is not None else None,
+            distance=near.distance if near is not None else None,
+            share=self.ready.evidence.shares.get(ref),
+        )
+
+
+def carry_magnitude(magnitude: Tensor, entry: Entry, transport: Transport, strength: float) -> Tensor | None:
+    """DoRA's magnitude on the new base: its relative change per output row, m / ‖W_old‖, carried onto ‖W_new‖.
+
+    Under a map L of the rows, the squared relative changes mix by L's squared entries.
+
+    Args:
+        magnitude: (out,), or (out, 1, …) or (1, out, 1, 1), of the old base.
+        entry: with the row norms of both weights.
+        transport: of the module.
+        strength: 0 gives ‖W_new‖ itself, so that nothing changes.
+
+    Returns:
+        The magnitude, shape and dtype as given, or None where it is not one per output row.
+    """
+    norms = entry.row_norms
+    if (
+        norms is None
+        or magnitude.numel() != norms.shape[1]
+        or (magnitude.dim() > 1 and magnitude.shape[0] == 1 and magnitude.dim() == 2)
+    ):
+        return None
+    flat, (old, new) = magnitude.float().reshape(-1), norms
+    if transport.is_identity:
+        carried = flat * (new / old)
+    else:
+        weights = transport.terms[0][0].squared(len(flat))
+        relative = (flat / old).square()
+        carried = new * ((weights @ relative) / weights.sum(dim=1).clamp_min(1e-12)).sqrt()
+    if strength != 1.0:
+        carried = new + strength * (carried - new)
+    result: Tensor = carried.reshape(magnitude.shape).to(magnitude.dtype)
+    return result
+
+
+def _shape_like(shape: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
+    """The new weight's shape, spelt with as many dimensions as the adapter's own (1 × 1 convolutions)."""
+    return (*new[:2], *shape[2:]) if len(shape) > len(new) else tuple(new[: len(shape)])
+
+
+def _respell(ref: ModuleRef, home: ModuleRef, target: ModuleRef) -> ModuleRef:
+    """The target's name as the adapter spells names: its own prefix, the new base's path."""
+    if target.path == home.path or target.path == ref.path:
+        return ref
+    if ref.path.endswith(home.path):
+        return ModuleRef(ref.component, ref.path.removesuffix(home.path) + target.path)
+    if home.path.endswith(ref.path):
+        return ModuleRef(ref.component, target.path.removeprefix(home.path.removesuffix(ref.path)))
+    return ModuleRef(ref.component, target.path)

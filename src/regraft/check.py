@@ -1,0 +1,93 @@
+"""Will it survive? The plan and the diagnostics, without an output file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regraft._version import __version__
+from regraft.adapter import Adapter
+from regraft.base import Base
+from regraft.migration import Migration, Ticker
+from regraft.plan import Selection
+from regraft.port import fit_for
+from regraft.prepare import Preparation, prepare
+from regraft.report.schema import CheckedModule, CheckReport, Status
+
+
+def check(
+    adapter: Adapter,
+    old: Base | None,
+    new: Base,
+    method: str = "auto",
+    *,
+    selection: Selection = Selection(),
+    tick: Ticker | None = None,
+    **options: Any,
+) -> CheckReport:
+    """Judge an adapter on a pair of bases; see `regraft.forecast` for the rules.
+
+    Raises:
+        Refused: the adapter is for another family than its old base.
+        InputError, UsageError: see `regraft.port.fit_for`.
+    """
+    migration = fit_for(adapter, old, new, method, tick=tick, **options)
+    return check_migration(adapter, migration, selection)
+
+
+def check_migration(adapter: Adapter, migration: Migration, selection: Selection = Selection()) -> CheckReport:
+    """The same with a fitted migration."""
+    ready = prepare(adapter, migration, selection)
+    judgement = ready.judgement
+    problems = [f"{key}: {why}" for key, why in ready.problems.items()]
+    reasons = [*judgement.reasons, *problems[:5]]
+    if len(problems) > 5:
+        reasons.append(f"… and {len(problems) - 5} more keys or modules that are not understood")
+    return CheckReport(
+        regraft_version=__version__,
+        input=str(adapter.path),
+        verdict=judgement.verdict,
+        summary=judgement.summary,
+        reasons=reasons,
+        tier="refine" if judgement.verdict == "refine" else ("bridge" if judgement.verdict == "refused" else "port"),
+        method=migration.used,
+        similarity=judgement.similarity,
+        distance=judgement.distance,
+        modules=_rows(adapter, ready),
+        source=migration.source,
+        target=migration.target,
+    )
+
+
+def _rows(adapter: Adapter, ready: Preparation) -> list[CheckedModule]:
+    rows = []
+    refused = ready.judgement.verdict == "refused"
+    for ref in adapter.updates:
+        home = ready.located.modules.get(ref)
+        entry = ready.migration.entries.get(home) if home is not None else None
+        near = ready.evidence.nearness.get(ref)
+        target: str | None = None
+        status: Status
+        if ref in ready.left_out:
+            status, reason = "skipped", ready.left_out[ref]
+        elif ref in ready.evidence.skipped or ref in ready.located.missing:
+            status, reason = "skipped", ready.evidence.skipped.get(ref) or ready.located.missing[ref]
+        elif str(ref) in ready.problems:
+            status, reason = "refused", ready.problems[str(ref)]
+        else:
+            status, reason = "ported", entry.reason if entry else "stored whole: carried as its change"
+            target = str(entry.target) if entry is not None and entry.target is not None else str(ref)
+            if refused:
+                status, reason = "refused", "the adapter as a whole is refused"
+        rows.append(
+            CheckedModule(
+                name=str(ref),
+                target=target,
+                status=status,
+                reason=reason,
+                similarity=near.similarity if near else None,
+                distance=near.distance if near else None,
+                adapter_distance=near.adapter_distance if near else None,
+                share=ready.evidence.shares.get(ref),
+            )
+        )
+    return rows

@@ -1,0 +1,163 @@
+"""Options that several verbs share, and their parsing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from regraft.adapter import Adapter
+from regraft.base import Base, open_base
+from regraft.errors import RegraftError, UsageError
+from regraft.families import block_names
+from regraft.methods import get_method
+from regraft.plan import Selection
+
+AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, or a PEFT folder.")]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="OLD", help="The base that it was trained on: file, shard index or folder."),
+]
+To = Annotated[Path | None, typer.Option("--to", metavar="NEW", help="The base that it is to run on.")]
+MethodOption = Annotated[str, typer.Option("--method", "-m", help="See `regraft methods`.")]
+SubspaceRank = Annotated[
+    str | None, typer.Option("--subspace-rank", metavar="N|SHARE", help="lora-x, prolora: rank of the subspaces.")
+]
+Energy = Annotated[float | None, typer.Option("--energy", help="lora-x, prolora: share of ‖W‖² in the subspaces.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option("--threshold", help="lora-x, prolora: least subspace similarity to carry a module."),
+]
+Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these modules; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these modules; repeatable.")]
+Components = Annotated[
+    list[str] | None,
+    typer.Option("--components", metavar="NAME", help="Only these, such as unet; repeatable."),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="What to compute in: float32 or float64.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default, the free processors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Report = Annotated[Path | None, typer.Option("--report", metavar="FILE.html", help="Also write one HTML page.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def dtype(name: str, option: str = "--dtype") -> torch.dtype:
+    """A dtype by the name that people type."""
+    if name not in DTYPES:
+        raise UsageError(f"{option} {name!r} is not known", remedy=f"Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def number_or_share(text: str | None, option: str) -> int | float | None:
+    """``32`` → 32; ``0.9`` → 0.9; ``keep`` or nothing → None."""
+    if text is None or text == "keep":
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if number <= 0 or (number > 1 and number != int(number)):
+        raise UsageError(f"{option} {text!r} is neither a rank nor a share", remedy="Give 16, 0.9 or keep.")
+    return number if "." in text and number <= 1 else int(number)
+
+
+def method_options(method: str, **given: Any) -> dict[str, Any]:
+    """The options that were given, checked against what the method has."""
+    options = {name: value for name, value in given.items() if value is not None}
+    get_method(method).check_options(options)
+    return options
+
+
+def selection(include: list[str] | None, exclude: list[str] | None, components: list[str] | None) -> Selection:
+    """A `Selection` from repeated or comma-separated options."""
+
+    def split(values: list[str] | None) -> tuple[str, ...]:
+        return tuple(part for value in values or () for part in value.split(",") if part)
+
+    return Selection(split(include), split(exclude), split(components))
+
+
+def block_strengths(text: str | None, adapter: Adapter) -> tuple[tuple[str, float], ...]:
+    """``1,0.5,…`` (one number per block, as block-weight tools have it), or ``GLOB=FACTOR,…``.
+
+    Raises:
+        UsageError: neither, or the family has no such number of blocks.
+    """
+    if not text:
+        return ()
+    try:
+        if "=" in text:
+            pairs = [part.rsplit("=", 1) for part in text.split(",")]
+            return tuple((glob.strip(), float(factor)) for glob, factor in pairs)
+        factors = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--block-strength {text!r} can't be read", remedy="Give 1,0.5,… or IN04=0.5,*attn2*=0."
+        ) from None
+    names = block_names(adapter.family, len(factors))
+    if names is None:
+        raise UsageError(
+            f"--block-strength with {len(factors)} numbers does not fit family {adapter.family or 'unknown'}",
+            remedy="SD 1.5 takes 17 or 26, SDXL 12 or 20; any family takes GLOB=FACTOR,….",
+        )
+    return tuple(zip(names, factors, strict=True))
+
+
+def open_bases(old: Path | None, new: Path | None) -> tuple[Base | None, Base]:
+    """Both bases from ``--from`` and ``--to``.
+
+    Raises:
+        UsageError: ``--to`` is missing.
+    """
+    if new is None:
+        raise UsageError("--to is missing", remedy="Give the base that the adapter is to run on.")
+    return (open_base(old) if old is not None else None), open_base(new)
+
+
+def names_of(base: Base | None) -> dict[str, tuple[str, ...]] | None:
+    """A base's module names by component, to un-flatten underscored names by."""
+    return None if base is None else {component: tuple(base.modules(component)) for component in base.components}
+
+
+def use_hardware(device: str, compute: str, threads: int | None) -> dict[str, Any]:
+    """Check ``--device`` and ``--dtype``, set the thread count, and return what the methods are to compute with.
+
+    Two programs with a thread for every core spin each other to a standstill: by default the threads are the
+    processors that other programs leave free.
+
+    Raises:
+        UsageError: no such device here, or a dtype that can't be computed in.
+    """
+    if device not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {device!r} is not known", remedy="Known: cpu, cuda, mps.")
+    if (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise RegraftError(f"this machine (or its torch) has no {device} device", remedy="Leave --device out.")
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = free_processors()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return {"device": device, "dtype": dtype(compute)}
+
+
+def free_processors() -> int:
+    """Processors of this process that others leave free, by the load of the last minute; at least 1."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, mine - round(load))

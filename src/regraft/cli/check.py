@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regraft.check import check as check_adapter
+from regraft.cli import _options as o
+from regraft.cli._sink import emit, progress
+from regraft.errors import Refused
+from regraft.formats import load_adapter
+from regraft.output import write_text
+from regraft.report.tables import check_table
+
+_ORDER = ("refused", "refine", "survives")
+
+
+def check(
+    adapter: o.AdapterArgument,
+    old: o.From = None,
+    new: o.To = None,
+    method: o.MethodOption = "auto",
+    subspace_rank: o.SubspaceRank = None,
+    energy: o.Energy = None,
+    threshold: o.Threshold = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    components: o.Components = None,
+    fail_under: Annotated[
+        str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
+    ] = None,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    threads: o.Threads = None,
+    report: o.Report = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Will it survive? Plan and diagnostics, without an output file."""
+    if fail_under is not None and fail_under not in _ORDER:
+        raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
+    computing = o.use_hardware(device, dtype, threads)
+    rank = o.number_or_share(subspace_rank, "--subspace-rank")
+    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold)
+    source, target = o.open_bases(old, new)
+    loaded = load_adapter(adapter, names=o.names_of(source or target))
+    with progress("Checking", quiet=quiet) as tick:
+        record = check_adapter(
+            loaded,
+            source,
+            target,
+            method,
+            selection=o.selection(include, exclude, components),
+            tick=tick,
+            **computing,
+            **options,
+        )
+    if report is not None:
+        from regraft.report.html import render_check
+
+        write_text(render_check(record), report, overwrite=overwrite)
+    emit(record, json=json, quiet=quiet, table=lambda console: check_table(record, console))
+    if fail_under is not None and _ORDER.index(record.verdict) < _ORDER.index(fail_under):
+        raise Refused(f"the verdict is {record.verdict!r}, below --fail-under {fail_under}", file=Path(adapter))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+from regraft.adapter import Adapter
+from regraft.base import Base, open_base
+from regraft.cache import find_cached, keep
+from regraft.carry import Settings
+from regraft.check import check_migration
+from regraft.cli import _options as o
+from regraft.cli._sink import Ticker, emit, out, progress
+from regraft.errors import UsageError
+from regraft.formats import load_adapter
+from regraft.migration import Migration, fit_migration, remeasure
+from regraft.migration_file import check_fingerprints, load_migration
+from regraft.output import check_writable, write_text
+from regraft.plan import source_modules
+from regraft.port import apply_migration, fit_for
+from regraft.report.tables import check_table, port_table
+from regraft.tensors import n_bytes
+
+
+def port(
+    adapter: o.AdapterArgument,
+    old: o.From = None,
+    new: o.To = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")
+    ] = None,
+    method: o.MethodOption = "auto",
+    subspace_rank: o.SubspaceRank = None,
+    energy: o.Energy = None,
+    threshold: o.Threshold = None,
+    strength: Annotated[float, typer.Option("--strength", help="Factor on the whole update.")] = 1.0,
+    block_strength: Annotated[
+        str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
+    ] = None,
+    rank: Annotated[str | None, typer.Option("--rank", metavar="N|SHARE|keep", help="Rank of the output.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
+    save_dtype: Annotated[str | None, typer.Option("--save-dtype", help="Of the output's tensors.")] = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    components: o.Components = None,
+    migration: Annotated[
+        Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both.")
+    ] = None,
+    save_migration: Annotated[
+        Path | None,
+        typer.Option("--save-migration", metavar="M", help="Fit every module of the pair and keep it."),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the cache.")] = False,
+    device: o.Device = "cpu",
+    dtype: o.Dtype = "float32",
+    threads: o.Threads = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Leave the unknown behind.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Port against a refusal; recorded in the file.")] = False,
+    report: o.Report = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Carry it over: a file for the new base in the adapter's own format."""
+    started = perf_counter()
+    if output is None and not dry_run:
+        raise UsageError("--output is missing", remedy="Give the ported file's name with -o, or --dry-run.")
+    for path in (output, report, save_migration):
+        if path is not None and not dry_run:
+            check_writable(path, overwrite=overwrite)
+    computing = o.use_hardware(device, dtype, threads)
+    subspace = o.number_or_share(subspace_rank, "--subspace-rank")
+    options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold)
+    if migration is not None:
+        source, target = None, None
+        loaded, read = load_adapter(adapter), load_migration(migration)
+        check_fingerprints(read, *(open_base(path) if path is not None else None for path in (old, new)))
+    else:
+        source, target = o.open_bases(old, new)
+        loaded, read = load_adapter(adapter, names=o.names_of(source or target)), None
+    settings = Settings(
+        selection=o.selection(include, exclude, components),
+        strength=strength,
+        block_strength=o.block_strengths(block_strength, loaded),
+        rank=o.number_or_share(rank, "--rank"),
+        save_dtype=o.dtype(save_dtype, "--save-dtype") if save_dtype is not None else None,
+        allow_partial=allow_partial,
+        force=force,
+    )
+    with progress("Porting", quiet=quiet) as tick:
+        if read is None:
+            assert target is not None
+            if source is not None and save_migration is not None:
+                fitted = fit_migration(source, target, method, tick=tick, **computing, **options)
+                fitted.save(save_migration, overwrite=overwrite)
+                read = remeasure(fitted, source, target, loaded)
+            elif source is not None and not no_cache:
+                read = _through_cache(loaded, source, target, method, options, computing, tick)
+            else:
+                read = fit_for(loaded, source, target, method, tick=tick, **computing, **options)
+        if dry_run:
+            plan = check_migration(loaded, read, settings.selection)
+            emit(plan, json=json, quiet=quiet, table=lambda console: check_table(plan, console))
+            return
+        result = apply_migration(loaded, read, settings, old=source, new=target, tick=tick, started=started)
+    assert output is not None
+    written = result.save(output, format=format, overwrite=overwrite)
+    saved = str(save_migration or migration) if (save_migration or migration) else None
+    record = result.report.model_copy(update={"outputs": [str(file) for file in written], "migration": saved})
+    if report is not None:
+        from regraft.report.html import render_port
+
+        write_text(render_port(record), report, overwrite=overwrite)
+    emit(record, json=json, quiet=quiet, table=lambda console: port_table(record, console))
+    if save_migration is not None and not (json or quiet):
+        size, of = save_migration.stat().st_size, _size(target)
+        out.print(f"Migration: {save_migration} ({size / 1e6:.2f} MB, {size / of:.1%} of the new base)", markup=False)
+
+
+def _through_cache(
+    adapter: Adapter,
+    source: Base,
+    target: Base,
+    method: str,
+    options: dict[str, Any],
+    computing: dict[str, Any],
+    tick: Ticker,
+) -> Migration:
+    found = find_cached(source, target, method, options, source_modules(adapter, source))
+    if found is not None:
+        return remeasure(found, source, target, adapter)
+    fitted = fit_for(adapter, source, target, method, tick=tick, **computing, **options)
+    keep(fitted, source, target, method, options)
+    return fitted
+
+
+def _size(base: Base | None) -> int:
+    return sum(n_bytes(ref) for tensors in base.components.values() for ref in tensors.values()) if base else 1

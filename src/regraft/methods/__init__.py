@@ -1,0 +1,158 @@
+"""Transfer methods. One registered function each; adding one is adding a file.
+
+A function's keyword parameters are its options. Per module it gets the two weights as float32 matrices and returns
+a `Transport`; per pair it gets all of them (see `WeightPairs`) and returns a `Fit`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from regraft.adapter import ModuleRef
+from regraft.errors import UsageError
+from regraft.nearness import Nearness
+from regraft.transport import Transport
+
+Need = Literal["old", "new"]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A module that the method itself leaves out, and why."""
+
+    reason: str
+
+
+Outcome = Transport | Skip
+
+
+class WeightPairs(Protocol):
+    """The weights of every paired module, one pair in memory at a time."""
+
+    @property
+    def wanted(self) -> Sequence[ModuleRef]:
+        """The old base's modules that need a transport."""
+        ...
+
+    def __iter__(self) -> Iterator[ModuleRef]:
+        """All paired modules of the old base, in its order: further evidence beside the wanted ones."""
+        ...
+
+    def nearness(self, module: ModuleRef) -> Nearness:
+        """How near the module's two weights are."""
+        ...
+
+    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        """Old and new weight, float32 matrices (out, in) and (out', in')."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a per-pair method found.
+
+    Attributes:
+        transports: old module → transport or skip.
+        method: name of the method that was used in the end (`auto` chooses).
+        reason: why, in plain words.
+        similarity: chance-corrected similarity after the alignment, where the method changes it.
+    """
+
+    transports: Mapping[ModuleRef, Outcome]
+    method: str
+    reason: str = ""
+    similarity: Mapping[ModuleRef, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        name: as ``--method`` takes it.
+        reference: paper and equation, or tool.
+        summary: one line for people.
+        needs: which weights it reads; empty for those that need shapes only.
+        scope: ``pair`` (fits once per base pair, may be saved as a migration) or ``adapter``.
+        tier: ``port``, ``refine`` or ``bridge``.
+        per: whether ``function`` is called per module or once per pair.
+        resizes: whether it can carry an update onto a weight of another shape.
+        function: the method itself.
+        options: name → default.
+    """
+
+    name: str
+    reference: str
+    summary: str
+    needs: tuple[Need, ...]
+    scope: Literal["pair", "adapter"]
+    tier: Literal["port", "refine", "bridge"]
+    per: Literal["module", "pair"]
+    resizes: bool
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def check_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's options with ``given`` laid over the defaults.
+
+        Raises:
+            UsageError: the method has no such option.
+        """
+        for name in given:
+            if name not in self.options:
+                has = ", ".join(f"--{option.replace('_', '-')}" for option in self.options) or "none"
+                raise UsageError(f"method {self.name!r} has no option {name!r}", remedy=f"It has: {has}.")
+        return {**self.options, **given}
+
+
+_REGISTRY: dict[str, Method] = {}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def method(
+    name: str,
+    *,
+    reference: str,
+    summary: str,
+    needs: tuple[Need, ...],
+    scope: Literal["pair", "adapter"] = "pair",
+    tier: Literal["port", "refine", "bridge"] = "port",
+    per: Literal["module", "pair"] = "module",
+    resizes: bool = False,
+) -> Callable[[_Function], _Function]:
+    """Register the decorated function; its keyword-only parameters become its options."""
+
+    def register(function: _Function) -> _Function:
+        parameters = inspect.signature(function).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        _REGISTRY[name] = Method(name, reference, summary, needs, scope, tier, per, resizes, function, options)
+        return function
+
+    return register
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """Every method by name."""
+    for info in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{info.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in methods():
+        raise UsageError(f"no method is named {name!r}", remedy=f"Known methods: {', '.join(methods())}.")
+    return methods()[name]

@@ -1,0 +1,47 @@
+"""Singular subspaces of a weight, shared by the projecting methods."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regraft.errors import UsageError
+from regraft.transport import rank_for_energy
+
+
+def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor]:
+    """Leading left and right singular vectors of ``weight`` (out, in): U (out, r) and V (in, r).
+
+    Args:
+        weight: float32 matrix.
+        rank: r; a float below 1 is a share of the full rank. Takes precedence over ``energy``.
+        energy: share of ‖W‖² that the subspace holds.
+
+    Raises:
+        UsageError: a rank or energy out of range.
+    """
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    full = len(s)
+    if rank is not None:
+        if rank <= 0:
+            raise UsageError(f"--subspace-rank {rank} is out of range", remedy="Give a rank of 1 or more, or a share.")
+        r = max(1, round(rank * full)) if isinstance(rank, float) and rank < 1 else min(int(rank), full)
+    else:
+        share = 0.9 if energy is None else energy
+        if not 0 < share <= 1:
+            raise UsageError(f"--energy {share} is out of range", remedy="Give a share above 0, up to 1.")
+        r = full if share == 1 else rank_for_energy(s, share)
+    return u[:, :r], vh[:r].T
+
+
+def overlap(a: Tensor, b: Tensor) -> float:
+    """Chance-corrected overlap of two subspaces of R^m: (Φ − r/m) / (1 − r/m), Φ = ‖AᵀB‖²_F / r (LoRA-X eq. 4).
+
+    Args:
+        a: (m, r), orthonormal columns.
+        b: (m, r'), orthonormal columns; the smaller r counts.
+    """
+    r, r_other, m = min(a.shape[1], b.shape[1]), max(a.shape[1], b.shape[1]), a.shape[0]
+    phi = float((a.T @ b).square().sum()) / r
+    chance = r_other / m
+    return 1.0 if chance >= 1 else (phi - chance) / (1 - chance)

@@ -1,0 +1,46 @@
+"""LoRA-X: project the update onto the new weight's own singular subspaces."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regraft.errors import UsageError
+from regraft.methods import Outcome, Skip, method
+from regraft.methods._subspace import overlap, subspaces
+from regraft.transport import Transport, projection
+
+
+@method(
+    "lora-x",
+    reference="LoRA-X (Farhadzadeh et al., ICLR 2025, arXiv 2501.16559, eq. 3 and 4)",
+    summary="Keeps the part of the update that lies in the new weight's leading singular subspaces; same size only.",
+    needs=("new",),
+)
+def lora_x(
+    old: Tensor | None,
+    new: Tensor,
+    *,
+    subspace_rank: int | float | None = None,
+    energy: float | None = None,
+    threshold: float | None = None,
+) -> Outcome:
+    """ΔW_new = U U^T ΔW V V^T (eq. 3) with U (out, r), V (in, r) of the new weight.
+
+    The paper fixes r = 320 for SD 1.5 and SDXL; here r follows the energy of the weight (0.9), unless it is given.
+
+    Args:
+        old: old weight (out, in); needed for ``threshold`` only.
+        new: new weight (out, in).
+        subspace_rank: r, or a share of the full rank.
+        energy: share of ‖W‖² that the subspace holds.
+        threshold: least subspace similarity (eq. 4, corrected for chance) at which a module is carried.
+    """
+    u, v = subspaces(new, subspace_rank, energy)
+    if threshold is not None:
+        if old is None:
+            raise UsageError("lora-x with --threshold compares both bases", remedy="Give --from.")
+        u_old, v_old = subspaces(old, u.shape[1], None)
+        similarity = (overlap(u_old, u) + overlap(v_old, v)) / 2
+        if similarity < threshold:
+            return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")
+    return Transport(((projection(u), projection(v)),))

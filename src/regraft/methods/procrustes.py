@@ -1,0 +1,207 @@
+"""Procrustes: orthogonal maps between the two bases' hidden spaces, found from their weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import ModuleRef
+from regraft.methods import Fit, WeightPairs, method
+from regraft.nearness import Nearness, compare, cosine
+from regraft.transport import IDENTITY, LinearMap, Transport
+
+Space = tuple[str, str, int, int]
+"""Component, name, size in the old base, size in the new one."""
+
+_SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The spaces that one weight writes and reads; None stands for coordinates that are the same in both bases."""
+
+    out: Space | None
+    inp: Space | None
+    out_copies: int
+
+
+@cache
+def _rules() -> list[dict[str, Any]]:
+    text = files("regraft.families").joinpath("_spaces.json").read_text(encoding="utf-8")
+    rules: list[dict[str, Any]] = json.loads(text)["rules"]
+    return [{**rule, "match": re.compile(rule["match"])} for rule in rules]
+
+
+def _sides(module: ModuleRef, old: Tensor, new: Tensor) -> _Sides:
+    def space(name: str | None, axis: int, copies: int) -> Space | None:
+        m, m_new = old.shape[axis] // copies, new.shape[axis] // copies
+        if name is None:
+            # A fixed space keeps its coordinates, unless the two bases disagree on its size.
+            return None if m == m_new else (module.component, f"{module.path}:{axis}", m, m_new)
+        return (module.component, name, m, m_new)
+
+    for rule in _rules():
+        found = rule["match"].fullmatch(module.path)
+        if found:
+            copies = rule.get("out_copies", 1)
+            out, inp = (found.expand(rule[side]) if side in rule else None for side in ("out", "in"))
+            return _Sides(space(out, 0, copies), space(inp, 1, 1), copies)
+    return _Sides(space(None, 0, 1), space(None, 1, 1), 1)
+
+
+class _Alignment:
+    """The maps of all spaces, solved in the order in which evidence reaches them from the fixed ones."""
+
+    def __init__(self, pairs: WeightPairs, keep_identity: float) -> None:
+        self.pairs, self.keep_identity = pairs, keep_identity
+        self.maps: dict[Space, Tensor | None] = {}
+        self.sides: dict[ModuleRef, _Sides] = {}
+        self.touching: dict[Space, list[ModuleRef]] = {}
+        for module in pairs:
+            sides = self.sides[module] = _sides(module, *pairs.load(module))
+            for space in {sides.out, sides.inp} - {None}:
+                assert space is not None
+                self.touching.setdefault(space, []).append(module)
+
+    def solve(self) -> None:
+        pending = dict.fromkeys(self.touching)
+        while pending:
+            best = max(pending, key=lambda space: sum(1 for _ in self._evidence(space, names_only=True)))
+            del pending[best]
+            self._fit(best)
+        if any(map_ is not None for map_ in self.maps.values()):
+            for _ in range(_SWEEPS - 1):
+                for space in self.touching:
+                    self._fit(space)
+
+    def _known(self, space: Space | None) -> bool:
+        return space is None or space in self.maps
+
+    def _evidence(self, space: Space, names_only: bool = False) -> Iterator[Tensor]:
+        """Cross-Gram matrices (m', m) of every weight side that touches ``space`` and whose other side is known."""
+        for module in self.touching[space]:
+            sides = self.sides[module]
+            for here, other in ((sides.out, sides.inp), (sides.inp, sides.out)):
+                if here != space or not self._known(other):
+                    continue
+                if names_only:
+                    yield torch.empty(0)
+                    continue
+                old, new = self.pairs.load(module)
+                scale = float(old.norm() * new.norm()) or 1.0
+                if here == sides.out:
+                    old = self._right(other, old)
+                    for a, b in zip(old.chunk(sides.out_copies), new.chunk(sides.out_copies), strict=True):
+                        yield b @ a.T / scale
+                else:
+                    yield new.T @ self._left(other, old, sides.out_copies) / scale
+
+    def _left(self, space: Space | None, x: Tensor, copies: int) -> Tensor:
+        map_ = self.maps.get(space) if space is not None else None
+        return x if map_ is None else torch.cat([map_ @ part for part in x.chunk(copies)])
+
+    def _right(self, space: Space | None, x: Tensor) -> Tensor:
+        map_ = self.maps.get(space) if space is not None else None
+        return x if map_ is None else x @ map_.T
+
+    def _fit(self, space: Space) -> None:
+        _, _, m, m_new = space
+        gram, like = None, self.pairs.load(self.touching[space][0])[0]
+        for part in self._evidence(space):
+            gram = part if gram is None else gram + part
+        if gram is None:
+            self.maps[space] = None if m == m_new else torch.eye(m_new, m, dtype=like.dtype, device=like.device)
+        elif m == m_new and float(gram.trace()) / len(self.touching[space]) >= self.keep_identity:
+            self.maps[space] = None
+        else:
+            u, _, vh = torch.linalg.svd(gram, full_matrices=False)
+            self.maps[space] = u @ vh
+
+    def transport(self, module: ModuleRef, shared: dict[Space, LinearMap]) -> Transport:
+        sides = self.sides[module]
+
+        def map_of(space: Space | None) -> LinearMap:
+            matrix = self.maps.get(space) if space is not None else None
+            if space is None or matrix is None:
+                return IDENTITY
+            return shared.setdefault(space, LinearMap(0.0, matrix))
+
+        left, right = map_of(sides.out), map_of(sides.inp).T
+        if sides.out_copies > 1 and not left.is_identity:
+            assert left.left is not None
+            blocks: Tensor = torch.block_diag(*[left.left] * sides.out_copies)  # type: ignore[no-untyped-call]
+            left = LinearMap(0.0, blocks)
+        return Transport(((left, right),))
+
+    def cosine(self, module: ModuleRef) -> float:
+        """Cosine of the new weight and the aligned old one."""
+        old, new = self.pairs.load(module)
+        sides = self.sides[module]
+        return cosine(self._left(sides.out, self._right(sides.inp, old), sides.out_copies), new)
+
+
+class _Null:
+    """The same pairs with the new weights' rows permuted and columns rotated: what chance alone aligns."""
+
+    def __init__(self, pairs: WeightPairs) -> None:
+        self.pairs = pairs
+
+    @property
+    def wanted(self) -> Sequence[ModuleRef]:
+        return self.pairs.wanted
+
+    def __iter__(self) -> Iterator[ModuleRef]:
+        return iter(self.pairs)
+
+    def nearness(self, module: ModuleRef) -> Nearness:
+        return compare(*self.load(module))
+
+    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        old, new = self.pairs.load(module)
+        generator = torch.Generator().manual_seed(sum(str(module).encode()))
+        rows = torch.randperm(new.shape[0], generator=generator)
+        rotation = torch.linalg.qr(torch.randn(new.shape[1], new.shape[1], generator=generator))[0]
+        return old, new[rows.to(new.device)] @ rotation.to(new)
+
+
+@method(
+    "procrustes",
+    reference="orthogonal Procrustes (Schönemann 1966); for networks as in Git Re-Basin (Ainsworth et al. 2022)",
+    summary="Rotates the update from the old base's hidden spaces into the new one's, where those moved.",
+    needs=("old", "new"),
+    per="pair",
+    resizes=True,
+)
+def procrustes(pairs: WeightPairs, *, keep_identity: float = 0.5) -> Fit:
+    """ΔW_new = Q_out ΔW Q_inᵀ, with each Q (m', m) maximising Σ ⟨W_new, Q_out W_old Q_inᵀ⟩ over its space's weights.
+
+    Fixed spaces (tokens, pixels) anchor the rest. A space whose units are still in place keeps the identity, so that
+    between near bases this is a copy. Spaces and roles: ``families/_spaces.json``.
+
+    Args:
+        pairs: all paired weights.
+        keep_identity: mean cosine of the weights in their own coordinates from which on a space is left as it is;
+            above 1, every space is rotated (the method as published).
+    """
+    found = _Alignment(pairs, keep_identity)
+    found.solve()
+    shared: dict[Space, LinearMap] = {}
+    transports = {module: found.transport(module, shared) for module in pairs.wanted}
+    moved = [module for module, transport in transports.items() if not transport.is_identity]
+    similarity: dict[ModuleRef, float] = {}
+    if moved:
+        null = _Alignment(_Null(pairs), keep_identity)
+        null.solve()
+        for module in moved:
+            chance = min(max(0.0, null.cosine(module)), 0.99)
+            similarity[module] = (found.cosine(module) - chance) / (1 - chance)
+    reason = f"{len(shared)} hidden spaces rotated" if shared else "every hidden space is still in place"
+    return Fit(transports, "procrustes", reason, similarity)

@@ -1,0 +1,280 @@
+"""The fitted transports of one (old, new) pair of bases: made once, used by every adapter, kept as one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
+from regraft.errors import UsageError
+from regraft.families import family_of_base
+from regraft.methods import Method, Outcome, Skip, get_method
+from regraft.nearness import Nearness, compare
+from regraft.pairing import Pairing, pair_bases
+from regraft.report.schema import BaseSummary
+from regraft.tensors import Shape
+from regraft.transport import Transport
+from regraft.updates import LowRank
+
+if TYPE_CHECKING:
+    from regraft.port import PortResult
+
+Ticker = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What a migration knows about one module of the old base.
+
+    Attributes:
+        target: the module of the new base; None where it is skipped.
+        transport: None where it is skipped.
+        reason: why, in plain words.
+        shape_old: of the weight in the old base.
+        shape_new: of the weight in the new base; None where it is skipped.
+        nearness: of the two weights; its adapter fields only where it was fitted for one adapter.
+        row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
+            between weights of one shape.
+    """
+
+    target: ModuleRef | None
+    transport: Transport | None
+    reason: str
+    shape_old: Shape
+    shape_new: Shape | None = None
+    nearness: Nearness = field(default_factory=Nearness)
+    row_norms: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Migration:
+    """Transports for a pair of bases.
+
+    Attributes:
+        source: the old base; None where the method did not need it.
+        target: the new base.
+        method: as it was asked for.
+        used: the method that made the transports (`auto` chooses one).
+        reason: why `auto` chose it.
+        options: the method's options.
+        entries: module of the old base → what becomes of it.
+        file: where it was read from or written to.
+    """
+
+    source: BaseSummary | None
+    target: BaseSummary
+    method: str
+    used: str
+    reason: str
+    options: Mapping[str, Any]
+    entries: Mapping[ModuleRef, Entry]
+    file: Path | None = field(default=None)
+
+    @property
+    def components(self) -> Mapping[str, Collection[str]]:
+        """Component of the old base → its modules."""
+        grouped: dict[str, list[str]] = {}
+        for component, path in self.entries:
+            grouped.setdefault(component, []).append(path)
+        return grouped
+
+    def modules(self, component: str) -> Iterator[str]:
+        """The old base's modules of one component."""
+        return iter(self.components.get(component, ()))
+
+    def port(self, adapter: Adapter, **options: Any) -> PortResult:
+        """Carry an adapter over; see `regraft.port.apply_migration`."""
+        from regraft.port import apply_migration
+
+        return apply_migration(adapter, self, **options)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write it as one safetensors file; see `regraft.migration_file`."""
+        from regraft.migration_file import save_migration
+
+        return save_migration(self, Path(path), overwrite=overwrite)
+
+
+def summarise(base: Base) -> BaseSummary:
+    """Path, family and fingerprints of a base."""
+    return BaseSummary(
+        path=str(base.path), family=family_of_base(base), fingerprint=base.fingerprint, structure=base.structure
+    )
+
+
+class _Pairs:
+    """`WeightPairs` over two bases; an update, where one is given, sharpens the nearness of its module."""
+
+    def __init__(self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef]) -> None:
+        self.old, self.new, self._wanted = old, new, list(wanted)
+        self.targets = {old: answer.module for old, answer in pairing.counterparts.items() if answer.module is not None}
+        self.updates: dict[ModuleRef, LowRank] = {}
+        self._nearness: dict[ModuleRef, Nearness] = {}
+        self._row_norms: dict[ModuleRef, Tensor] = {}
+
+    @property
+    def wanted(self) -> Sequence[ModuleRef]:
+        return self._wanted
+
+    def __iter__(self) -> Iterator[ModuleRef]:
+        return iter(self.targets)
+
+    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        old, new = self.old.weight(module), self.new.weight(self.targets[module])
+        weights = old.float().flatten(1), new.float().flatten(1)
+        # Measured on the way: most modules are read just once.
+        if module not in self._nearness:
+            self._measure(module, *weights)
+        return weights
+
+    def nearness(self, module: ModuleRef) -> Nearness:
+        if module not in self._nearness:
+            self.load(module)
+        return self._nearness[module]
+
+    def row_norms(self, module: ModuleRef) -> Tensor | None:
+        self.nearness(module)
+        return self._row_norms.get(module)
+
+    def _measure(self, module: ModuleRef, old: Tensor, new: Tensor) -> None:
+        self._nearness[module] = compare(old, new, self.updates.get(module))
+        if old.shape == new.shape:
+            self._row_norms[module] = old.new_empty(2, old.shape[0])
+            self._row_norms[module][0] = old.norm(dim=1)
+            self._row_norms[module][1] = new.norm(dim=1)
+
+
+class _Computing:
+    """The same pairs, their weights on the device and in the dtype that the methods compute in."""
+
+    def __init__(self, pairs: _Pairs, device: str, dtype: torch.dtype) -> None:
+        self.pairs, self.device, self.dtype = pairs, device, dtype
+        self.wanted, self.nearness = pairs.wanted, pairs.nearness
+
+    def __iter__(self) -> Iterator[ModuleRef]:
+        return iter(self.pairs)
+
+    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        old, new = self.pairs.load(module)
+        return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
+
+
+def fit_migration(
+    old: Base,
+    new: Base,
+    method: str = "auto",
+    *,
+    adapter: Adapter | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tick: Ticker | None = None,
+    **options: Any,
+) -> Migration:
+    """Fit the transports from ``old`` to ``new``, one module in memory at a time.
+
+    Args:
+        old: the base that adapters were trained on.
+        new: the base that they are to run on.
+        method: name of a registered method.
+        adapter: fit only the modules that it touches, and measure the drift as it meets it. By default, all.
+        device: that the methods compute on.
+        dtype: that the methods compute in.
+        tick: called with (modules done, modules in all, module's name).
+        **options: of the method.
+
+    Raises:
+        UsageError: no such method or option, or the method depends on the adapter.
+        InputError: a base is damaged.
+    """
+    from regraft.plan import source_modules
+
+    chosen = get_method(method)
+    if chosen.scope != "pair":
+        raise UsageError(
+            f"method {method!r} depends on the adapter: it has no migration", remedy="Use it through `port`."
+        )
+    settings = chosen.check_options(options)
+    pairing = pair_bases(old, new)
+    touched = source_modules(adapter, old) if adapter is not None else None
+    wanted = list(pairing.counterparts) if touched is None else [m for m in pairing.counterparts if m in touched]
+    pairs = _Pairs(old, new, pairing, [module for module in wanted if pairing[module].module is not None])
+    if touched is not None:
+        pairs.updates = {module: update for module, update in touched.items() if isinstance(update, LowRank)}
+    computing = _Computing(pairs, device, dtype)
+    outcomes, used, reason, similarity = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
+    entries = {}
+    for module in wanted:
+        answer = pairing[module]
+        if answer.module is None:
+            entries[module] = Entry(None, None, answer.reason, old.shape(module))
+            continue
+        entries[module] = _entry(pairs, module, outcomes[module], similarity.get(module), answer.reason)
+    return Migration(summarise(old), summarise(new), method, used, reason, settings, entries)
+
+
+def _fit(
+    method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: Ticker
+) -> tuple[Mapping[ModuleRef, Outcome], str, str, Mapping[ModuleRef, float]]:
+    total = len(pairs.wanted)
+    if method.per == "pair":
+        # The measurements are the long part, and the method reads them too: take them where progress can be told.
+        for done, module in enumerate(pairs.wanted):
+            tick(done, total, str(module))
+            pairs.nearness(module)
+        fit = method.function(pairs, **settings)
+        return fit.transports, fit.method, fit.reason, fit.similarity
+    outcomes: dict[ModuleRef, Outcome] = {}
+    for done, module in enumerate(pairs.wanted):
+        tick(done, total, str(module))
+        outcomes[module] = fit_module(method, *pairs.load(module), settings)
+    tick(total, total, "")
+    return outcomes, method.name, "", {}
+
+
+def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mapping[str, Any]) -> Outcome:
+    """One module by a per-module method, or a `Skip` where the method can't carry this change of shape."""
+    if old is not None and old.shape != new.shape and not method.resizes:
+        return Skip(
+            f"{method.name} carries equal sizes only: {tuple(old.shape)} there, {tuple(new.shape)} in the new base"
+        )
+    outcome: Outcome = method.function(old, new, **settings)
+    return outcome
+
+
+def _entry(pairs: _Pairs, module: ModuleRef, outcome: Outcome, aligned: float | None, reason: str) -> Entry:
+    shape_old, nearness = pairs.old.shape(module), pairs.nearness(module)
+    if isinstance(outcome, Skip):
+        return Entry(None, None, outcome.reason, shape_old, nearness=nearness)
+    outcome = outcome.to_cpu()
+    if aligned is not None:
+        nearness = Nearness(aligned, nearness.distance, nearness.adapter_distance, nearness.contained)
+    target = pairs.targets[module]
+    return Entry(target, outcome, reason, shape_old, pairs.new.shape(target), nearness, pairs.row_norms(module))
+
+
+def remeasure(migration: Migration, old: Base, new: Base, adapter: Adapter) -> Migration:
+    """A migration that was fitted before, with the nearness of its bases as this adapter meets it.
+
+    Reads the weights of the modules that the adapter touches; nothing is fitted.
+
+    Raises:
+        InputError: a base is damaged.
+    """
+    from regraft.plan import source_modules
+
+    entries = dict(migration.entries)
+    for module, update in source_modules(adapter, old).items():
+        entry = entries.get(module)
+        if entry is None or entry.target is None or not isinstance(update, LowRank):
+            continue
+        before, after = old.weight(module), new.weight(entry.target)
+        measured = compare(before.float().flatten(1), after.float().flatten(1), update)
+        # The stored similarity may be one after alignment, which no single module's weights show.
+        entries[module] = replace(entry, nearness=replace(measured, similarity=entry.nearness.similarity))
+    return replace(migration, entries=entries)

@@ -1,0 +1,214 @@
+"""Which module of the old base answers to which of the new: by name, by depth where blocks were added or removed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import MODEL, ModuleRef
+from regraft.base import Base
+from regraft.names import resolve_names
+
+# Of each weight, this corner tells two blocks apart; it is all that depth alignment reads.
+_CORNER_ROWS, _CORNER_COLUMNS = 48, 256
+# Relative depth decides between blocks that look equally alike, and nothing else.
+_DEPTH_WEIGHT = 1e-3
+
+
+class Named(Protocol):
+    """Names by component: a base's or a migration's."""
+
+    @property
+    def components(self) -> Mapping[str, Collection[str]]:
+        """Component → names of its parameters."""
+        ...
+
+    def modules(self, component: str) -> Iterator[str]:
+        """Names of the component's modules."""
+        ...
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A module's answer in the other base.
+
+    Attributes:
+        module: None where there is none.
+        how: by name, or by depth alignment.
+        reason: why, in plain words.
+    """
+
+    module: ModuleRef | None
+    how: Literal["name", "depth", "none"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Old module → its counterpart, for every module of the components that both bases have."""
+
+    counterparts: Mapping[ModuleRef, Counterpart]
+
+    def __getitem__(self, module: ModuleRef) -> Counterpart:
+        return self.counterparts[module]
+
+
+def find_component(base: Named, component: str, paths: Iterable[str]) -> str | None:
+    """The base's component in which an adapter's (or other base's) ``component`` lives, or None.
+
+    A single model has no component names of its own: then the modules' names decide.
+    """
+    if component in base.components:
+        return component
+    if component != MODEL and set(base.components) != {MODEL}:
+        return None
+    paths = list(paths)
+    best, most = None, 0
+    for name in base.components:
+        found = sum(path is not None for path in resolve_names(paths, set(base.modules(name))).values())
+        if found > most:
+            best, most = name, found
+    # Fewer than half of the names: another model that happens to share a few.
+    return best if 2 * most >= len(paths) else None
+
+
+def pair_bases(old: Base, new: Base) -> Pairing:
+    """Pair every module of ``old`` with one of ``new``; weights are read only where depths differ."""
+    counterparts: dict[ModuleRef, Counterpart] = {}
+    for component in old.components:
+        paths = list(old.modules(component))
+        target = find_component(new, component, paths)
+        if target is None:
+            missing = Counterpart(None, "none", f"the new base has no {component}")
+            counterparts.update({ModuleRef(component, path): missing for path in paths})
+            continue
+        rename = _renaming(resolve_names(paths, set(new.modules(target))))
+        stacks = _Stacks(old, component, new, target, rename)
+        for path in paths:
+            counterparts[ModuleRef(component, path)] = stacks.counterpart(path)
+    return Pairing(counterparts)
+
+
+def _renaming(resolved: Mapping[str, str | None]) -> Callable[[str], str]:
+    """The change of prefix that the matched names show, applied to the unmatched ones too."""
+    for old, new in resolved.items():
+        if new is None or new == old:
+            continue
+        if new.endswith(f".{old}"):
+            prefix = new.removesuffix(old)
+            return lambda path: resolved.get(path) or prefix + path
+        if old.endswith(f".{new}"):
+            prefix = old.removesuffix(new)
+            return lambda path: resolved.get(path) or path.removeprefix(prefix)
+    return lambda path: resolved.get(path) or path
+
+
+class _Stacks:
+    """Numbered containers (``layers``, ``down_blocks``, …) of two bases, aligned from the outside in."""
+
+    def __init__(self, old: Base, component: str, new: Base, target: str, rename: Callable[[str], str]) -> None:
+        self.old, self.component, self.new, self.target = old, component, new, target
+        # Both sides in the new base's spelling: old name by renamed name.
+        self.renamed = {path: rename(path) for path in old.modules(component)}
+        self.old_names = {name: path for path, name in self.renamed.items()}
+        self.new_names = set(new.modules(target))
+        self.aligned: dict[str, dict[int, int]] = {}
+        self.depths: dict[str, tuple[int, int]] = {}
+
+    def counterpart(self, path: str) -> Counterpart:
+        here, there, how = "", "", "name"
+        for part in self.renamed[path].split("."):
+            if not part.isdigit():
+                here, there = f"{here}{part}.", f"{there}{part}."
+                continue
+            index = self._align(here, there).get(int(part))
+            if index is None:
+                depth_old, depth_new = self.depths[here]
+                what = f"{here}{part}"
+                return Counterpart(
+                    None, "none", f"{what} has no counterpart: {depth_old} blocks there, {depth_new} in the new base"
+                )
+            if self.depths[here][0] != self.depths[here][1]:
+                how = "depth"
+            here, there = f"{here}{part}.", f"{there}{index}."
+        name = there.rstrip(".")
+        if name not in self.new_names:
+            return Counterpart(None, "none", "the new base has no such module")
+        reason = "same name" if how == "name" else f"by depth: {name}"
+        return Counterpart(ModuleRef(self.target, name), "depth" if how == "depth" else "name", reason)
+
+    def _align(self, here: str, there: str) -> dict[int, int]:
+        if here not in self.aligned:
+            olds, news = _indices(self.old_names, here), _indices(self.new_names, there)
+            self.depths[here] = len(olds), len(news)
+            if olds == news or not news:
+                self.aligned[here] = {i: i for i in olds if i in news}
+            else:
+                scores = self._scores(here, olds, there, news)
+                self.aligned[here] = {olds[i]: news[j] for i, j in monotone_alignment(scores)}
+        return self.aligned[here]
+
+    def _scores(self, here: str, olds: list[int], there: str, news: list[int]) -> Tensor:
+        """Similarity of every old block to every new one, (old depth, new depth)."""
+        roles = _roles(self.old_names, f"{here}{olds[0]}.")
+
+        def corner(base: Base, component: str, path: str) -> Tensor:
+            weight = base.weight(ModuleRef(component, path)).flatten(1)
+            return weight[:_CORNER_ROWS, :_CORNER_COLUMNS].float().flatten()
+
+        def signature(index: int, role: str, of_old: bool) -> Tensor | None:
+            name = f"{here if of_old else there}{index}.{role}"
+            if of_old:
+                known = self.old_names.get(name)
+                return None if known is None else corner(self.old, self.component, known)
+            return corner(self.new, self.target, name) if name in self.new_names else None
+
+        total = torch.zeros(len(olds), len(news))
+        for role in roles:
+            left = [signature(index, role, True) for index in olds]
+            right = [signature(index, role, False) for index in news]
+            for i, a in enumerate(left):
+                for j, b in enumerate(right):
+                    if a is not None and b is not None and a.shape == b.shape:
+                        total[i, j] += torch.nn.functional.cosine_similarity(a, b, dim=0)
+        depth_old = torch.linspace(0, 1, len(olds))[:, None]
+        depth_new = torch.linspace(0, 1, len(news))[None, :]
+        return total / max(1, len(roles)) - _DEPTH_WEIGHT * (depth_old - depth_new).abs()
+
+
+def _indices(names: Iterable[str], prefix: str) -> list[int]:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return sorted({int(found.group(1)) for name in names if (found := pattern.match(f"{name}."))})
+
+
+def _roles(names: Iterable[str], prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def monotone_alignment(scores: Tensor) -> list[tuple[int, int]]:
+    """The order-preserving one-to-one match of rows and columns with the highest sum; the shorter side whole.
+
+    Args:
+        scores: (old depth, new depth).
+    """
+    if scores.shape[0] > scores.shape[1]:
+        return [(i, j) for j, i in monotone_alignment(scores.T)]
+    n, m = scores.shape
+    best = torch.full((n + 1, m + 1), float("-inf"))
+    best[0] = 0.0
+    for i in range(1, n + 1):
+        for j in range(i, m + 1):
+            best[i, j] = max(best[i, j - 1], best[i - 1, j - 1] + scores[i - 1, j - 1])
+    pairs, i, j = [], n, m
+    while i > 0:
+        if j > i and best[i, j] == best[i, j - 1]:
+            j -= 1
+        else:
+            pairs.append((i - 1, j - 1))
+            i, j = i - 1, j - 1
+    return pairs[::-1]

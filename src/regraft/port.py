@@ -1,0 +1,210 @@
+"""The main job: an adapter, two bases, and back comes the adapter for the new one with a report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft._version import __version__
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
+from regraft.carry import Carrier, Settings
+from regraft.errors import InputError, Refused, UsageError
+from regraft.forecast import Judgement
+from regraft.lineage import with_port
+from regraft.memory import peak_mb
+from regraft.methods import Skip, get_method
+from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, summarise
+from regraft.plan import check_families, locate
+from regraft.prepare import Preparation, prepare
+from regraft.report.schema import Counts, PortedModule, PortReport
+from regraft.updates import Update
+
+
+@dataclass(frozen=True)
+class PortResult:
+    """The ported adapter and what became of each module."""
+
+    adapter: Adapter
+    report: PortReport
+
+    def save(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> list[Path]:
+        """See `Adapter.save`."""
+        return self.adapter.save(path, format=format, overwrite=overwrite)
+
+
+def fit_for(
+    adapter: Adapter,
+    old: Base | None,
+    new: Base,
+    method: str = "auto",
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tick: Ticker | None = None,
+    **options: Any,
+) -> Migration:
+    """The migration for one adapter: its own modules only, and without an old base where the method allows that.
+
+    Raises:
+        Refused: the adapter is for another family.
+        UsageError: the method compares both bases and ``old`` is None, or it lacks an option.
+    """
+    check_families(adapter, old, new)
+    if old is not None:
+        return fit_migration(old, new, method, adapter=adapter, device=device, dtype=dtype, tick=tick, **options)
+    chosen, reason = get_method(method), ""
+    if method == "auto":
+        chosen, reason = get_method("copy"), "no old base was given to compare the new one with"
+    if "old" in chosen.needs:
+        raise UsageError(
+            f"method {method!r} compares both bases", remedy="Give --from, or take --method copy or lora-x."
+        )
+    settings = chosen.check_options(options)
+    entries = {}
+    modules = sorted(set(locate(adapter, new, "new").modules.values()))
+    weights = [module for module in modules if f"{module.path}.weight" in new.components[module.component]]
+    for done, module in enumerate(weights):
+        if tick is not None:
+            tick(done, len(weights), str(module))
+        shape = new.shape(module)
+        weight = new.weight(module).to(device, dtype).flatten(1) if chosen.needs else torch.empty(0)
+        outcome = fit_module(chosen, None, weight, settings)
+        if isinstance(outcome, Skip):
+            entries[module] = Entry(None, None, outcome.reason, shape)
+        else:
+            entries[module] = Entry(module, outcome.to_cpu(), "same name", shape, shape)
+    return Migration(None, summarise(new), method, chosen.name, reason, settings, entries)
+
+
+def apply_migration(
+    adapter: Adapter,
+    migration: Migration,
+    settings: Settings = Settings(),
+    *,
+    old: Base | None = None,
+    new: Base | None = None,
+    tick: Ticker | None = None,
+    started: float | None = None,
+) -> PortResult:
+    """Carry an adapter over.
+
+    Args:
+        adapter: as it was read.
+        migration: for its bases.
+        settings: how it is to come out.
+        old: needed only for parameters that the adapter stores whole.
+        new: likewise.
+        tick: called with (modules done, modules in all, module's name).
+        started: `time.perf_counter` at the start of the whole job, where that began before.
+
+    Raises:
+        Refused: the verdict is a refusal, and it is not forced.
+        InputError: a key or shape is not understood, and ``allow_partial`` is off; a tensor holds NaN or Inf.
+    """
+    started = time.perf_counter() if started is None else started
+    ready = prepare(adapter, migration, settings.selection)
+    judgement = ready.judgement
+    if judgement.verdict == "refused" and not settings.force:
+        raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")
+    if ready.problems and not settings.allow_partial:
+        key, why = next(iter(ready.problems.items()))
+        more = f" ({len(ready.problems) - 1} more like it)" if len(ready.problems) > 1 else ""
+        raise InputError(f"{why}{more}", file=adapter.path, key=key, remedy="--allow-partial leaves such parts behind.")
+    carrier = Carrier(adapter, ready, settings, old, new)
+    updates: dict[ModuleRef, Update] = {}
+    rows: list[PortedModule] = []
+    for done, (ref, update) in enumerate(adapter.updates.items()):
+        if tick is not None:
+            tick(done, len(adapter.updates), str(ref))
+        row, target, carried = carrier.carry(ref, update)
+        rows.append(row)
+        if carried is not None and target is not None:
+            updates[target] = carried if settings.save_dtype is None else carried.cast(settings.save_dtype)
+    rows += [
+        PortedModule(name=key, target=None, status="refused", reason=why, energy_kept=None, rank_in=None, rank_out=None)
+        for key, why in ready.problems.items()
+        if key in adapter.unrecognised
+    ]
+    if not updates:
+        raise InputError(
+            "no module is left to carry", file=adapter.path, remedy="Check --include, --exclude, --components."
+        )
+    counts = Counts(
+        **{status: sum(row.status == status for row in rows) for status in ("ported", "skipped", "refused")}
+    )
+    report = PortReport(
+        regraft_version=__version__,
+        input=str(adapter.path),
+        outputs=[],
+        method=migration.used,
+        method_reason=migration.reason,
+        options={name: value for name, value in migration.options.items() if value is not None},
+        verdict=judgement.verdict if migration.source is not None else None,
+        summary=_summary(counts, judgement, ready),
+        reasons=list(judgement.reasons),
+        forced=judgement.verdict == "refused",
+        counts=counts,
+        skipped_share=sum(ready.evidence.shares.get(ref, 0.0) for ref in ready.evidence.skipped),
+        modules=rows,
+        unrecognised=list(adapter.unrecognised),
+        source=migration.source,
+        target=migration.target,
+        migration=str(migration.file) if migration.file else None,
+        seconds=time.perf_counter() - started,
+        peak_mb=peak_mb(),
+    )
+    config = adapter.config
+    if config is not None:
+        config = {**config, "base_model_name_or_path": migration.target.path, "revision": None}
+    ported = replace(
+        adapter,
+        updates=updates,
+        metadata=with_port(adapter, _lineage(report, settings)),
+        config=config,
+        unrecognised=(),
+    )
+    return PortResult(ported, report)
+
+
+def port(
+    adapter: Adapter,
+    old: Base | None,
+    new: Base,
+    method: str = "auto",
+    *,
+    settings: Settings = Settings(),
+    tick: Ticker | None = None,
+    **options: Any,
+) -> PortResult:
+    """Fit and carry in one call; see `fit_for` and `apply_migration`."""
+    started = time.perf_counter()
+    migration = fit_for(adapter, old, new, method, tick=tick, **options)
+    return apply_migration(adapter, migration, settings, old=old, new=new, started=started)
+
+
+def _summary(counts: Counts, judgement: Judgement, ready: Preparation) -> str:
+    forced = " Forced against a refusal." if judgement.verdict == "refused" else ""
+    total = counts.ported + counts.skipped + counts.refused
+    return f"{counts.ported} of {total} modules ported by {ready.migration.used}. {judgement.summary}{forced}"
+
+
+def _lineage(report: PortReport, settings: Settings) -> dict[str, Any]:
+    # No clock and no paths: the same inputs give the same bytes, and nobody's folders travel with the file.
+    return {
+        "from": report.source.fingerprint if report.source else None,
+        "to": report.target.fingerprint if report.target else None,
+        "family": report.target.family if report.target else None,
+        "method": report.method,
+        "options": report.options,
+        "strength": settings.strength,
+        "ported": report.counts.ported,
+        "skipped": {row.name: row.reason for row in report.modules if row.status != "ported"},
+        "forced": report.forced,
+        "verdict": report.verdict,
+        "regraft": report.regraft_version,
+    }

@@ -1,0 +1,190 @@
+"""A transport: how one module's update is carried, ΔW_new = Σ Lᵢ · ΔW_old · Rᵢ.
+
+A map is stored as ``c · I + left @ right``, so that the identity costs nothing, a projection costs its thin basis
+(left = U, right = Uᵀ), and the complement of a projection costs no more (c = 1, left = −U, right = Uᵀ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """x ↦ c · x + left @ (right @ x).
+
+    Attributes:
+        identity: the coefficient c of the identity.
+        left: (m', k), or None where the map is c · I.
+        right: (k, m); None stands for the identity, so that ``left`` is the whole (m', m) matrix.
+    """
+
+    identity: float = 1.0
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.identity == 1.0 and self.left is None
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """The map applied to the columns of x: (m, n) → (m', n)."""
+        if self.left is None:
+            return x if self.identity == 1.0 else self.identity * x
+        left = self.left.to(x.dtype)
+        moved = left @ x if self.right is None else left @ (self.right.to(x.dtype) @ x)
+        return moved if self.identity == 0.0 else self.identity * x + moved
+
+    def on_the_right(self, x: Tensor) -> Tensor:
+        """x · M for rows x: (n, m') → (n, m)."""
+        if self.left is None:
+            return x if self.identity == 1.0 else self.identity * x
+        left = self.left.to(x.dtype)
+        moved = x @ left if self.right is None else (x @ left) @ self.right.to(x.dtype)
+        return moved if self.identity == 0.0 else self.identity * x + moved
+
+    @property
+    def T(self) -> LinearMap:
+        """The transposed map."""
+        if self.left is None:
+            return self
+        if self.right is None:
+            return LinearMap(self.identity, self.left.T)
+        return LinearMap(self.identity, self.right.T, self.left.T)
+
+    def squared(self, out_features: int) -> Tensor:
+        """The elementwise square of the matrix, (m', m), float32."""
+        eye = torch.eye(out_features) if self.left is None else torch.eye(self._in_features())
+        return (self @ eye).square()
+
+    def to_cpu(self, seen: dict[int, Tensor]) -> LinearMap:
+        """The map in float32 on the CPU; tensors in one memory stay one (``seen``: by address)."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or (tensor.device.type == "cpu" and tensor.dtype == torch.float32):
+                return tensor
+            return seen.setdefault(id(tensor), tensor.to("cpu", torch.float32))
+
+        return LinearMap(self.identity, moved(self.left), moved(self.right))
+
+    def _in_features(self) -> int:
+        last = self.right if self.right is not None else self.left
+        assert last is not None
+        return last.shape[1]
+
+
+IDENTITY = LinearMap()
+
+
+def projection(basis: Tensor) -> LinearMap:
+    """U Uᵀ for orthonormal columns U (m, k)."""
+    return LinearMap(0.0, basis, basis.T)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A low-rank update after a transport.
+
+    Attributes:
+        up: (out', r').
+        down: (r', in').
+        energy_kept: ‖ΔW_new‖² / ‖ΔW_old‖² (1 for a zero update).
+        cut_loss: share of the carried ‖ΔW‖² that the cut back to the wanted rank lost.
+    """
+
+    up: Tensor
+    down: Tensor
+    energy_kept: float
+    cut_loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Transport:
+    """ΔW_new = Σ L · ΔW_old · R over ``terms`` (L (out', out), R (in, in'))."""
+
+    terms: tuple[tuple[LinearMap, LinearMap], ...] = ((IDENTITY, IDENTITY),)
+
+    @property
+    def is_identity(self) -> bool:
+        return len(self.terms) == 1 and all(map_.is_identity for map_ in self.terms[0])
+
+    def to_cpu(self) -> Transport:
+        """The transport in float32 on the CPU, as adapters' factors are."""
+        seen: dict[int, Tensor] = {}
+        return Transport(tuple((left.to_cpu(seen), right.to_cpu(seen)) for left, right in self.terms))
+
+    def rank_out(self, rank: int) -> int:
+        """Rank of the carried update, before any cut."""
+        return rank * len(self.terms)
+
+    def dense(self, delta: Tensor) -> Tensor:
+        """The transport of a whole ΔW, (out, in) → (out', in')."""
+        total = None
+        for left, right in self.terms:
+            part = right.on_the_right(left @ delta)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def factors(self, up: Tensor, down: Tensor, rank: int | float | None = None) -> Moved:
+        """The transport of up @ down, cut back to ``rank``.
+
+        Args:
+            up: (out, r).
+            down: (r, in).
+            rank: of the result: a number, a share of ‖ΔW‖² to keep (a float up to 1), or None for the rank of ``up``.
+        """
+        before = _squared_norm(up, down)
+        new_up = torch.cat([left @ up for left, _ in self.terms], dim=1)
+        new_down = torch.cat([right.on_the_right(down) for _, right in self.terms], dim=0)
+        carried = _squared_norm(new_up, new_down)
+        wanted = up.shape[1] if rank is None else rank
+        if isinstance(wanted, float) or wanted < new_up.shape[1]:
+            new_up, new_down = cut(new_up, new_down, wanted)
+        after = _squared_norm(new_up, new_down)
+        if isinstance(wanted, int) and wanted > new_up.shape[1]:
+            pad = wanted - new_up.shape[1]
+            new_up = torch.nn.functional.pad(new_up, (0, pad))
+            new_down = torch.nn.functional.pad(new_down, (0, 0, 0, pad))
+        return Moved(
+            new_up,
+            new_down,
+            energy_kept=after / before if before > 0 else 1.0,
+            cut_loss=max(0.0, 1.0 - after / carried) if carried > 0 else 0.0,
+        )
+
+
+def cut(up: Tensor, down: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
+    """The best approximation of up @ down of a lower rank (Eckart–Young), without building the product.
+
+    Args:
+        up: (out, r).
+        down: (r, in).
+        rank: a number, or the share of ‖ΔW‖² to keep.
+    """
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    if isinstance(rank, float):
+        rank = rank_for_energy(s, rank)
+    root = s[:rank].sqrt()
+    return (q_up @ (u[:, :rank] * root)).to(up.dtype), ((root[:, None] * vh[:rank]) @ q_down.T).to(down.dtype)
+
+
+def rank_for_energy(singular_values: Tensor, energy: float) -> int:
+    """The smallest rank that keeps the share ``energy`` of Σσ²; at least 1."""
+    squared = singular_values.double().square()
+    total = squared.sum()
+    if total == 0:
+        return 1
+    # A hair below, so that rounding in the sum never asks for one rank more.
+    enough = squared.cumsum(0) >= (energy - 1e-12) * total
+    return int(enough.int().argmax()) + 1 if bool(enough.any()) else len(squared)
+
+
+def _squared_norm(up: Tensor, down: Tensor) -> float:
+    up, down = up.double(), down.double()
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
