@@ -179,6 +179,18 @@ def family_of_modules(modules: Modules) -> str | None:
     return None
 
 
+def refine_by_hint(family: str | None, hint: str) -> str | None:
+    """A family of the same naming that ``hint`` (the base's class or path, as a config tells it) speaks of."""
+    known = get_family(family)
+    if known is None or known.tables:
+        return family
+    for other in families().values():
+        pattern = other.rules.get("hint")
+        if other.naming == known.naming and pattern and re.search(pattern, hint, re.IGNORECASE):
+            return other.name
+    return family
+
+
 def family_of_base(base: Base) -> str | None:
     """The family of a base model by its names, shapes and ``config.json``, or None. No tensor is read."""
     main = _main_of(base.components)

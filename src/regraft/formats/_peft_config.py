@@ -1,0 +1,154 @@
+"""PEFT's LoRA config: per-module rank and alpha by patterns, and a config corrected to what an adapter now holds.
+
+Diffusers keeps the same fields per component in its header, so that both formats share this file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import InputError
+from regraft.updates import LowRank
+
+Config = Mapping[str, Any]
+
+# What PEFT needs to load a LoRA; every field that is left out takes PEFT's own default.
+MINIMAL: Config = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_modules": None,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+}
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # The rule of peft.utils.other.get_pattern_key (0.21): a whole name, or the end of one after a dot.
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
+    """The value of the first pattern that matches a module's name, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if _compiled(pattern).match(path):
+            return value
+    return default
+
+
+def alpha_of(config: Config, path: str) -> float:
+    """The alpha that a config gives to a module."""
+    return by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+
+
+def scale_of(config: Config, path: str, rank: int) -> float:
+    """The factor of B A: alpha / r, or alpha / √r with rsLoRA; r is the tensor's own."""
+    return alpha_of(config, path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def implied_alpha(update: LowRank, *, rslora: bool) -> float:
+    """The alpha by which PEFT's rule gives the update's scale; a whole number is given back as one."""
+    alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
+    near = round(alpha)
+    return near if near and math.isclose(alpha, near, rel_tol=1e-9) else alpha
+
+
+def check_config(config: Config, file: Path, prefix: str = "") -> None:
+    """Make sure that rank and alpha can be read out of a LoRA config.
+
+    Raises:
+        InputError: ``r`` or ``lora_alpha`` is missing or no number, or a pattern is no regular expression.
+    """
+    remedy = "Give the config that was saved with these weights."
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            what = "is missing" if value is None else f"must be a number, not {value!r}"
+            raise InputError(what, file=file, key=f"{prefix}{name}", remedy=remedy)
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        key = f"{prefix}{name}"
+        if not isinstance(patterns, Mapping):
+            raise InputError("must map module names to numbers", file=file, key=key, remedy=remedy)
+        for pattern, value in patterns.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                what = f"{pattern!r} must have a number, not {value!r}"
+                raise InputError(what, file=file, key=key, remedy=remedy)
+            try:
+                _compiled(pattern)
+            except re.error:
+                what = f"{pattern!r} is no regular expression"
+                raise InputError(what, file=file, key=key, remedy=remedy) from None
+
+
+def corrected(config: Config, updates: Mapping[str, LowRank], *, keep_targets: bool) -> dict[str, Any]:
+    """The config, true for these updates: rank and alpha per module, targets, DoRA and bias.
+
+    Every field that is right already stays as it is.
+
+    Args:
+        config: the adapter's old config, or `MINIMAL`.
+        updates: module path → update.
+        keep_targets: the modules are those that the config was saved with.
+    """
+    result = dict(config)
+    if not updates:
+        return result
+    rslora = bool(config.get("use_rslora"))
+    alphas = {path: implied_alpha(update, rslora=rslora) for path, update in updates.items()}
+    ranks = {path: update.rank for path, update in updates.items()}
+    if not _agrees(config, ranks, alphas):
+        result["r"], result["rank_pattern"] = _usual_and_rest(ranks)
+        result["lora_alpha"], result["alpha_pattern"] = _usual_and_rest(alphas)
+    result["use_dora"] = any(update.magnitude is not None for update in updates.values())
+    if config.get("lora_bias") or any(update.bias is not None for update in updates.values()):
+        result["lora_bias"] = any(update.bias is not None for update in updates.values())
+    if not keep_targets:
+        result["target_modules"] = sorted(updates)
+        for narrowing in ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"):
+            if result.get(narrowing) is not None:
+                result[narrowing] = None
+    return result
+
+
+def _agrees(config: Config, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> bool:
+    return all(
+        by_pattern(config.get("rank_pattern"), path, config["r"]) == rank
+        and math.isclose(alpha_of(config, path), alphas[path], rel_tol=1e-6)
+        for path, rank in ranks.items()
+    )
+
+
+def _usual_and_rest(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {exactly(path): value for path, value in values.items() if value != usual}
+
+
+def exactly(path: str) -> str:
+    """A pattern for this module alone: ``^`` keeps it from matching the end of a longer name."""
+    # In ``net.1.0`` a bare dot would match ``net.100`` too; elsewhere plain names are what people expect to read.
+    return "^" + (re.escape(path) if re.search(r"\.\d+\.\d", path) else path)
+
+
+def is_matched(path: str, targets: Iterable[str]) -> bool:
+    """Whether a list of ``target_modules`` names this module."""
+    return any(path == target or path.endswith(f".{target}") for target in targets)
