@@ -118,7 +118,7 @@ def test_port_banner_tells_each_outcome_in_words(changes: dict[str, object], wor
 def test_check_banner_tells_each_verdict_in_words(verdict: str, word: str) -> None:
     page = render_check(samples.check(samples.llm(), verdict=verdict))
     assert f"<h1>{word}</h1>" in page
-    assert "88.0 %" in page
+    assert "88 %" in page
 
 
 def test_a_figure_is_explained_only_where_it_is_shown() -> None:
@@ -167,6 +167,22 @@ def test_the_record_stands_on_the_page_as_text_without_the_makers_folders() -> N
     for shown in ("style.safetensors", "style-v2.safetensors", "org/model", "style.safetensors is a LoRA of rank 16"):
         assert shown in page
     assert "&#34;schema_version&#34;: 1" in page
+
+
+def test_a_port_that_was_not_measured_says_so() -> None:
+    report = samples.port(samples.llm())
+    assert "has not been measured here" in render_port(report)
+    assert "has not been measured here" not in render_port(report, verify=samples.verify())
+
+
+def test_figures_that_are_no_numbers_show_as_unknown() -> None:
+    nan = float("nan")
+    report = samples.port(samples.llm())
+    broken = {"energy_kept": nan, "share": float("inf"), "similarity": nan, "distance": nan}
+    report = report.model_copy(update={"modules": [m.model_copy(update=broken) for m in report.modules]})
+    none = samples.interval(nan)
+    page = render_port(report, verify=samples.verify(effect_cosine=none, effect_norm_ratio=none))
+    assert not re.search(r'"(nan|inf)|:nan|nan%', page)
 
 
 def test_two_local_bases_of_one_name_stay_apart() -> None:

@@ -55,7 +55,7 @@ def test_192_modules_are_told_in_a_screen() -> None:
 def test_check_table_tells_verdict_forecast_and_tier() -> None:
     text = " ".join(shown(check_table, samples.check(verdict="refused")).split())
     assert text.startswith("REFUSED")
-    assert "88.0 % of a native adapter's gain (79.0 % to 94.0 %)" in text
+    assert "88 % of a native adapter's gain (79 to 94 %)" in text
     assert "(tier: port)" in text
 
 

@@ -67,6 +67,9 @@ FATES = {
     "refused": "refused",
 }
 
+#: The same words before it is done.
+PLANNED = {"unmeasured": "to be ported", "skipped": "to be skipped: no place in the new base"}
+
 
 def _words(group: Group) -> str:
     """The hover text of one mark."""
@@ -248,7 +251,8 @@ def draw(modules: Iterable[Module], *, key: str = "chart", limit: int = MARK_LIM
         f"{_rect(slot.x, first, slot.pitch, bottom - first, 'hit')}{shapes}</g>"
         for slot, shapes in zip(slots, drawn, strict=True)
     )
-    used = {name: words for name, words in FATES.items() if any(g.fraction(_part(name)) > 0 for g in marks)}
+    fates = FATES if any(isinstance(m, PortedModule) for m in everything) else {**FATES, **PLANNED}
+    used = {name: words for name, words in fates.items() if any(g.fraction(_part(name)) > 0 for g in marks)}
     counts = ", ".join(f"{sum(m.status == s for m in everything)} {s}" for s in ("ported", "skipped", "refused"))
     desc = f"{len(everything)} modules in depth order: {counts}. The table below has every figure."
     svg = (

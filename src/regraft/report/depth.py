@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,13 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def in_depth_order(modules: Iterable[Module]) -> list[Module]:
-    return sorted(modules, key=lambda m: depth_key(m.name))
+    """The modules from entry to exit; a figure that is no number (a broken file's) counts as unknown."""
+    return sorted((_finite(m) for m in modules), key=lambda m: depth_key(m.name))
+
+
+def _finite(module: Module) -> Module:
+    broken = {k: None for k, v in module if isinstance(v, float) and not math.isfinite(v)}
+    return module.model_copy(update=broken) if broken else module
 
 
 def groups(modules: Iterable[Module], limit: int = MARK_LIMIT) -> list[Group]:
@@ -161,7 +168,7 @@ def left_out(modules: Iterable[Module]) -> list[LeftOut]:
 
 def percent(value: float | None) -> str:
     """``0.0713`` → ``7.1 %``; small shares are not rounded to nothing."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     if 0 < value < 0.001:
         return "<0.1 %"
@@ -170,4 +177,9 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None) -> str:
     """Two decimals, or a dash."""
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def whole_percent(value: float) -> str:
+    """``0.88`` → ``88 %``: for forecasts, which carry no more digits."""
+    return f"{100 * value:.0f} %"

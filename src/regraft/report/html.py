@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
+import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -21,6 +21,7 @@ from markupsafe import Markup
 from regraft._version import __version__
 from regraft.report import chart, depth
 from regraft.report.demo_schema import DemoReport
+from regraft.report.public import without_folders, without_pictures
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -109,51 +110,6 @@ def _maybe(record: R | None, wanted: type[R]) -> R | None:
     return None if record is None else _expect(record, wanted)
 
 
-# ---- a page is for posting: it shows no folder of the machine it was made on --------------------------------------
-
-_HUB_CACHE = re.compile(r"models--([^/\\]+)--([^/\\]+)")
-_LOCAL = re.compile(r"^(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\)")
-_PATH_FIELDS = {"input", "outputs", "path", "migration", "original", "ported", "from", "to", "file"}
-
-
-def _paths(node: Any, key: str = "") -> Iterator[str]:
-    if isinstance(node, dict):
-        for name, child in node.items():
-            yield from _paths(child, name)
-    elif isinstance(node, list):
-        for child in node:
-            yield from _paths(child, key)
-    elif isinstance(node, str) and key in _PATH_FIELDS and _LOCAL.match(node):
-        yield node
-
-
-def _short(path: str, parts: int = 1) -> str:
-    hub = _HUB_CACHE.search(path)
-    if hub:
-        return f"{hub[1]}/{hub[2]}"
-    return "/".join([part for part in re.split(r"[/\\]", path) if part][-parts:]) or path
-
-
-def without_folders(record: R) -> R:
-    """The record with local paths cut to the file's name, wherever they stand, and to two parts where names clash."""
-    raw = record.model_dump(by_alias=True, mode="json")
-    paths = sorted(set(_paths(raw)), key=len, reverse=True)
-    names = [_short(path) for path in paths]
-    shown = {p: n if names.count(n) == 1 else _short(p, 2) for p, n in zip(paths, names, strict=True)}
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: child if key == "png" else walk(child) for key, child in node.items()}
-        if isinstance(node, list):
-            return [walk(child) for child in node]
-        if isinstance(node, str):
-            for path, name in shown.items():
-                node = node.replace(path, name)
-        return node
-
-    return type(record).model_validate(walk(raw)) if shown else record
-
-
 # ---- pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -211,17 +167,6 @@ def column_groups(sheet: Iterable[Column]) -> list[tuple[str, int]]:
     return [(group, len(list(members))) for group, members in groupby(sheet, key=lambda c: c.picture.group)]
 
 
-def without_pictures(record: R) -> R:
-    """The record with its pictures' bytes left out: they stand on the page once already."""
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: [] if key == "png" else walk(child) for key, child in node.items()}
-        return [walk(child) for child in node] if isinstance(node, list) else node
-
-    return type(record).model_validate(walk(record.model_dump(by_alias=True, mode="json")))
-
-
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +178,8 @@ class Scale:
     high: float
 
     def at(self, value: float) -> float:
+        if not math.isfinite(value):
+            return 0.0
         return round(100 * (min(max(value, self.low), self.high) - self.low) / (self.high - self.low), 2)
 
 
@@ -247,7 +194,9 @@ def scales(verify: VerifyReport) -> dict[str, Scale]:
     rows = effects(verify).values()
 
     def ends(intervals: Iterable[Interval | None]) -> list[float]:
-        return [v for i in intervals if i is not None for v in (i.mean, i.low, i.high) if v is not None]
+        return [
+            v for i in intervals if i is not None for v in (i.mean, i.low, i.high) if v is not None and math.isfinite(v)
+        ]
 
     cosines, ratios, kls = (
         ends(r.effect_cosine for r in rows),
@@ -338,7 +287,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(percent=depth.percent, number=depth.number, label=lambda name: name.replace("_", " "))
+    env.filters.update(
+        percent=depth.percent, whole=depth.whole_percent, number=depth.number, label=lambda name: name.replace("_", " ")
+    )
     env.globals.update(
         meanings=MEANINGS,
         columns=columns,

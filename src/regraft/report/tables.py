@@ -10,7 +10,18 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from regraft.report.depth import Group, Module, component_of, groups, left_out, mean, number, percent, total
+from regraft.report.depth import (
+    Group,
+    Module,
+    component_of,
+    groups,
+    left_out,
+    mean,
+    number,
+    percent,
+    total,
+    whole_percent,
+)
 from regraft.report.schema import (
     BaseSummary,
     CheckReport,
@@ -143,8 +154,8 @@ def _weights(similarity: float | None, distance: float | None) -> str:
 
 
 def _forecast(value: Forecast) -> str:
-    low, high = percent(value.low), percent(value.high)
-    return f"[bold]{percent(value.recovery)}[/] of a native adapter's gain ({low} to {high})"
+    ends = f"{100 * value.low:.0f} to {whole_percent(value.high)}"
+    return f"[bold]{whole_percent(value.recovery)}[/] of a native adapter's gain ({ends})"
 
 
 def _interval(value: Interval | None) -> str:
