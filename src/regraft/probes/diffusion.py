@@ -1,0 +1,251 @@
+"""Inputs for denoisers: noise, states on the way from noise to picture, timesteps and prompts.
+
+States and timesteps are shared by the old and the new model; the conditioning comes from each model's own text
+encoders, with the adapter on them, as in use.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.adapter import Adapter
+from regraft.errors import InputError, RegraftError, first_line
+from regraft.probes.sentences import PICTURE_PROMPTS
+from regraft.runtime.applied import applied
+from regraft.runtime.load import Loaded
+
+N_INPUTS, STATES, STEPS, CONTEXT_TOKENS = 16, 4, 8, 16
+# Pure noise is what a model sees at the very beginning only: without a pipeline no lower timestep can be asked for.
+_NOISE_TIMESTEPS = (999, 966, 933, 900)
+
+#: Arguments of one call of a denoiser, by name.
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DiffusionProbe:
+    """Per input a prompt and a few states; the effect is taken over all of them together.
+
+    Attributes:
+        texts: one prompt per input; None for a U-Net alone.
+        states: per input, calls with nothing but noisy latents and their timestep.
+        made: how, in words.
+        prompts: the distinct prompts.
+        reads: what the old model predicts and is conditioned on, to tell whether another one can be compared.
+        seed: of the conditioning that is made up for a U-Net alone.
+    """
+
+    texts: tuple[str | None, ...]
+    states: tuple[tuple[Call, ...], ...]
+    made: str
+    prompts: list[str]
+    reads: tuple[Any, ...]
+    seed: int
+    logits: bool = False
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @torch.no_grad()
+    def outputs(self, model: Loaded) -> Iterator[Tensor]:
+        """The predictions for each input, (states, channels, height, width)."""
+        known: dict[str, Call] = {}
+        for i, (text, states) in enumerate(zip(self.texts, self.states, strict=True)):
+            if text is None:
+                condition = _made_up(model, self.seed + i)
+            else:
+                if text not in known:
+                    known[text] = _first_call(model, text, like=states[0])
+                condition = known[text]
+            yield torch.cat([_predict(model, condition, state) for state in states]).float().cpu()
+
+    def carried_to(self, model: Loaded) -> tuple[DiffusionProbe, str | None]:
+        """The same states for another denoiser; where it can't read them, noise in its own shape, and the reason."""
+        if model.kind != "denoiser":
+            raise InputError("is no diffusion model, and the old base is one", file=model.path)
+        text = self.texts[0]
+        if (model.pipeline is None) is not (text is None):
+            raise InputError(
+                "one base is a pipeline and the other a U-Net alone",
+                file=model.path,
+                remedy="Give both as pipeline folders, or both as U-Net folders.",
+            )
+        old = self.states[0][0]
+        new = _noise(model, self.seed)[0] if text is None else _state(model, _first_call(model, text, like=old))
+        (ours, x), (theirs, y) = next(iter(old.items())), next(iter(new.items()))
+        if ours != theirs or x.shape != y.shape:
+            noise = torch.Generator().manual_seed(self.seed)
+            own = tuple(tuple({**new, theirs: _normal(y.shape, noise).to(y)} for _ in s) for s in self.states)
+            return replace(self, states=own), f"the latents have different shapes, {_sizes(x)} and {_sizes(y)}"
+        if _reads(model) != self.reads:
+            return (
+                self,
+                f"the models predict or read different things, {_words(self.reads)} and {_words(_reads(model))}",
+            )
+        return self, None
+
+
+def diffusion_probe(
+    model: Loaded, adapter: Adapter, *, prompts: Sequence[str] | None, n_inputs: int | None, seed: int
+) -> DiffusionProbe:
+    """See `regraft.probes.make_probe`."""
+    if model.pipeline is None:
+        if prompts is not None:
+            raise InputError(
+                "a U-Net alone reads no prompts",
+                file=model.path,
+                remedy="Give the pipeline's folder (the one with model_index.json), or leave --prompts out.",
+            )
+        n = n_inputs or N_INPUTS
+        states = tuple(tuple(_noise(model, seed + i)) for i in range(n))
+        made = f"{n} × Gaussian noise at timesteps {_NOISE_TIMESTEPS} with random conditioning, seed {seed}"
+        return DiffusionProbe((None,) * n, states, made, [], _reads(model), seed)
+    given = list(prompts) if prompts is not None else list(PICTURE_PROMPTS)
+    n = n_inputs or (len(given) if prompts is not None else N_INPUTS)
+    texts = [given[i % len(given)] for i in range(n)]
+    made_states = {i: _trajectory(model, texts[i], seed + i) for i in range(0, n, 2)}
+    with applied(model.components, adapter):
+        made_states |= {i: _trajectory(model, texts[i], seed + i) for i in range(1, n, 2)}
+    whose = "prompts given" if prompts is not None else "built-in prompts"
+    made = (
+        f"{n} × {STATES} states on the way from noise to picture, made by the old base and by the old base with its "
+        f"adapter in turn, {STEPS} steps, {min(n, len(given))} {whose}, seed {seed}"
+    )
+    ordered = tuple(made_states[i] for i in range(n))
+    return DiffusionProbe(tuple(texts), ordered, made, list(dict.fromkeys(texts)), _reads(model), seed)
+
+
+@torch.no_grad()
+def _trajectory(model: Loaded, prompt: str, seed: int) -> tuple[Call, ...]:
+    """States of one sampling run, evenly spread from pure noise to the last step."""
+    calls: list[Call] = []
+    with _recording(model.main, calls):
+        _sample(model, prompt, seed)
+    spread = torch.linspace(0, len(calls) - 1, STATES).round().int().tolist()
+    return tuple(_state(model, calls[i]) for i in spread)
+
+
+@torch.no_grad()
+def _first_call(model: Loaded, prompt: str, like: Call) -> Call:
+    """What the pipeline hands to its denoiser for ``prompt``, without guidance, at the size of the state ``like``."""
+    latents, sizes = next(iter(like.values())), {}
+    if latents.dim() == 4:
+        scale = getattr(model.pipeline, "vae_scale_factor", 8)
+        sizes = {"height": latents.shape[2] * scale, "width": latents.shape[3] * scale}
+    # Models distilled with guidance read it as an input; for the others 1 switches the second pass off.
+    guided = getattr(model.main.config, "guidance_embeds", False)
+    calls: list[Call] = []
+    with _recording(model.main, calls, stop=True), suppress(_Enough):
+        _sample(model, prompt, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
+    return calls[0]
+
+
+class _Enough(Exception):
+    """Leaves a pipeline at its denoiser's first call."""
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Iterator[None]:
+    signature = inspect.signature(model.forward)
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()})
+        if stop:
+            raise _Enough
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _sample(model: Loaded, prompt: str, seed: int, **settings: Any) -> None:
+    accepted = inspect.signature(model.pipeline.__call__).parameters
+    settings = {"prompt": prompt, "num_inference_steps": STEPS, "output_type": "latent", **settings}
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        model.pipeline(generator=generator, **{k: v for k, v in settings.items() if k in accepted})
+    except (_Enough, RegraftError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{type(model.pipeline).__name__} can't be run on a prompt alone ({first_line(error)})", file=model.path
+        ) from error
+
+
+def _state(model: Loaded, call: Call) -> Call:
+    """Latents and timestep of one row; with guidance the rows are alike in them."""
+    latents = next(iter(inspect.signature(model.main.forward).parameters))
+    time = call["timestep"]
+    return {latents: call[latents][-1:], "timestep": time[-1:] if isinstance(time, Tensor) and time.dim() else time}
+
+
+def _predict(model: Loaded, condition: Call, state: Call) -> Tensor:
+    call = {**condition, **state, "return_dict": False}
+    latents, x = next(iter(state.items()))
+    rows = condition[latents].shape[0] if latents in condition else 1
+    call[latents] = x.to(model.device, model.main.dtype).expand(rows, *x.shape[1:])
+    prediction: Tensor = model.main(**call)[0]
+    return prediction[-1:]
+
+
+def _noise(model: Loaded, seed: int) -> list[Call]:
+    config, noise = model.main.config, torch.Generator().manual_seed(seed)
+    size = config.sample_size or 64
+    shape = (1, config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return [{"sample": _normal(shape, noise), "timestep": torch.tensor(t)} for t in _NOISE_TIMESTEPS]
+
+
+def _made_up(model: Loaded, seed: int) -> Call:
+    """Random conditioning of the sizes that a U-Net wants: text, class, and SDXL's pooled text and picture sizes."""
+    config, noise = model.main.config, torch.Generator().manual_seed(seed)
+    made: Call = {}
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+    if width is not None:
+        width = width if isinstance(width, int) else width[0]
+        made["encoder_hidden_states"] = _normal((1, CONTEXT_TOKENS, width), noise)
+    if config.get("num_class_embeds"):
+        made["class_labels"] = torch.randint(config.num_class_embeds, (1,), generator=noise)
+    elif config.get("class_embed_type") in ("projection", "simple_projection"):
+        made["class_labels"] = _normal((1, config.projection_class_embeddings_input_dim), noise)
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+        made["added_cond_kwargs"] = {"text_embeds": _normal((1, pooled), noise), "time_ids": sizes}
+    return {name: _to(value, model) for name, value in made.items()}
+
+
+def _to(value: Any, model: Loaded) -> Any:
+    if isinstance(value, dict):
+        return {name: _to(part, model) for name, part in value.items()}
+    return value.to(model.device, model.main.dtype if value.is_floating_point() else value.dtype)
+
+
+def _reads(model: Loaded) -> tuple[Any, ...]:
+    """What two models must have in common for their predictions to be compared."""
+    if model.pipeline is None:
+        return tuple((name, tuple(v.shape)) for name, v in _made_up(model, 0).items() if isinstance(v, Tensor))
+    scheduler = getattr(model.pipeline, "scheduler", None)
+    flow = type(scheduler).__name__.startswith("FlowMatch")
+    return ("flow" if flow else getattr(getattr(scheduler, "config", None), "prediction_type", None),)
+
+
+def _words(reads: tuple[Any, ...]) -> str:
+    return ", ".join(str(part) for part in reads)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape[1:])

@@ -1,0 +1,332 @@
+"""A base as the class that it is made for: a transformers model, a diffusers U-Net or pipeline. Never from afar."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from regraft.adapter import MODEL
+from regraft.checkpoints import open_checkpoint
+from regraft.errors import InputError, RegraftError, first_line, reading
+
+#: What a model gives: logits over a vocabulary, hidden states, or a prediction of noise.
+Kind = Literal["language", "encoder", "denoiser"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+_DENOISERS = ("unet", "transformer", "prior")
+_COMPONENTS = (*_DENOISERS, "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass
+class Loaded:
+    """A model, or a pipeline's models, ready to run.
+
+    Attributes:
+        components: component → model, in eval mode.
+        kind: what it gives.
+        name: its class.
+        path: where it was read from.
+        tokenizer: of a transformers folder, where it has one.
+        pipeline: the diffusers pipeline around the components.
+    """
+
+    components: dict[str, nn.Module]
+    kind: Kind
+    name: str
+    path: Path
+    tokenizer: Any = None
+    pipeline: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> Any:
+        """The model whose output is measured: the denoiser of a pipeline, else the only one."""
+        for name in _DENOISERS:
+            if name in self.components:
+                return self.components[name]
+        return next(iter(self.components.values()))
+
+    @property
+    def main_name(self) -> str:
+        return next(name for name, model in self.components.items() if model is self.main)
+
+
+def load_model(
+    path: str | Path, *, config: str | Path | None = None, device: str = "cpu", dtype: str = "float32"
+) -> Loaded:
+    """Load a base with the library that it belongs to.
+
+    Args:
+        path: a diffusers pipeline or model folder, a transformers folder, or a bare weights file.
+        config: ``config.json`` of a bare weights file, or the folder that holds it (and perhaps a tokenizer); by
+            default the file's own folder.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        dtype: name of the dtype that it runs in.
+
+    Raises:
+        InputError: there is no such base, its weights don't fit its config, or its class can't be told.
+        RegraftError: transformers or diffusers is not installed, or the device is not there.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError("no such file or folder", file=path, remedy="Check the path of the base.")
+    target, precision = _device(device), _dtype(dtype)
+    # The fast path of nn.TransformerEncoder reads its weights past our replaced parameters' autograd state.
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        if path.is_file() and path.name.endswith(".index.json"):
+            path = path.parent
+        loaded = _folder(path, precision) if path.is_dir() else _file(path, config, precision)
+    loaded.device = target
+    if loaded.pipeline is not None:
+        loaded.pipeline.to(target)
+    for model in loaded.components.values():
+        model.to(target).eval().requires_grad_(False)
+    return loaded
+
+
+def library(name: str) -> Any:
+    """An optional dependency.
+
+    Raises:
+        RegraftError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError:
+        raise RegraftError(f"{name} is not installed", remedy="Run: pip install 'regraft[run]'") from None
+
+
+def _folder(path: Path, dtype: torch.dtype) -> Loaded:
+    if (path / "model_index.json").is_file():
+        return _pipeline(path, dtype)
+    config = _read_config(path)
+    if "_class_name" in config:
+        cls = _diffusers_class(config, path)
+        with reading(path), _quiet():
+            model = cls.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
+        return _denoiser(model, path)
+    cls = _transformers_class(config, path)
+    with reading(path), _quiet(), _fitting_shapes(path):
+        model, info = cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, output_loading_info=True)
+    _check_keys(info["missing_keys"], (), path)
+    return Loaded({MODEL: model}, _kind(model), type(model).__name__, path, _tokenizer(path))
+
+
+def _pipeline(path: Path, dtype: torch.dtype) -> Loaded:
+    diffusers = library("diffusers")
+    with reading(path / "model_index.json"):
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    # The safety checker looks at pictures, and none is made: it would only cost memory.
+    without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    with reading(path), _quiet():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(path), torch_dtype=dtype, local_files_only=True, **without
+        )
+    return _around(pipeline, path)
+
+
+def _around(pipeline: Any, path: Path) -> Loaded:
+    pipeline.set_progress_bar_config(disable=True)
+    components = {name: getattr(pipeline, name, None) for name in _COMPONENTS}
+    models = {name: model for name, model in components.items() if isinstance(model, nn.Module)}
+    if not any(name in models for name in _DENOISERS):
+        raise InputError(f"{type(pipeline).__name__} has no denoiser that could be measured", file=path)
+    return Loaded(models, "denoiser", type(pipeline).__name__, path, pipeline=pipeline)
+
+
+def _denoiser(model: nn.Module, path: Path) -> Loaded:
+    name = type(model).__name__
+    if not name.startswith("UNet"):
+        raise InputError(
+            f"a {name} alone can't be run: its inputs come from the pipeline",
+            file=path,
+            remedy="Give the pipeline's folder (the one with model_index.json).",
+        )
+    return Loaded({"unet": model}, "denoiser", name, path)
+
+
+def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
+    place = Path(config).expanduser() if config is not None else path.parent
+    if not (place.is_file() or (place / "config.json").is_file() or (place / "model_index.json").is_file()):
+        raise InputError(
+            "a bare weights file does not say which model it is for",
+            file=path,
+            remedy="Give its config.json, or a folder with one, with --config; or name the model's folder instead.",
+        )
+    if place.is_dir() and (place / "model_index.json").is_file() and not (place / "config.json").is_file():
+        return _single_file_pipeline(path, place, dtype)
+    fields = _read_config(place)
+    tensors = open_checkpoint(path).components.get(MODEL, {})
+    state = {name: ref.load() for name, ref in tensors.items()}
+    if "_class_name" in fields:
+        model = _diffusers_class(fields, place).from_config(fields)
+        _fill(model, state, path)
+        return _denoiser(model.to(dtype), path)
+    cls, settings = _transformers_class(fields, place), _transformers_config(fields, place)
+    # The Auto classes want a folder; their table gives the class itself.
+    cls = cls._model_mapping[type(settings)] if hasattr(cls, "_model_mapping") else cls
+    with _fitting_shapes(path), _quiet():
+        model, info = cls.from_pretrained(
+            None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    _check_keys(info["missing_keys"], info["unexpected_keys"], path)
+    return Loaded({MODEL: model}, _kind(model), type(model).__name__, path, _tokenizer(place))
+
+
+def _single_file_pipeline(path: Path, place: Path, dtype: torch.dtype) -> Loaded:
+    """A single-file checkpoint, as the web interfaces use them, with a diffusers folder that says what it is."""
+    index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+    cls: Any = getattr(library("diffusers"), str(index.get("_class_name")), None)
+    if not hasattr(cls, "from_single_file"):
+        raise InputError(f"{index.get('_class_name')} can't be read from a single file", file=path)
+    try:
+        pipeline = cls.from_single_file(str(path), config=str(place), torch_dtype=dtype, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"does not fit the pipeline of {place} ({first_line(error)})", file=path) from error
+    return _around(pipeline, path)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    with _fitting_shapes(path):
+        result = model.load_state_dict(dict(state), strict=False)
+    _check_keys(result.missing_keys, result.unexpected_keys, path)
+
+
+@contextmanager
+def _fitting_shapes(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        what = lines[0] if lines else first_line(error)
+        raise InputError(
+            f"its tensors don't have the shapes of the config ({what})",
+            file=path,
+            remedy="Give the config.json of this very model with --config.",
+        ) from None
+
+
+# Buffers that some versions save and others compute; a pooler that a head's class does without.
+_HARMLESS = re.compile(r"(position_ids|rotary_emb\.inv_freq|attn\.bias|masked_bias)$|(^|\.)pooler\.")
+
+
+def _check_keys(missing: Any, unexpected: Any, path: Path) -> None:
+    for keys, what in ((missing, "lacks"), (unexpected, "has, beyond what its config asks for,")):
+        left = sorted(key for key in keys if not _HARMLESS.search(key))
+        if left:
+            some = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
+            raise InputError(
+                f"{what} {len(left)} tensors: {some}",
+                file=path,
+                remedy="Give the config.json of this very model with --config, or name its folder.",
+            )
+
+
+def _read_config(place: Path) -> dict[str, Any]:
+    file = place / "config.json" if place.is_dir() else place
+    if not file.is_file():
+        raise InputError("there is no config.json to tell the model's class by", file=place)
+    with reading(file):
+        config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not ({"_class_name", "architectures", "model_type"} & set(config)):
+        raise InputError("is no config of a transformers or diffusers model", file=file)
+    return config
+
+
+def _diffusers_class(config: Mapping[str, Any], path: Path) -> Any:
+    cls = getattr(library("diffusers"), str(config["_class_name"]), None)
+    if cls is None:
+        raise InputError(
+            f"this version of diffusers has no {config['_class_name']}", file=path, remedy="Upgrade diffusers."
+        )
+    return cls
+
+
+def _transformers_class(config: Mapping[str, Any], path: Path) -> Any:
+    transformers = library("transformers")
+    for name in config.get("architectures") or ():
+        cls = getattr(transformers, str(name), None)
+        if cls is not None:
+            return cls
+        if str(name).endswith(("ForCausalLM", "LMHeadModel")):
+            return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _transformers_config(fields: Mapping[str, Any], place: Path) -> Any:
+    transformers = library("transformers")
+    kind = fields.get("model_type")
+    if kind is None or kind not in transformers.CONFIG_MAPPING:
+        raise InputError(f"this version of transformers has no model type {kind!r}", file=place)
+    return transformers.CONFIG_MAPPING[kind].from_dict(dict(fields))
+
+
+def _kind(model: nn.Module) -> Kind:
+    name = type(model).__name__
+    generates = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return "language" if generates else "encoder"
+
+
+def _tokenizer(place: Path) -> Any:
+    folder = place if place.is_dir() else place.parent
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    with reading(folder):
+        return library("transformers").AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _device(name: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise RegraftError(f"there is no device {name!r} here", remedy="Use --device cpu.")
+    return torch.device(name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name not in known:
+        raise RegraftError(f"no dtype is named {name!r}", remedy=f"Known: {', '.join(known)}.")
+    return known[name]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' load reports and bars are silenced: what matters of them is raised as an error here."""
+    silenced: list[tuple[Any, int, bool]] = []
+    for name in ("transformers", "diffusers"):
+        if name not in sys.modules:
+            continue
+        logging = import_module(f"{name}.utils.logging")
+        silenced.append((logging, logging.get_verbosity(), bool(logging.is_progress_bar_enabled())))
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # They warn of their own older spellings, which we use to run with older versions of them, too.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logging, verbosity, bars in silenced:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

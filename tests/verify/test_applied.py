@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from regraft.adapter import MODEL, Adapter, ModuleRef
+from regraft.errors import InputError
+from regraft.probes.controls import random_like
+from regraft.runtime import applied, fitting, load_model
+from regraft.tensors import InMemory
+from regraft.updates import Full, LowRank
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _peft_layer(layer: Any) -> LowRank:
+    """The update that one PEFT layer makes, read from the live layer."""
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    magnitude = layer.lora_magnitude_vector["default"].weight if layer.lora_magnitude_vector else None
+    bias = layer.lora_B["default"].bias
+    conv1d = type(layer.get_base_layer()).__name__ == "Conv1D"
+    return LowRank(
+        InMemory((down.T if conv1d else up).detach().clone().contiguous()),
+        InMemory((up.T if conv1d else down).detach().clone().contiguous()),
+        scale=layer.scaling["default"],
+        magnitude=None if magnitude is None else InMemory(magnitude.detach().clone()),
+        bias=None if bias is None else InMemory(bias.detach().clone()),
+        orientation="conv1d" if conv1d else "weight",
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"use_rslora": True}),
+        ("llama", {"use_dora": True}),
+        ("bert", {"lora_bias": True}),
+        ("gpt2", {}),
+    ],
+)
+def test_an_applied_adapter_gives_what_peft_merges(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    make, targets = {
+        "llama": (tiny.llama, ["q_proj", "down_proj"]),
+        "bert": (tiny.bert, ["query", "dense"]),
+        "gpt2": (tiny.gpt2, ["c_attn"]),
+    }[family]
+    folder = make(tmp_path / "base")
+    loaded = load_model(folder)
+    wrapped = get_peft_model(
+        load_model(folder).main,
+        LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(torch.linspace(0.5, 1.5, parameter.numel()))
+    updates = {
+        ModuleRef(MODEL, name.removeprefix("base_model.model.")): _peft_layer(layer)
+        for name, layer in wrapped.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    adapter = Adapter(updates, format="peft")
+    with torch.no_grad():
+        plain = loaded.main(IDS)[0]
+        with applied(loaded.components, adapter):
+            ours = loaded.main(IDS)[0]
+        theirs = wrapped.merge_and_unload()(IDS)[0]
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - plain).abs().max() > 1e-2
+
+
+def test_the_weights_come_back_bit_for_bit_even_after_an_error(tmp_path: Path) -> None:
+    loaded = load_model(tiny.bert(tmp_path / "base"))
+    before, identities = _weights(loaded.main), {n: id(p) for n, p in loaded.main.named_parameters()}
+    adapter = tiny.lora(loaded.main, ["query", "dense"])
+    with pytest.raises(RuntimeError), applied(loaded.components, adapter):
+        loaded.main.pooler.dense(torch.full((1, 3), 0.0))
+    with applied(loaded.components, adapter):
+        assert not torch.equal(loaded.main.state_dict()["pooler.dense.weight"], before["pooler.dense.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in loaded.main.state_dict().items())
+    assert {n: id(p) for n, p in loaded.main.named_parameters()} == identities
+
+
+def test_a_tied_weight_changes_only_where_the_adapter_names_it(tmp_path: Path) -> None:
+    loaded = load_model(tiny.gpt2(tmp_path / "base"))
+    embedding = loaded.main.transformer.wte.weight
+    assert loaded.main.lm_head.weight is embedding
+    with applied(loaded.components, tiny.lora(loaded.main, ["lm_head"])):
+        assert loaded.main.transformer.wte.weight is embedding
+        assert not torch.equal(loaded.main.lm_head.weight, embedding)
+    assert loaded.main.lm_head.weight is embedding
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "model.bert."])
+def test_a_prefix_more_or_less_is_no_obstacle(prefix: str, tmp_path: Path) -> None:
+    loaded = load_model(tiny.bert(tmp_path / "base"))
+    adapter = tiny.lora(loaded.main, ["query"])
+    renamed = replace(adapter, updates={ModuleRef(c, prefix + p): u for (c, p), u in adapter.updates.items()})
+    with applied(loaded.components, adapter):
+        expected = _weights(loaded.main)
+    with applied(loaded.components, renamed):
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.main.state_dict().items())
+
+
+def test_missing_modules_and_other_shapes_are_named(tmp_path: Path) -> None:
+    loaded = load_model(tiny.bert(tmp_path / "base"))
+    wider = load_model(tiny.bert(tmp_path / "wider", width=32))
+    adapter = tiny.lora(loaded.main, ["query"])
+    other = replace(adapter, updates={ModuleRef(MODEL, "no.such.module"): next(iter(adapter.updates.values()))})
+    with pytest.raises(InputError, match=r"no place for 1 of the adapter's 1 modules \(no.such.module: no such module"):
+        applied(loaded.components, other).__enter__()
+    with pytest.raises(InputError, match=r"its shape is \(32, 32\), the adapter's \(16, 16\)"):
+        applied(wider.components, adapter).__enter__()
+    two = replace(adapter, updates={ModuleRef(c, p): u for c in ("unet", "text_encoder") for (_, p), u in
+                                    adapter.updates.items()})  # fmt: skip
+    with pytest.raises(InputError, match="there is no unet"):
+        applied(loaded.components, two).__enter__()
+    assert not fitting(wider.components, adapter).updates
+    assert fitting(loaded.components, adapter).updates == adapter.updates
+
+
+def test_a_whole_parameter_is_replaced_and_may_bring_added_tokens(tmp_path: Path) -> None:
+    loaded = load_model(tiny.llama(tmp_path / "base"))
+    table = torch.randn(50, 16)
+    adapter = Adapter(
+        {
+            ModuleRef(MODEL, "model.embed_tokens.weight"): Full(InMemory(table), "k"),
+            ModuleRef(MODEL, "model.norm.weight"): Full(InMemory(torch.full((16,), 2.0)), "n"),
+        },
+        format="peft",
+    )
+    with torch.no_grad(), applied(loaded.components, adapter):
+        loaded.main(torch.tensor([[49]]))
+        assert torch.equal(loaded.main.model.embed_tokens.weight, table)
+        assert torch.equal(loaded.main.model.norm.weight, torch.full((16,), 2.0))
+    assert loaded.main.model.embed_tokens.weight.shape == (48, 16)
+
+
+def test_the_random_control_has_the_ranks_and_norms_of_its_model_and_is_repeatable(tmp_path: Path) -> None:
+    loaded = load_model(tiny.unet(tmp_path / "base"))
+    adapter = tiny.lora({"unet": loaded.main}, ["to_q", "conv1", "proj_in"])
+    full = ModuleRef("unet", "conv_in.bias")
+    adapter = replace(adapter, updates={**adapter.updates, full: Full(InMemory(torch.ones(8)), "b")})
+    once, again = random_like(loaded.components, adapter, 3), random_like(loaded.components, adapter, 3)
+    assert list(once.updates) == list(adapter.updates)
+    for ref, update in adapter.updates.items():
+        made, repeated = once.updates[ref], again.updates[ref]
+        assert made.rank == update.rank
+        assert made.shape == update.shape
+        if isinstance(update, LowRank) and isinstance(made, LowRank) and isinstance(repeated, LowRank):
+            assert made.norm() == pytest.approx(update.norm(), rel=1e-4)
+            assert torch.equal(made.delta(), repeated.delta())
+            overlap = (made.delta() * update.delta()).sum() / (made.norm() * update.norm())
+            assert abs(float(overlap)) < 0.7
+    old = loaded.main.conv_in.bias
+    new = once.updates[full]
+    assert isinstance(new, Full)
+    assert (new.value.load() - old).norm() == pytest.approx(float((torch.ones(8) - old).norm()), rel=1e-4)
