@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import report_samples as samples
 
 from regraft.report.chart import draw
-from regraft.report.depth import block_of, component_of, groups, in_depth_order, left_out, percent
+from regraft.report.depth import after_word, block_of, component_of, further, groups, in_depth_order, left_out, percent
 
 
 def marks(svg: str) -> int:
@@ -98,3 +98,9 @@ def test_what_is_left_out_is_listed_by_reason_heaviest_first() -> None:
 
 def test_small_shares_are_not_rounded_to_nothing() -> None:
     assert [percent(v) for v in (None, 0.0, 0.0004, 0.0713, 1.0)] == ["–", "0 %", "<0.1 %", "7.1 %", "100 %"]
+
+
+def test_the_verdicts_word_and_its_reason_are_not_said_twice() -> None:
+    assert after_word("Refused: the weights are unrelated.", "REFUSED") == "The weights are unrelated."
+    assert after_word("Part of it survives.", "Needs a refine") == "Part of it survives."
+    assert further(["the weights are unrelated", "other"], "Refused: the weights are unrelated.") == ["other"]

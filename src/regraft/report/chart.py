@@ -202,6 +202,7 @@ class Chart:
     modules: int
     has_similarity: bool
     has_drift: bool
+    beyond: bool
 
     @property
     def by_block(self) -> bool:
@@ -262,4 +263,5 @@ def draw(modules: Iterable[Module], *, key: str = "chart", limit: int = MARK_LIM
         f"{_block_labels(slots, bottom)}</svg>"
     )
     sims, drifts = any(g.similarities for g in marks), any(g.distances for g in marks)
-    return Chart(svg, used, len(marks), len(everything), sims, drifts)
+    beyond = any(d > 1 for g in marks for d in g.distances)
+    return Chart(svg, used, len(marks), len(everything), sims, drifts, beyond)

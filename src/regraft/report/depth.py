@@ -149,7 +149,9 @@ class LeftOut:
     @property
     def where(self) -> str:
         """The blocks they stand in, shortened to three."""
-        blocks = list(dict.fromkeys(block_of(name) for name in self.names)) if len(self.names) > 3 else list(self.names)
+        blocks = list(dict.fromkeys(block_of(name) for name in self.names))
+        if len(self.names) <= 3 and len(blocks) > 1:
+            blocks = list(self.names)
         return ", ".join(blocks[:3]) + (f" and {len(blocks) - 3} more" if len(blocks) > 3 else "")
 
 
@@ -177,9 +179,22 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None) -> str:
     """Two decimals, or a dash."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def whole_percent(value: float) -> str:
     """``0.88`` → ``88 %``: for forecasts, which carry no more digits."""
     return f"{100 * value:.0f} %"
+
+
+def after_word(summary: str, word: str) -> str:
+    """The summary without the verdict's word in front, which stands before it already."""
+    head, colon, rest = summary.partition(": ")
+    if not colon or head.lower() != word.lower():
+        return summary
+    return rest[:1].upper() + rest[1:]
+
+
+def further(reasons: Iterable[str], summary: str) -> list[str]:
+    """The reasons that the summary has not given in the same words."""
+    return [reason for reason in reasons if reason.rstrip(".").lower() not in summary.lower()]

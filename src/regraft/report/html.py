@@ -295,6 +295,8 @@ def _environment() -> Environment:
         columns=columns,
         column_groups=column_groups,
         left_out=depth.left_out,
+        after_word=depth.after_word,
+        further=depth.further,
         in_order=depth.in_depth_order,
         total=depth.total,
         effects=effects,

@@ -13,7 +13,9 @@ from rich.table import Table
 from regraft.report.depth import (
     Group,
     Module,
+    after_word,
     component_of,
+    further,
     groups,
     left_out,
     mean,
@@ -63,7 +65,7 @@ def check_table(report: CheckReport, console: Console) -> None:
     ]
     _facts(console, rows)
     _left_out(console, report.modules)
-    _reasons(console, report.reasons)
+    _reasons(console, further(report.reasons, report.summary))
     _modules(console, report.modules)
 
 
@@ -91,7 +93,7 @@ def port_table(report: PortReport, console: Console) -> None:
     rows += [("took", f"{report.seconds:.1f} s, {report.peak_mb:.0f} MB at most")]
     _facts(console, rows)
     _left_out(console, report.modules)
-    _reasons(console, report.reasons)
+    _reasons(console, further(report.reasons, report.summary))
     if report.unrecognised:
         _reasons(console, [f"not understood: {key}" for key in report.unrecognised[:5]])
     _modules(console, report.modules)
@@ -124,7 +126,7 @@ def verify_table(report: VerifyReport, console: Console) -> None:
 
 
 def _head(console: Console, word: str, style: str, summary: str) -> None:
-    console.print(f"[{style}]{word}[/]  {escape(summary)}")
+    console.print(f"[{style}]{word}[/]  {escape(after_word(summary, word))}")
     console.print()
 
 
@@ -199,7 +201,7 @@ def _modules(console: Console, modules: Sequence[Module]) -> None:
     rows = groups(modules, ROW_LIMIT)
     one = len(rows) == len(modules)
     table = _table(
-        "module" if one else "block", "" if one else "modules", "share", "similar", *([] if one else ["min"]), "drift"
+        "module" if one else "block", "" if one else "modules", "share", "sim", *([] if one else ["min"]), "drift"
     )
     if ported:
         table.add_column("kept", justify="right")
