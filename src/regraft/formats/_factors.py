@@ -24,6 +24,11 @@ class Reshaped:
     def dtype(self) -> torch.dtype:
         return self.of.dtype
 
+    @property
+    def name(self) -> str:
+        """The file's own key, for messages."""
+        return str(getattr(self.of, "name", "a tensor in memory"))
+
     def load(self) -> Tensor:
         return self.of.load().reshape(self.shape)
 
