@@ -73,11 +73,10 @@ class Carrier:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
         if isinstance(update, Full):
             return self._carry_full(ref, update)
-        home = ready.located.modules[ref]
-        entry = ready.migration.entries[home]
+        entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None
-        target = _respell(ref, home, entry.target)
+        target = _respell(ref, entry.target)
         carried, kept, cut = self._transport(ref, update, entry, entry.transport)
         row = self._row(ref, update, "ported", entry.reason, target=target, entry=entry)
         row = row.model_copy(update={"energy_kept": kept, "cut_loss": cut, "rank_out": carried.rank})
@@ -211,12 +210,8 @@ def _shape_like(shape: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
     return (*new[:2], *shape[2:]) if len(shape) > len(new) else tuple(new[: len(shape)])
 
 
-def _respell(ref: ModuleRef, home: ModuleRef, target: ModuleRef) -> ModuleRef:
-    """The target's name as the adapter spells names: its own prefix, the new base's path."""
-    if target.path == home.path or target.path == ref.path:
-        return ref
-    if ref.path.endswith(home.path):
-        return ModuleRef(ref.component, ref.path.removesuffix(home.path) + target.path)
-    if home.path.endswith(ref.path):
-        return ModuleRef(ref.component, target.path.removeprefix(home.path.removesuffix(ref.path)))
-    return ModuleRef(ref.component, target.path)
+def _respell(ref: ModuleRef, target: ModuleRef) -> ModuleRef:
+    """The target's name as the adapter spells names: its own words, the new base's block numbers."""
+    numbers = iter([part for part in target.path.split(".") if part.isdigit()])
+    parts = [next(numbers, part) if part.isdigit() else part for part in ref.path.split(".")]
+    return ModuleRef(ref.component, ".".join(parts))

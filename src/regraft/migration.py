@@ -23,6 +23,7 @@ from regraft.transport import Transport
 from regraft.updates import LowRank
 
 if TYPE_CHECKING:
+    from regraft.carry import Settings
     from regraft.port import PortResult
 
 Ticker = Callable[[int, int, str], None]
@@ -88,11 +89,19 @@ class Migration:
         """The old base's modules of one component."""
         return iter(self.components.get(component, ()))
 
-    def port(self, adapter: Adapter, **options: Any) -> PortResult:
+    def port(
+        self,
+        adapter: Adapter,
+        settings: Settings | None = None,
+        *,
+        old: Base | None = None,
+        new: Base | None = None,
+    ) -> PortResult:
         """Carry an adapter over; see `regraft.port.apply_migration`."""
+        from regraft.carry import Settings
         from regraft.port import apply_migration
 
-        return apply_migration(adapter, self, **options)
+        return apply_migration(adapter, self, settings or Settings(), old=old, new=new)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write it as one safetensors file; see `regraft.migration_file`."""

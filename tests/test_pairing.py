@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from regraft import ModuleRef, open_base, port
+from regraft.adapter import MODEL
+from regraft.pairing import monotone_alignment, pair_bases
+from toys import StateDict, deltas, drifted, llama, lora, save_base
+
+
+def without_layers(state: StateDict, removed: set[int]) -> StateDict:
+    """The model with whole blocks taken out and the rest numbered anew."""
+    kept, out = [i for i in range(10) if i not in removed], {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            if int(parts[2]) in removed:
+                continue
+            parts[2] = str(kept.index(int(parts[2])))
+        out[".".join(parts)] = tensor
+    return out
+
+
+def layer_map(old: StateDict, new: StateDict, tmp_path: Path) -> dict[int, int | None]:
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((old, new))]
+    found = {}
+    for ref, answer in pair_bases(*bases).counterparts.items():
+        if "layers" in ref.path:
+            found[int(ref.path.split(".")[2])] = int(answer.module.path.split(".")[2]) if answer.module else None
+    return found
+
+
+@pytest.mark.parametrize("removed", [{0}, {1, 2}, {0, 2, 4}])
+def test_removed_blocks_are_found_by_their_weights(tmp_path: Path, removed: set[int]) -> None:
+    old = llama(layers=5)
+    kept = [i for i in range(5) if i not in removed]
+    expected = {i: kept.index(i) if i in kept else None for i in range(5)}
+    assert layer_map(old, drifted(without_layers(old, removed), 0.3), tmp_path) == expected
+
+
+@pytest.mark.parametrize("removed", [{0}, {1, 2}, {0, 2, 4}])
+def test_added_blocks_are_found_by_their_weights(tmp_path: Path, removed: set[int]) -> None:
+    new = llama(layers=5)
+    kept = [i for i in range(5) if i not in removed]
+    assert layer_map(without_layers(new, removed), drifted(new, 0.3), tmp_path) == dict(enumerate(kept))
+
+
+def test_a_removed_block_is_a_planned_skip_with_its_share_and_reason(tmp_path: Path) -> None:
+    state = llama(layers=4)
+    adapter = lora(state)
+    old = open_base(save_base(state, tmp_path / "old.safetensors"))
+    new = open_base(save_base(without_layers(state, {1}), tmp_path / "new.safetensors"))
+    report = port(adapter, old, new).report
+    skipped = [row for row in report.modules if row.status == "skipped"]
+    assert {row.name.split(".")[2] for row in skipped} == {"1"}
+    assert all("no counterpart" in row.reason for row in skipped)
+    squares = {ref: float(delta.square().sum()) for ref, delta in deltas(adapter).items()}
+    lost = sum(square for ref, square in squares.items() if ".1." in ref.path) / sum(squares.values())
+    assert report.skipped_share == pytest.approx(lost, rel=1e-4)
+    targets = {row.name: row.target for row in report.modules if row.status == "ported"}
+    assert targets["model.layers.3.mlp.down_proj"] == "model.layers.2.mlp.down_proj"
+
+
+def test_a_base_saved_under_another_prefix_is_paired_by_name(tmp_path: Path) -> None:
+    state = llama()
+    bare = {
+        name.removeprefix("model."): tensor for name, tensor in drifted(state, 0.1).items() if "lm_head" not in name
+    }
+    old = open_base(save_base(state, tmp_path / "old.safetensors"))
+    new = open_base(save_base(bare, tmp_path / "new.safetensors"))
+    result = port(lora(state), old, new)
+    assert result.report.counts.ported == 9
+    # The adapter keeps its own spelling: it is loaded on the same class as before.
+    assert set(result.adapter.updates) == set(lora(state).updates)
+
+
+def test_a_component_that_the_new_base_lacks_is_skipped_and_named(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    state = llama()
+    adapter = lora(state)
+    two = {ModuleRef("unet", ref.path): update for ref, update in adapter.updates.items()}
+    two |= {ModuleRef("text_encoder", ref.path): update for ref, update in adapter.updates.items()}
+    for component in ("unet", "text_encoder"):
+        save_base(state, tmp_path / "old" / component / "model.safetensors")
+    save_base(drifted(state, 0.1), tmp_path / "new" / "unet" / "model.safetensors")
+    result = port(
+        replace(adapter, updates=two, format="diffusers"), open_base(tmp_path / "old"), open_base(tmp_path / "new")
+    )
+    assert {ref.component for ref in result.adapter.updates} == {"unet"}
+    skipped = [row for row in result.report.modules if row.status == "skipped"]
+    assert len(skipped) == 9
+    assert all(row.reason == "the new base has no text_encoder" for row in skipped)
+
+
+def test_a_bare_file_of_one_component_takes_that_component_of_an_adapter(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    state = llama()
+    adapter = lora(state)
+    two = {ModuleRef("unet", ref.path): update for ref, update in adapter.updates.items()}
+    two[ModuleRef("text_encoder", "encoder.block.0.q")] = adapter.updates[
+        ModuleRef(MODEL, "model.layers.0.self_attn.q_proj")
+    ]
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, drifted(state, 0.1)))]
+    report = port(replace(adapter, updates=two, format="diffusers"), *bases).report
+    assert report.counts.ported == 9
+    assert report.counts.skipped == 1
+
+
+def test_alignment_is_monotone_and_best() -> None:
+    from itertools import combinations
+
+    scores = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    found = monotone_alignment(scores)
+    best = max(combinations(range(6), 3), key=lambda columns: sum(float(scores[i, j]) for i, j in enumerate(columns)))
+    assert found == list(enumerate(best))
+    assert monotone_alignment(scores.T) == [(j, i) for i, j in found]

@@ -1,0 +1,101 @@
+"""What must be refused before anything is written, and what must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from regraft import Refused, Settings, check, load_adapter, open_base, port
+from regraft.base import Base
+from toys import drifted, llama, lora, save_base
+
+
+def pair(tmp_path: Path, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> tuple[Base, Base]:
+    return open_base(save_base(old, tmp_path / "o.safetensors")), open_base(save_base(new, tmp_path / "n.safetensors"))
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3], ids=["centred", "common mean"])
+def test_unrelated_weights_under_the_same_names_are_refused(tmp_path: Path, offset: float) -> None:
+    old, new = ({name: t + offset for name, t in llama(seed).items()} for seed in (0, 1))
+    bases = pair(tmp_path, old, new)
+    assert check(lora(llama()), *bases).verdict == "refused"
+    with pytest.raises(Refused, match="nothing to do with each other"):
+        port(lora(llama()), *bases)
+
+
+def test_a_target_of_random_weights_is_refused_by_every_method(tmp_path: Path) -> None:
+    from regraft.methods import methods
+
+    noise = {name: torch.rand_like(t) for name, t in llama().items()}
+    bases = pair(tmp_path, llama(), noise)
+    for method in methods():
+        with pytest.raises(Refused):
+            port(lora(llama()), *bases, method)
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+def test_a_target_that_already_contains_the_adapter_is_refused(tmp_path: Path, strength: float) -> None:
+    state, adapter = llama(), lora(llama())
+    merged = drifted(state, 0.1)
+    for ref, update in adapter.updates.items():
+        merged[f"{ref.path}.weight"] = merged[f"{ref.path}.weight"] + strength * update.delta()
+    with pytest.raises(Refused, match="already contains this adapter"):
+        port(adapter, *pair(tmp_path, state, merged))
+    other = lora(llama(), seed=8)
+    assert port(other, *pair(tmp_path, state, merged)).report.verdict == "survives"
+
+
+def test_another_family_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    gpt2 = {f"transformer.h.{i}.attn.c_attn.weight": torch.randn(24, 72) for i in range(3)}
+    gpt2 |= {"transformer.wte.weight": torch.randn(96, 24), "transformer.wpe.weight": torch.randn(32, 24)}
+    lora(llama()).save(tmp_path / "lora")
+    with pytest.raises(Refused, match="llama") as refusal:
+        port(load_adapter(tmp_path / "lora"), *pair(tmp_path, gpt2, gpt2))
+    assert "gpt2" in str(refusal.value)
+
+
+def test_near_bases_survive_drifted_ones_need_a_refine(tmp_path: Path) -> None:
+    state = llama()
+    verdicts = {
+        d: check(lora(state), *pair(tmp_path, state, drifted(state, d))).verdict for d in (0.0, 0.01, 0.1, 0.4, 0.8)
+    }
+    assert verdicts == {0.0: "survives", 0.01: "survives", 0.1: "survives", 0.4: "refine", 0.8: "refine"}
+
+
+def test_force_overrides_and_is_recorded(tmp_path: Path) -> None:
+    import json
+
+    from regraft.lineage import KEY
+
+    result = port(lora(llama()), *pair(tmp_path, llama(0), llama(1)), settings=Settings(force=True))
+    assert result.report.forced
+    assert result.report.verdict == "refused"
+    assert json.loads(result.adapter.metadata[KEY])["ports"][0]["forced"] is True
+
+
+def test_similarity_is_one_for_equal_weights_and_near_zero_by_chance(tmp_path: Path) -> None:
+    equal = check(lora(llama()), *pair(tmp_path, llama(), llama()))
+    assert equal.similarity == pytest.approx(1.0)
+    assert equal.distance == pytest.approx(0.0)
+    chance = check(lora(llama()), *pair(tmp_path, llama(0), llama(1)))
+    assert abs(chance.similarity) < 0.1
+    assert chance.distance == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_the_drift_is_seen_where_the_adapter_works(tmp_path: Path) -> None:
+    """Drift outside of the update's own spaces does not touch it; the same drift inside does."""
+    state, adapter = llama(), lora(llama())
+    inside, outside = dict(state), dict(state)
+    for ref, update in adapter.updates.items():
+        name = f"{ref.path}.weight"
+        up, down = update.factors()
+        q, k = torch.linalg.qr(up)[0], torch.linalg.qr(down.T)[0]
+        noise = torch.randn(state[name].shape, generator=torch.Generator().manual_seed(3)) * 0.05
+        within = q @ (q.T @ noise @ k) @ k.T
+        inside[name], outside[name] = state[name] + within, state[name] + noise - within
+    near = check(adapter, *pair(tmp_path, state, outside)).modules
+    hit = check(adapter, *pair(tmp_path, state, inside)).modules
+    assert all(row.adapter_distance < 1e-5 < row.distance for row in near)
+    assert all(row.adapter_distance > row.distance for row in hit)
