@@ -56,7 +56,7 @@ def test_check_table_tells_verdict_forecast_and_tier() -> None:
     text = " ".join(shown(check_table, samples.check(verdict="refused")).split())
     assert text.startswith("REFUSED")
     assert "88 % of a native adapter's gain (79 to 94 %)" in text
-    assert "(tier: port)" in text
+    assert "advised port: carry the weights over method copy" in text
 
 
 def test_verify_table_has_the_controls() -> None:

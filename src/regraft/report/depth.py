@@ -187,6 +187,14 @@ def whole_percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
+#: What each tier asks of the user, in the fewest words.
+TIERS = {
+    "port": "carry the weights over",
+    "refine": "carry the weights over, then distil for some minutes, without data",
+    "bridge": "the weights can't be carried over; keep the old base beside the new one",
+}
+
+
 def after_word(summary: str, word: str) -> str:
     """The summary without the verdict's word in front, which stands before it already."""
     head, colon, rest = summary.partition(": ")

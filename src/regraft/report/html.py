@@ -297,6 +297,7 @@ def _environment() -> Environment:
         left_out=depth.left_out,
         after_word=depth.after_word,
         further=depth.further,
+        tiers=depth.TIERS,
         in_order=depth.in_depth_order,
         total=depth.total,
         effects=effects,

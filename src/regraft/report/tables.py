@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from regraft.report.depth import (
+    TIERS,
     Group,
     Module,
     after_word,
@@ -50,7 +51,8 @@ def check_table(report: CheckReport, console: Console) -> None:
         ("adapter", escape(report.input)),
         ("from", _base(report.source)),
         ("to", _base(report.target)),
-        ("method", f"[bold]{escape(report.method)}[/] (tier: {report.tier})"),
+        ("advised", f"[bold]{report.tier}[/]: {TIERS[report.tier]}"),
+        *([("method", f"[bold]{escape(report.method)}[/]")] if report.tier != "bridge" else []),
         (
             "modules",
             _counts(counts, "to port", "to skip", total(m.share for m in report.modules if m.status == "skipped")),
