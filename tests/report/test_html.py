@@ -169,6 +169,17 @@ def test_the_record_stands_on_the_page_as_text_without_the_makers_folders() -> N
     assert "&#34;schema_version&#34;: 1" in page
 
 
+def test_controls_have_plain_names_and_keep_their_notes() -> None:
+    partial = samples.interval(0.6).model_copy(update={"reason": "3 of 9 modules have no place"})
+    kl = samples.interval(0.0042, 0.0001)
+    row = samples.verify().controls["copy"].model_copy(update={"effect_cosine": partial, "kl": kl})
+    words = Page(render_verify(samples.verify(controls={"copy": row, "none": row}))).words
+    assert "plain copy" in words
+    assert "new base alone" in words
+    assert "3 of 9 modules have no place" in words
+    assert "0.0042 0.0041 to 0.0043" in words
+
+
 def test_a_port_that_was_not_measured_says_so() -> None:
     report = samples.port(samples.llm())
     assert "has not been measured here" in render_port(report)

@@ -182,10 +182,23 @@ def number(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.2f}".replace("-0.00", "0.00")
 
 
+def significant(value: float | None) -> str:
+    """Three significant digits: for a KL, which may be small or large."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
 def whole_percent(value: float) -> str:
     """``0.88`` → ``88 %``: for forecasts, which carry no more digits."""
     return f"{100 * value:.0f} %"
 
+
+#: What the controls of a measurement are.
+CONTROLS = {
+    "none": "new base alone",
+    "copy": "plain copy",
+    "random": "random update of equal norm",
+    "native": "trained natively",
+}
 
 #: What each tier asks of the user, in the fewest words.
 TIERS = {

@@ -67,7 +67,7 @@ def port_banner(port: PortReport) -> Banner:
     return Banner("Ported", *GOOD)
 
 
-MEASURED = Banner("Measured", "plain", "gauge")
+MEASURED = Banner("Measured", "neutral", "gauge")
 
 
 def render_port(port: PortReport, *, check: CheckReport | None = None, verify: VerifyReport | None = None) -> str:
@@ -298,6 +298,9 @@ def _environment() -> Environment:
         after_word=depth.after_word,
         further=depth.further,
         tiers=depth.TIERS,
+        controls=depth.CONTROLS,
+        two=depth.number,
+        significant=depth.significant,
         in_order=depth.in_depth_order,
         total=depth.total,
         effects=effects,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from regraft.report.depth import (
+    CONTROLS,
     TIERS,
     Group,
     Module,
@@ -22,6 +23,7 @@ from regraft.report.depth import (
     mean,
     number,
     percent,
+    significant,
     total,
     whole_percent,
 )
@@ -119,8 +121,12 @@ def verify_table(report: VerifyReport, console: Console) -> None:
     table = _table("", "effect cosine", "norm ratio", *(["KL"] if with_kl else []))
     for name, effect in effects.items():
         cells = [_interval(effect.effect_cosine), _interval(effect.effect_norm_ratio)]
-        table.add_row(escape(name), *cells, *([_interval(effect.kl)] if with_kl else []))
+        table.add_row(
+            escape(CONTROLS.get(name, name)), *cells, *([_interval(effect.kl, significant)] if with_kl else [])
+        )
     console.print(table)
+    notes = dict.fromkeys(e.effect_cosine.reason for e in effects.values() if e.effect_cosine.mean is not None)
+    _reasons(console, [note for note in notes if note])
     console.print("[dim]cosine 1: the same direction; ratio 1: as strong. 95 % intervals over inputs.[/]")
 
 
@@ -162,11 +168,11 @@ def _forecast(value: Forecast) -> str:
     return f"[bold]{whole_percent(value.recovery)}[/] of a native adapter's gain ({ends})"
 
 
-def _interval(value: Interval | None) -> str:
+def _interval(value: Interval | None, digits: Callable[[float | None], str] = number) -> str:
     if value is None or value.mean is None:
         return escape(f"– ({value.reason})") if value is not None and value.reason else "–"
-    ends = f" ({number(value.low)} to {number(value.high)})" if value.low is not None and value.high is not None else ""
-    return f"{number(value.mean)}{ends}"
+    ends = f" ({digits(value.low)} to {digits(value.high)})" if value.low is not None and value.high is not None else ""
+    return f"{digits(value.mean)}{ends}"
 
 
 def _left_out(console: Console, modules: Sequence[Module]) -> None:
