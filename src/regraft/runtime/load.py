@@ -120,7 +120,7 @@ def _folder(path: Path, dtype: torch.dtype) -> Loaded:
         return _pipeline(path, dtype)
     config = _read_config(path)
     if "_class_name" in config:
-        cls = _diffusers_class(config, path)
+        cls = _unet_class(config, path)
         with reading(path), _quiet():
             model = cls.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
         return _denoiser(model, path)
@@ -154,14 +154,7 @@ def _around(pipeline: Any, path: Path) -> Loaded:
 
 
 def _denoiser(model: nn.Module, path: Path) -> Loaded:
-    name = type(model).__name__
-    if not name.startswith("UNet"):
-        raise InputError(
-            f"a {name} alone can't be run: its inputs come from the pipeline",
-            file=path,
-            remedy="Give the pipeline's folder (the one with model_index.json).",
-        )
-    return Loaded({"unet": model}, "denoiser", name, path)
+    return Loaded({"unet": model}, "denoiser", type(model).__name__, path)
 
 
 def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
@@ -178,7 +171,7 @@ def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
     tensors = open_checkpoint(path).components.get(MODEL, {})
     state = {name: ref.load() for name, ref in tensors.items()}
     if "_class_name" in fields:
-        model = _diffusers_class(fields, place).from_config(fields)
+        model = _unet_class(fields, place).from_config(fields)
         _fill(model, state, path)
         return _denoiser(model.to(dtype), path)
     cls, settings = _transformers_class(fields, place), _transformers_config(fields, place)
@@ -252,11 +245,16 @@ def _read_config(place: Path) -> dict[str, Any]:
     return config
 
 
-def _diffusers_class(config: Mapping[str, Any], path: Path) -> Any:
-    cls = getattr(library("diffusers"), str(config["_class_name"]), None)
+def _unet_class(config: Mapping[str, Any], path: Path) -> Any:
+    name = str(config["_class_name"])
+    cls = getattr(library("diffusers"), name, None)
     if cls is None:
+        raise InputError(f"this version of diffusers has no {name}", file=path, remedy="Upgrade diffusers.")
+    if not name.startswith("UNet"):
         raise InputError(
-            f"this version of diffusers has no {config['_class_name']}", file=path, remedy="Upgrade diffusers."
+            f"a {name} alone can't be run: its inputs come from the pipeline",
+            file=path,
+            remedy="Give the pipeline's folder (the one with model_index.json).",
         )
     return cls
 

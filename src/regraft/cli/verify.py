@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regraft.base import open_base
+from regraft.cli import _options as o
+from regraft.cli._sink import emit, progress
+from regraft.errors import UsageError
+from regraft.formats import load_adapter
+from regraft.output import check_writable, write_text
+from regraft.probes import read_prompts
+from regraft.report.tables import verify_table
+from regraft.verify import verify as verify_adapters
+
+
+def verify(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The adapter as it was trained on OLD.")],
+    ported: Annotated[Path, typer.Argument(metavar="PORTED", help="The adapter for NEW.")],
+    old: o.From = None,
+    new: o.To = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Inputs: one per line, UTF-8.")
+    ] = None,
+    n_inputs: Annotated[
+        int | None,
+        typer.Option("--n-inputs", min=1, help="By default 32 texts, 16 for pictures, or all given."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, random control and intervals.")] = 0,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="JSON|FOLDER", help="Of a bare weights file.")
+    ] = None,
+    device: o.Device = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", help="What the models run in.")] = "float32",
+    threads: o.Threads = None,
+    report: o.Report = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Did it survive? Both bases with and without their adapter on the same inputs, beside controls."""
+    if old is None or new is None:
+        raise UsageError("--from and --to are both needed: each adapter is run on its own base")
+    if report is not None:
+        check_writable(report, overwrite=overwrite)
+    o.use_hardware(device, "float32", threads)
+    texts = read_prompts(prompts) if prompts is not None else None
+    trained, carried = (
+        load_adapter(path, names=o.names_of(open_base(base))) for path, base in ((original, old), (ported, new))
+    )
+    with progress("Verifying", quiet=quiet) as tick:
+        record = verify_adapters(
+            trained,
+            carried,
+            old,
+            new,
+            prompts=texts,
+            n_inputs=n_inputs,
+            seed=seed,
+            config=config,
+            device=device,
+            dtype=str(o.dtype(dtype)).removeprefix("torch."),
+            tick=tick,
+        )
+    if report is not None:
+        from regraft.report.html import render_verify
+
+        write_text(render_verify(record), report, overwrite=overwrite)
+    emit(record, json=json, quiet=quiet, table=lambda console: verify_table(record, console))
