@@ -1,0 +1,75 @@
+"""``regraft inspect``: the record, the table, and no factor read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import regraft.tensors
+from regraft.cli import register
+from regraft.inspection import inspect_adapter
+
+REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(register(), ["inspect", *arguments], catch_exceptions=False, env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_json_is_the_record() -> None:
+    record = json.loads(run(str(REAL), "--json"))
+    assert record == json.loads(inspect_adapter(REAL).to_json())
+    assert record["components"]["unet"] == {"modules": 144, "kinds": {"lora": 144}, "ranks": [4], "alphas": []}
+    assert record["tokens"] == {}
+
+
+def test_the_table_names_format_family_and_components() -> None:
+    text = run(str(REAL))
+    assert "cloneofsimo" in text
+    assert "sd15 (Stable Diffusion 1.x)" in text
+    assert ["unet", "144", "144", "lora", "4", "–"] in [line.split() for line in text.splitlines()]
+
+
+def test_quiet_prints_nothing() -> None:
+    assert run(str(REAL), "--quiet") == ""
+
+
+def test_no_factor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise AssertionError("inspect read a tensor")
+
+    monkeypatch.setattr(regraft.tensors.Stored, "load", refuse)
+    assert inspect_adapter(REAL).components["unet"].modules == 144
+
+
+def test_alphas_come_from_tensors_or_the_config(tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    pair = {f"{stem}.lora_up.weight": torch.ones(320, 4, 1, 1), f"{stem}.lora_down.weight": torch.ones(4, 320, 1, 1)}
+    save_file(pair | {f"{stem}.alpha": torch.tensor(2.0)}, tmp_path / "kohya.safetensors")
+    assert inspect_adapter(tmp_path / "kohya.safetensors").components["unet"].alphas == [2.0]
+
+    keys = ("base_model.model.x.lora_B.weight", "base_model.model.x.lora_A.weight")
+    (tmp_path / "peft").mkdir()
+    bare = {keys[0]: torch.ones(8, 4), keys[1]: torch.ones(4, 8)}
+    save_file(bare, tmp_path / "peft" / "adapter_model.safetensors")
+    assert inspect_adapter(tmp_path / "peft").components["model"].alphas == []
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_rslora": True}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    assert inspect_adapter(tmp_path / "peft").components["model"].alphas == [6.0]
+
+
+def test_keys_that_are_not_understood_are_counted_and_shown(tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    save_file({f"{stem}.hada_w{i}_a": torch.ones(2, 2) for i in range(8)}, tmp_path / "loha.safetensors")
+    text = run(str(tmp_path / "loha.safetensors"))
+    assert "8 keys not understood" in text
+    assert f"{stem}.hada_w0_a" in text
+    assert "and 3 more" in text
+    assert "not recognised" in text
