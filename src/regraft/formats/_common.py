@@ -17,6 +17,7 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError, OutputError, reading
 from regraft.families import get_family
 from regraft.formats._factors import Reshaped
+from regraft.formats._hashes import KEYS as HASHES
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
 from regraft.updates import Full, LowRank
 
@@ -281,5 +282,5 @@ def training_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: value
         for key, value in metadata.items()
-        if key not in OWN_METADATA and not key.startswith("sshs_") and not key.endswith(":rank") and value != "<embed>"
+        if key not in (*OWN_METADATA, *HASHES) and not key.endswith(":rank") and value != "<embed>"
     }

@@ -38,6 +38,7 @@ from regraft.formats._common import (
     training_metadata,
 )
 from regraft.formats._factors import cannot_hold, flat, magnitude_per_output
+from regraft.formats._hashes import with_true_hashes
 from regraft.formats._peft_config import MINIMAL, check_config, corrected, scale_of
 from regraft.tensors import TensorRef
 from regraft.updates import Full, LowRank, Update
@@ -211,7 +212,8 @@ def _write(adapter: Adapter) -> Written:
     if configs:
         entries = {f"{name}.{field}": value for name, config in configs.items() for field, value in config.items()}
         metadata[METADATA] = json.dumps(entries, indent=2, sort_keys=True)
-    return Written(contiguous(tensors), metadata)
+    loaded = contiguous(tensors)
+    return Written(loaded, with_true_hashes(metadata, loaded))
 
 
 def _keys(layout: Mapping[str, Any], component: str, path: str, update: LowRank) -> dict[str, TensorRef]:

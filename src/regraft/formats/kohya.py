@@ -38,6 +38,7 @@ from regraft.formats._common import (
     training_metadata,
 )
 from regraft.formats._factors import Reshaped, cannot_hold, flat
+from regraft.formats._hashes import with_true_hashes
 from regraft.tensors import TensorRef
 from regraft.updates import Full, LowRank, Update
 
@@ -191,7 +192,8 @@ def _write(adapter: Adapter) -> Written:
         if update.magnitude is not None:
             tensors[f"{name}.dora_scale"] = _dora_scale(update, own=own)
     metadata = dict(adapter.metadata) if own else _metadata(adapter, updates.values())
-    return Written(contiguous(tensors), metadata)
+    loaded = contiguous(tensors)
+    return Written(loaded, with_true_hashes(metadata, loaded))
 
 
 def _checked(module: ModuleRef, update: Update) -> LowRank:

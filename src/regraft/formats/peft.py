@@ -181,6 +181,7 @@ def _write(adapter: Adapter) -> Written:
             tensors |= _keys(adapter, path, folded(update) if bare else update)
     metadata = dict(adapter.metadata) if own else {"format": "pt"}
     if bare:
+        _check_bare(low_rank)
         return Written(contiguous(tensors), metadata)
     config = adapter.config if own and adapter.config is not None else MINIMAL
     keep = own and adapter.config is not None and set(adapter.layout.get("modules", ())) == set(low_rank)
@@ -189,6 +190,13 @@ def _write(adapter: Adapter) -> Written:
         config["fan_in_fan_out"] = True
     files: dict[str, str | Path] = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n", **adapter.sidecars}
     return Written(contiguous(tensors), metadata, files, folder=True)
+
+
+def _check_bare(updates: Mapping[str, LowRank]) -> None:
+    for path, update in updates.items():
+        if update.orientation == "conv1d":
+            remedy = "Without its config nothing says that the weights are transposed: write a folder."
+            raise cannot_hold("bare PEFT", "an update of a Conv1D layer", path, remedy)
 
 
 def _check_uniform(updates: Mapping[str, LowRank]) -> None:
