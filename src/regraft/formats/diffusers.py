@@ -72,7 +72,7 @@ _SUFFIXES: dict[str, tuple[str, str]] = {
 _SUFFIX = re.compile("|".join(re.escape(suffix) + "$" for suffix in sorted(_SUFFIXES, key=len, reverse=True)))
 # Attention processors: the module's name is inside of the tensor's.
 _PROCESSOR = re.compile(
-    r"(?P<head>.+\.)(?P<processor>processor\.)?to_(?P<part>q|k|v|out)_lora\.(?P<role>down|up)\.weight"
+    r"(?P<head>.+?\.)(?P<processor>processor\.)?to_(?P<part>q|k|v|out)_lora\.(?P<role>down|up)\.weight"
 )
 _UNET_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _TEXT_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
@@ -268,9 +268,10 @@ def _written_configs(adapter: Adapter, components: Mapping[str, Mapping[str, Low
         text = component.startswith("text_encoder")
         named = {without_text_model(path) if text else path: update for path, update in updates.items()}
         keep = component in old and set(old_modules.get(component, ())) == set(updates)
-        config = corrected(old.get(component, MINIMAL), named, keep_targets=keep)
-        if text:
-            for field in ("rank_pattern", "alpha_pattern"):
+        before = old.get(component, MINIMAL)
+        config = corrected(before, named, keep_targets=keep)
+        for field in ("rank_pattern", "alpha_pattern") if text else ():
+            if config.get(field) != before.get(field):
                 config[field] = {pattern.removeprefix("^"): value for pattern, value in config[field].items()}
         written[component] = config
     return written
