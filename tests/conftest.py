@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in (".", "cli", "formats"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
+
+from running import run  # noqa: E402, F401 (a fixture for all tests)
 
 
 @pytest.fixture(autouse=True)

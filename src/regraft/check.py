@@ -31,12 +31,14 @@ def check(
         InputError, UsageError: see `regraft.port.fit_for`.
     """
     migration = fit_for(adapter, old, new, method, tick=tick, **options)
-    return check_migration(adapter, migration, selection)
+    return check_migration(adapter, migration, selection, new)
 
 
-def check_migration(adapter: Adapter, migration: Migration, selection: Selection = Selection()) -> CheckReport:
+def check_migration(
+    adapter: Adapter, migration: Migration, selection: Selection = Selection(), new: Base | None = None
+) -> CheckReport:
     """The same with a fitted migration."""
-    ready = prepare(adapter, migration, selection)
+    ready = prepare(adapter, migration, selection, new)
     judgement = ready.judgement
     problems = [f"{key}: {why}" for key, why in ready.problems.items()]
     reasons = [*judgement.reasons, *problems[:5]]

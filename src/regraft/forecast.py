@@ -82,7 +82,8 @@ def judge(adapter: Adapter, migration: Migration, evidence: Evidence) -> Judgeme
     contained = evidence.mean({ref: n.contained for ref, n in near.items()})
     skipped = sum(evidence.shares.get(ref, 0.0) for ref in evidence.skipped)
 
-    refusals = list(_refusals(adapter, migration, similarity, contained))
+    resized = sum(evidence.shares.get(ref, 0.0) for ref, n in near.items() if n.distance is None)
+    refusals = list(_refusals(adapter, migration, similarity, contained, resized))
     if evidence.shares and len(evidence.skipped) == len(evidence.shares):
         refusals.append(
             f"no module of the adapter has a place in the new base ({next(iter(evidence.skipped.values()))})"
@@ -118,7 +119,7 @@ def judge(adapter: Adapter, migration: Migration, evidence: Evidence) -> Judgeme
 
 
 def _refusals(
-    adapter: Adapter, migration: Migration, similarity: float | None, contained: float | None
+    adapter: Adapter, migration: Migration, similarity: float | None, contained: float | None, resized: float
 ) -> Iterable[str]:
     ports = ports_of(adapter)
     if ports:
@@ -129,7 +130,12 @@ def _refusals(
     old, new = migration.source, migration.target
     if old is not None and _other_family(old, new):
         yield f"the old base is {old.family}, the new one {new.family}: another family"
-    if similarity is not None and similarity < _RELATED:
+    if similarity is not None and similarity < _RELATED and resized > 0.5:
+        yield (
+            f"the new base has other sizes ({resized:.0%} of the update is in modules that changed shape), and no "
+            "correspondence of its hidden units to the old one's was found in the weights"
+        )
+    elif similarity is not None and similarity < _RELATED:
         yield (
             f"the weights have nothing to do with each other (similarity {similarity:.2f}; 1 equal, 0 unrelated): the "
             "file would load without an error and do nothing, or harm"

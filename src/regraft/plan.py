@@ -82,11 +82,14 @@ def locate(adapter: Adapter, base: Named, which: str) -> Located:
             continue
         found = resolve_names(weights, set(base.modules(home)))
         found |= resolve_names([p for p, u in updates.items() if isinstance(u, Full)], set(base.components[home]))
+        # A whole parameter of a module that the base has, but of a name that it lacks, is no trained head.
+        stems = {path.rpartition(".")[0] for path, update in updates.items() if isinstance(update, Full)}
+        parents = {stem for stem, place in resolve_names(stems, set(base.modules(home))).items() if place is not None}
         for path, update in updates.items():
             ref, target = ModuleRef(component, path), found[path]
             if target is not None:
                 modules[ref] = ModuleRef(home, target)
-            elif isinstance(update, Full):
+            elif isinstance(update, Full) and path.rpartition(".")[0] not in parents:
                 fresh.append(ref)
             else:
                 unknown.append(ref)

@@ -107,7 +107,7 @@ def apply_migration(
         InputError: a key or shape is not understood, and ``allow_partial`` is off; a tensor holds NaN or Inf.
     """
     started = time.perf_counter() if started is None else started
-    ready = prepare(adapter, migration, settings.selection)
+    ready = prepare(adapter, migration, settings.selection, new)
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
 from regraft.forecast import Evidence, Judgement, judge
 from regraft.migration import Migration
 from regraft.plan import Located, Selection, locate, same_matrix
@@ -33,8 +34,17 @@ class Preparation:
     left_out: Mapping[ModuleRef, str] = field(default_factory=dict)
 
 
-def prepare(adapter: Adapter, migration: Migration, selection: Selection = Selection()) -> Preparation:
-    """Decide what becomes of each module; reads the updates' norms, no weight of a base."""
+def prepare(
+    adapter: Adapter, migration: Migration, selection: Selection = Selection(), new: Base | None = None
+) -> Preparation:
+    """Decide what becomes of each module; reads the updates' norms, no weight of a base.
+
+    Args:
+        adapter: as it was read.
+        migration: for its bases.
+        selection: which of its modules.
+        new: the new base, by which whole parameters are known (a migration knows modules only).
+    """
     which = "old" if migration.source is not None else "new"
     located = locate(adapter, migration, which)
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
@@ -48,7 +58,11 @@ def prepare(adapter: Adapter, migration: Migration, selection: Selection = Selec
     skipped = dict(located.missing)
     nearness, problems = {}, dict.fromkeys(adapter.unrecognised, "is not understood by the format's reader")
     for ref in located.unknown:
-        problems[str(ref)] = f"matches no module of the {which} base"
+        if not isinstance(adapter.updates[ref], Full):
+            problems[str(ref)] = f"matches no module of the {which} base"
+    for ref in locate(adapter, new, "new").unknown if new is not None else ():
+        if isinstance(adapter.updates[ref], Full):
+            problems[str(ref)] = "matches no parameter of the new base, and is no module of the adapter's own"
     for ref, home in located.modules.items():
         update, entry = adapter.updates[ref], migration.entries.get(home)
         if isinstance(update, Full) or entry is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -113,23 +115,23 @@ class TensorFile:
     metadata: Mapping[str, str]
 
 
-# What to tell a user about each way in which safetensors' own parser rejects a header.
+_TRUNCATED = ("is truncated", "Download or copy it again.")
+_DAMAGED = ("has a damaged header", "Download or copy it again.")
+# What to tell a user about each way in which safetensors' own parser rejects a header (by its words, in lower case).
 _HEADER_REMEDIES = {
-    "HeaderTooSmall": ("is truncated: too short for a safetensors header", "Download or copy it again."),
-    "HeaderTooLarge": (
-        "is no safetensors file, or its header length is damaged",
-        "If it is a PyTorch pickle, give it its .pt / .bin suffix; else download it again.",
+    "header too small": _TRUNCATED,
+    "invalid header length": _TRUNCATED,
+    "not fully covered": _TRUNCATED,
+    "header too large": (
+        "is no safetensors file, or its header is damaged (wrong magic)",
+        "Give a .safetensors file; a PyTorch pickle needs its .pt or .bin suffix.",
     ),
-    "InvalidHeaderLength": ("is truncated: the header is cut off", "Download or copy it again."),
-    "MetadataIncompleteBuffer": (
-        "is truncated: tensor data is missing or left over",
-        "Download or copy it again.",
-    ),
-    "InvalidHeaderStart": ("is no safetensors file (wrong magic)", "Give a .safetensors file."),
-    "InvalidHeaderDeserialization": ("has a header that is not valid JSON", "Download or copy it again."),
-    "InvalidHeader": ("has a damaged header", "Download or copy it again."),
-    "InvalidOffset": ("has a tensor whose data lies outside of the file", "Download or copy it again."),
-    "TensorInvalidInfo": ("has a tensor whose shape and data size disagree", "Download or copy it again."),
+    "invalid start": ("is no safetensors file (wrong magic)", "Give a .safetensors file."),
+    "invalid json": ("has a header that is not valid JSON", "Download or copy it again."),
+    "invalid utf-8": ("has a header that is not UTF-8", "Download or copy it again."),
+    "invalid offset": ("has a tensor whose data lies outside of the file", "Download or copy it again."),
+    "invalid shape, data type, or offset": ("has a tensor whose shape and size disagree", "Download or copy it again."),
+    "metadata": _DAMAGED,
 }
 
 
@@ -157,8 +159,8 @@ def read_safetensors(path: Path) -> TensorFile:
                 return TensorFile(tensors, dict(handle.metadata() or {}))
         except SafetensorError as error:
             text = str(error)
-            for code, (what, remedy) in _HEADER_REMEDIES.items():
-                if code in text:
+            for words, (what, remedy) in _HEADER_REMEDIES.items():
+                if words in text.lower():
                     raise InputError(what, file=path, remedy=remedy) from None
             raise InputError(f"can't be read as safetensors ({text})", file=path) from None
 
@@ -172,19 +174,7 @@ def read_torch(path: Path) -> TensorFile:
     with reading(path):
         if not path.is_file():
             raise FileNotFoundError(path)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            # Files written before torch 1.6 are no zip archives and can't be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            if "weights_only" in str(error) or "Unsupported" in str(error):
-                raise InputError(
-                    "holds Python objects beyond tensors, which could run code when loaded",
-                    file=path,
-                    remedy="Convert it to safetensors on a machine that you trust it on.",
-                ) from None
-            raise InputError("can't be read as a PyTorch state dict", file=path) from None
+        content = _unpickled(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -193,6 +183,23 @@ def read_torch(path: Path) -> TensorFile:
     if not tensors:
         raise InputError("holds no tensors", file=path)
     return TensorFile(tensors, {})
+
+
+def _unpickled(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:
+                # Files written before torch 1.6 are no zip archives and can't be mapped.
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            "holds more than tensors, or is no PyTorch file; other objects could run code when loaded",
+            file=path,
+            remedy="Convert it to safetensors on a machine that you trust it on.",
+        ) from None
 
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 import signal
-import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-import click
 import typer
 
 from regraft._version import __version__
@@ -43,16 +41,29 @@ def _main(
     pass
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM inside of a verb: typer would answer a `KeyboardInterrupt` with words of its own."""
+
+
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+    return run
+
+
 def register() -> typer.Typer:
     """The app with every verb in it."""
     for verb in VERBS:
-        if importlib.util.find_spec(f"{__name__}.{verb}") is None:
-            continue
         module: Any = importlib.import_module(f"{__name__}.{verb}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=verb)
         else:
-            app.command(verb)(getattr(module, verb))
+            app.command(verb)(_guarded(getattr(module, verb)))
     return app
 
 
@@ -61,18 +72,10 @@ def main() -> None:
     prepare_terminal()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = register()(standalone_mode=False)
+        register()()
     except RegraftError as error:
         fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, Interrupted):
         fail("interrupted: nothing was written", 130)
     except MemoryError:
         fail("not enough memory for this; close other programs, or leave modules out with --exclude", 1)
-    except BrokenPipeError:
-        # `regraft … | head` closes the pipe early: that is the reader's choice, not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)

@@ -101,8 +101,8 @@ def port(
                 read = _through_cache(loaded, source, target, method, options, computing, tick)
             else:
                 read = fit_for(loaded, source, target, method, tick=tick, **computing, **options)
+        plan = check_migration(loaded, read, settings.selection, target)
         if dry_run:
-            plan = check_migration(loaded, read, settings.selection)
             emit(plan, json=json, quiet=quiet, table=lambda console: check_table(plan, console))
             return
         result = apply_migration(loaded, read, settings, old=source, new=target, tick=tick, started=started)
@@ -113,7 +113,7 @@ def port(
     if report is not None:
         from regraft.report.html import render_port
 
-        write_text(render_port(record), report, overwrite=overwrite)
+        write_text(render_port(record, check=plan), report, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: port_table(record, console))
     if save_migration is not None and not (json or quiet):
         size, of = save_migration.stat().st_size, _size(target)
