@@ -17,7 +17,7 @@ from regraft.probes import Probe, make_probe
 from regraft.probes.controls import random_like
 from regraft.probes.effects import compare, interval
 from regraft.report.schema import Effect, Interval, VerifyReport
-from regraft.runtime import Loaded, applied, fitting, load_model
+from regraft.runtime import Loaded, applied, fitting, load_model, quiet_libraries
 
 #: Called with (steps done, steps in all, what is at work now).
 Tick = Callable[[int, int, str], None]
@@ -116,7 +116,7 @@ class _Runs:
     done: int = 0
 
     def __call__(self, probe: Probe, model: Loaded, adapter: Adapter | None, what: str) -> Iterator[Tensor]:
-        with applied(model.components, adapter):
+        with applied(model.components, adapter), quiet_libraries():
             for output in probe.outputs(model):
                 if not bool(torch.isfinite(output).all()):
                     raise RegraftError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
+from regraft.formats import load_adapter
 from regraft.probes.controls import random_like
 from regraft.runtime import applied, fitting, load_model
 from regraft.tensors import InMemory
@@ -23,63 +24,47 @@ def _weights(model: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _peft_layer(layer: Any) -> LowRank:
-    """The update that one PEFT layer makes, read from the live layer."""
-    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-    magnitude = layer.lora_magnitude_vector["default"].weight if layer.lora_magnitude_vector else None
-    bias = layer.lora_B["default"].bias
-    conv1d = type(layer.get_base_layer()).__name__ == "Conv1D"
-    return LowRank(
-        InMemory((down.T if conv1d else up).detach().clone().contiguous()),
-        InMemory((up.T if conv1d else down).detach().clone().contiguous()),
-        scale=layer.scaling["default"],
-        magnitude=None if magnitude is None else InMemory(magnitude.detach().clone()),
-        bias=None if bias is None else InMemory(bias.detach().clone()),
-        orientation="conv1d" if conv1d else "weight",
-    )
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         ("llama", {}),
         ("llama", {"use_rslora": True}),
         ("llama", {"use_dora": True}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
         ("bert", {"lora_bias": True}),
         ("gpt2", {}),
+        ("gpt2", {"use_dora": True}),
+        ("unet", {}),
     ],
 )
-def test_an_applied_adapter_gives_what_peft_merges(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_that_peft_saved_gives_what_peft_merges(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
 
     make, targets = {
         "llama": (tiny.llama, ["q_proj", "down_proj"]),
         "bert": (tiny.bert, ["query", "dense"]),
         "gpt2": (tiny.gpt2, ["c_attn"]),
+        "unet": (tiny.unet, ["to_q", "conv1", "proj_in"]),
     }[family]
     folder = make(tmp_path / "base")
     loaded = load_model(folder)
-    wrapped = get_peft_model(
-        load_model(folder).main,
-        LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options),
-    ).eval()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(load_model(folder).main, config).eval()
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(torch.linspace(0.5, 1.5, parameter.numel()))
-    updates = {
-        ModuleRef(MODEL, name.removeprefix("base_model.model.")): _peft_layer(layer)
-        for name, layer in wrapped.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
-    adapter = Adapter(updates, format="peft")
+            if "magnitude" in name or "modules_to_save" in name:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(tmp_path / "lora")
+    inputs = (torch.randn(1, 4, 8, 8), 5, torch.randn(1, 3, 8)) if family == "unet" else (IDS,)
     with torch.no_grad():
-        plain = loaded.main(IDS)[0]
-        with applied(loaded.components, adapter):
-            ours = loaded.main(IDS)[0]
-        theirs = wrapped.merge_and_unload()(IDS)[0]
-    assert (ours - theirs).abs().max() < 1e-5
+        plain = loaded.main(*inputs)[0]
+        with applied(loaded.components, load_adapter(tmp_path / "lora")):
+            ours = loaded.main(*inputs)[0]
+        theirs = wrapped.merge_and_unload()(*inputs)[0]
+    assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
     assert (ours - plain).abs().max() > 1e-2
 
 

@@ -92,8 +92,7 @@ def test_a_light_drift_keeps_a_copy_and_an_independent_base_does_not(family: str
     make, _ = FAMILIES[family]
     old, adapter = _case(family, tmp_path)
     near, far = make(tmp_path / "near", drift=0.02), make(tmp_path / "far", seed=5)
-    kept = verify(adapter, adapter, old, near, n_inputs=8)
-    lost = verify(adapter, adapter, old, far, n_inputs=8)
+    kept, lost = (verify(adapter, adapter, old, new, n_inputs=4) for new in (near, far))
     assert _mean(kept, "copy") == _mean(kept) > 0.9
     assert abs(_mean(lost, "copy")) < 0.35
     assert abs(_mean(kept, "random")) < 0.35
@@ -206,6 +205,31 @@ def test_a_model_with_more_added_tokens_is_compared_on_the_common_ones(tmp_path:
     tiny.write_tokenizer(old)
     tiny.write_tokenizer(new)
     assert verify(adapter, adapter, old, new, n_inputs=2).effect_cosine.mean is not None
+
+
+def test_denoisers_without_text_say_so(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "old")
+    adapter = tiny.lora({"unet": unet}, ["to_q", "to_v"])
+    report = verify(adapter, adapter, tmp_path / "old", tmp_path / "old", n_inputs=2)
+    assert report.effect_cosine.mean == pytest.approx(1)
+    assert (report.prompts, "no prompts" in report.inputs) == ([], True)
+    for base in (tmp_path / "old", tmp_path / "old" / "unet"):
+        with pytest.raises(InputError, match="reads no prompts"):
+            verify(adapter, adapter, base, base, prompts=["a cat"])
+    with pytest.raises(InputError, match="one base is a pipeline and the other a U-Net alone"):
+        verify(adapter, adapter, tmp_path / "old", tmp_path / "old" / "unet", n_inputs=1)
 
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:

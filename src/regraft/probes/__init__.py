@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError, reading
-from regraft.runtime.load import Loaded
+from regraft.runtime.load import Loaded, quiet_libraries
 
 
 class Probe(Protocol):
@@ -57,13 +57,14 @@ def make_probe(
     Raises:
         InputError: prompts are given, and the base has no tokenizer to read them with.
     """
-    if model.kind == "denoiser":
-        from regraft.probes.diffusion import diffusion_probe
+    with quiet_libraries():
+        if model.kind == "denoiser":
+            from regraft.probes.diffusion import diffusion_probe
 
-        return diffusion_probe(model, adapter, prompts=prompts, n_inputs=n_inputs, seed=seed)
-    from regraft.probes.text import text_probe
+            return diffusion_probe(model, adapter, prompts=prompts, n_inputs=n_inputs, seed=seed)
+        from regraft.probes.text import text_probe
 
-    return text_probe(model, adapter, prompts=prompts, n_inputs=n_inputs, seed=seed)
+        return text_probe(model, adapter, prompts=prompts, n_inputs=n_inputs, seed=seed)
 
 
 def read_prompts(file: str | Path) -> list[str]:

@@ -96,30 +96,34 @@ def diffusion_probe(
     model: Loaded, adapter: Adapter, *, prompts: Sequence[str] | None, n_inputs: int | None, seed: int
 ) -> DiffusionProbe:
     """See `regraft.probes.make_probe`."""
+    if prompts is not None and not _reads_prompts(model):
+        raise InputError(
+            f"a {model.name} reads no prompts",
+            file=model.path,
+            remedy="Leave --prompts out, or give the pipeline's folder (the one with model_index.json).",
+        )
     if model.pipeline is None:
-        if prompts is not None:
-            raise InputError(
-                "a U-Net alone reads no prompts",
-                file=model.path,
-                remedy="Give the pipeline's folder (the one with model_index.json), or leave --prompts out.",
-            )
         n = n_inputs or N_INPUTS
         states = tuple(tuple(_noise(model, seed + i)) for i in range(n))
         made = f"{n} × Gaussian noise at timesteps {_NOISE_TIMESTEPS} with random conditioning, seed {seed}"
         return DiffusionProbe((None,) * n, states, made, [], _reads(model), seed)
-    given = list(prompts) if prompts is not None else list(PICTURE_PROMPTS)
+    given = list(prompts if prompts is not None else PICTURE_PROMPTS) if _reads_prompts(model) else [""]
     n = n_inputs or (len(given) if prompts is not None else N_INPUTS)
     texts = [given[i % len(given)] for i in range(n)]
-    made_states = {i: _trajectory(model, texts[i], seed + i) for i in range(0, n, 2)}
+    own = {i: _trajectory(model, texts[i], seed + i) for i in range(0, n, 2)}
     with applied(model.components, adapter):
-        made_states |= {i: _trajectory(model, texts[i], seed + i) for i in range(1, n, 2)}
-    whose = "prompts given" if prompts is not None else "built-in prompts"
+        own |= {i: _trajectory(model, texts[i], seed + i) for i in range(1, n, 2)}
+    distinct = list(dict.fromkeys(text for text in texts if text))
+    whose = f"{len(distinct)} {'given' if prompts is not None else 'built-in'} prompts" if distinct else "no prompts"
     made = (
         f"{n} × {STATES} states on the way from noise to picture, made by the old base and by the old base with its "
-        f"adapter in turn, {STEPS} steps, {min(n, len(given))} {whose}, seed {seed}"
+        f"adapter in turn, {STEPS} steps, {whose}, seed {seed}"
     )
-    ordered = tuple(made_states[i] for i in range(n))
-    return DiffusionProbe(tuple(texts), ordered, made, list(dict.fromkeys(texts)), _reads(model), seed)
+    return DiffusionProbe(tuple(texts), tuple(own[i] for i in range(n)), made, distinct, _reads(model), seed)
+
+
+def _reads_prompts(model: Loaded) -> bool:
+    return model.pipeline is not None and "prompt" in inspect.signature(model.pipeline.__call__).parameters
 
 
 @torch.no_grad()

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from regraft.runtime.applied import applied, fitting
-from regraft.runtime.load import Loaded, load_model
+from regraft.runtime.load import Loaded, load_model, quiet_libraries
 
-__all__ = ["Loaded", "applied", "fitting", "load_model"]
+__all__ = ["Loaded", "applied", "fitting", "load_model", "quiet_libraries"]

@@ -121,11 +121,11 @@ def _folder(path: Path, dtype: torch.dtype) -> Loaded:
     config = _read_config(path)
     if "_class_name" in config:
         cls = _unet_class(config, path)
-        with reading(path), _quiet():
+        with reading(path), quiet_libraries():
             model = cls.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
         return _denoiser(model, path)
     cls = _transformers_class(config, path)
-    with reading(path), _quiet(), _fitting_shapes(path):
+    with reading(path), quiet_libraries(), _fitting_shapes(path):
         model, info = cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, output_loading_info=True)
     _check_keys(info["missing_keys"], (), path)
     return Loaded({MODEL: model}, _kind(model), type(model).__name__, path, _tokenizer(path))
@@ -137,7 +137,7 @@ def _pipeline(path: Path, dtype: torch.dtype) -> Loaded:
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     # The safety checker looks at pictures, and none is made: it would only cost memory.
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
-    with reading(path), _quiet():
+    with reading(path), quiet_libraries():
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             str(path), torch_dtype=dtype, local_files_only=True, **without
         )
@@ -177,7 +177,7 @@ def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
     cls, settings = _transformers_class(fields, place), _transformers_config(fields, place)
     # The Auto classes want a folder; their table gives the class itself.
     cls = cls._model_mapping[type(settings)] if hasattr(cls, "_model_mapping") else cls
-    with _fitting_shapes(path), _quiet():
+    with _fitting_shapes(path), quiet_libraries():
         model, info = cls.from_pretrained(
             None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
         )
@@ -308,8 +308,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' load reports and bars are silenced: what matters of them is raised as an error here."""
+def quiet_libraries() -> Iterator[None]:
+    """Silence transformers' and diffusers' reports and bars: what matters of them is raised as an error here."""
     silenced: list[tuple[Any, int, bool]] = []
     for name in ("transformers", "diffusers"):
         if name not in sys.modules:
