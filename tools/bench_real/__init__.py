@@ -1,0 +1,1 @@
+"""Measures regraft on real pairs of base versions that are inside packages; see README.md."""

@@ -1,0 +1,92 @@
+"""regraft by its own command line, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft import cli
+
+#: A name for each row → the options of `regraft port`.
+METHODS: dict[str, list[str]] = {
+    "copy": ["-m", "copy"],
+    "auto": ["-m", "auto"],
+    "lora-x, half rank": ["-m", "lora-x", "--subspace-rank", "0.5"],
+    "lora-x, energy 0.9": ["-m", "lora-x"],
+    "prolora, half rank": ["-m", "prolora", "--subspace-rank", "0.5"],
+    "prolora, energy 0.9": ["-m", "prolora"],
+    "procrustes": ["-m", "procrustes"],
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command left: exit code, its record (or None), the last line of its errors, wall seconds."""
+
+    code: int
+    record: dict[str, Any] | None
+    error: str
+    seconds: float
+
+
+def run(*arguments: str | Path) -> Ran:
+    """``python -m regraft ARGUMENTS --json`` on one thread."""
+    started = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "regraft", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return _ran(done.returncode, done.stdout, done.stderr, time.perf_counter() - started)
+
+
+def forked(*arguments: str | Path) -> Ran:
+    """The same in a fork of this process, which saves each of many short commands the imports."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = multiprocessing.get_context("fork").Process(target=_main, args=(list(map(str, arguments)), streams))
+        process.start()
+        process.join()
+        output, errors = (stream.read_text(encoding="utf-8") for stream in streams)
+    return _ran(process.exitcode or 0, output, errors, time.perf_counter() - started)
+
+
+def _main(arguments: list[str], streams: tuple[Path, Path]) -> None:
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["regraft", *arguments, "--json"]
+    cli.main()
+
+
+def _ran(code: int, output: str, errors: str, seconds: float) -> Ran:
+    try:
+        record = json.loads(output)
+    except json.JSONDecodeError:
+        record = None
+    return Ran(code, record, (errors.strip().splitlines() or [""])[-1], seconds)
+
+
+Runner = Callable[..., Ran]
+
+
+def port(adapter: Path, old: Path, new: Path, out: Path, options: Sequence[str], runner: Runner = run) -> Ran:
+    """``regraft port``; the cache of migrations is left out, so that seconds are those of a first run."""
+    return runner("port", adapter, "--from", old, "--to", new, "-o", out, "--overwrite", "--no-cache", *options)
+
+
+def check(adapter: Path, old: Path, new: Path, runner: Runner = run) -> Ran:
+    """``regraft check``."""
+    return runner("check", adapter, "--from", old, "--to", new)
+
+
+def verify(original: Path, ported: Path, old: Path, new: Path, *options: str) -> Ran:
+    """``regraft verify``."""
+    return run("verify", original, ported, "--from", old, "--to", new, *options)
