@@ -73,6 +73,12 @@ def test_bases_are_told_by_names_and_shapes() -> None:
     assert family_of_base(base("model", {"encoder.one": (2, 2)})) is None
 
 
+def test_an_inpainting_unet_is_of_its_family() -> None:
+    assert family_of_base(base("unet", {**module_names("sd15", "unet"), "conv_in": (320, 9, 3, 3)})) == "sd15"
+    modules = {"conv_in": (320, 9, 3, 3), "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 768)}
+    assert family_of_modules({"unet": modules}) == "sd15"
+
+
 def test_a_single_file_checkpoint_is_told_by_the_original_names() -> None:
     one = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k": (320, 768)}
     xl = {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k": (640, 2048)}

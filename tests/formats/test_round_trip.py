@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,9 +58,18 @@ def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a golden list's file, once for all tests."""
+    folder = tmp_path_factory.mktemp("golden")
+    return cache(lambda name: build(name, folder))
+
+
 @pytest.mark.parametrize(("format", "name"), CASES, ids=[name for _, name in CASES])
-def test_reading_and_writing_gives_the_same_tensors_and_metadata_back(format: str, name: str, tmp_path: Path) -> None:
-    source = build(name, tmp_path)
+def test_reading_and_writing_gives_the_same_tensors_and_metadata_back(
+    format: str, name: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = made(name)
     adapter = load_adapter(source)
     target = tmp_path / ("again" if source.is_dir() else "again.safetensors")
     adapter.save(target)
@@ -85,8 +96,8 @@ def test_reading_and_writing_gives_the_same_tensors_and_metadata_back(format: st
 
 
 @pytest.mark.parametrize(("format", "name"), CASES, ids=[name for _, name in CASES])
-def test_every_key_of_a_file_belongs_to_one_update(format: str, name: str, tmp_path: Path) -> None:
-    adapter = load_adapter(build(name, tmp_path))
+def test_every_key_of_a_file_belongs_to_one_update(format: str, name: str, made: Callable[[str], Path]) -> None:
+    adapter = load_adapter(made(name))
     parts = 0
     for update in adapter.updates.values():
         if update.kind == "full":

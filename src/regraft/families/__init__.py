@@ -39,9 +39,10 @@ class Family:
         title: for people.
         priority: order of recognition, lowest first.
         naming: families of equal naming can't always be told apart by an adapter's names alone.
-        main: the component that carries an adapter of a single model; None where that is a whole pipeline's matter.
+        main: the component that an adapter of a single model changes; ``model`` where there are no components.
         tables: component → module path → weight shape.
         sgm: component → module path → name in the original code.
+        varying: modules whose shape differs between variants of one family (inpainting's first convolution).
         rules: the patterns by which names are recognised.
         data: everything else in the file.
     """
@@ -53,6 +54,7 @@ class Family:
     main: str
     tables: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
     sgm: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    varying: tuple[str, ...] = ()
     rules: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         data.get("main", MODEL),
         {c: {path: tuple(shape) for path, shape in t["modules"].items()} for c, t in components.items()},
         {c: t["sgm"] for c, t in components.items() if "sgm" in t},
+        tuple(data.get("varying", ())),
         data.get("recognise", {}),
         data,
     )
@@ -137,7 +140,7 @@ def _fits_tables(family: Family, modules: Modules) -> bool:
         for path, shape in paths.items():
             total += 1
             expected = find_shape(family.name, name, path)
-            if expected is not None and not _alike(expected, shape):
+            if expected is not None and not _alike(expected, shape) and path not in family.varying:
                 return False
             known += expected is not None
     return total > 0 and known >= _ENOUGH * total
@@ -203,7 +206,8 @@ def family_of_base(base: Base) -> str | None:
     for family in families().values():
         if family.tables:
             table = family.tables.get(family.main, {}) if main in (MODEL, family.main) else {}
-            if table and all(_has(tensors, f"{path}.weight", shape) for path, shape in table.items()):
+            fixed = {path: shape for path, shape in table.items() if path not in family.varying}
+            if fixed and all(_has(tensors, f"{path}.weight", shape) for path, shape in fixed.items()):
                 return family.name
             original = family.data.get("original", {})
             if original and all(_has(tensors, name, tuple(shape)) for name, shape in original.items()):
