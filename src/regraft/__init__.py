@@ -14,6 +14,7 @@ from regraft.carry import Settings
 from regraft.check import check
 from regraft.errors import InputError, OutputError, Refused, RegraftError, UsageError
 from regraft.formats import load_adapter
+from regraft.inspection import inspect_adapter
 from regraft.migration import Migration, fit_migration
 from regraft.migration_file import load_migration
 from regraft.port import PortResult, port
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "check",
     "fit_migration",
+    "inspect_adapter",
     "load_adapter",
     "load_migration",
     "open_base",

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 class Record(BaseModel):
     """Common ground of all records."""
 
-    model_config = ConfigDict(populate_by_name=True, extra="forbid")
+    model_config = ConfigDict(populate_by_name=True)
 
     def to_json(self) -> str:
         """The record as people's tools read it: aliases as keys, two spaces of indent."""
