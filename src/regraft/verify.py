@@ -67,7 +67,8 @@ def verify(
     del model
 
     model = load_model(new, config=config, device=device, dtype=dtype)
-    carried, mismatch = probe.carried_to(model)
+    with quiet_libraries():
+        carried, mismatch = probe.carried_to(model)
     base = list(runs(carried, model, None, "new base"))
     measure = _Measure(before, base, carried.logits, mismatch or _other_shape(before[0][0], base[0]), seed)
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import ldm
 import pytest
 import tiny
 import torch
@@ -135,6 +136,18 @@ def test_a_missing_library_is_told_with_its_remedy(unet: Path, monkeypatch: pyte
 
 def test_another_dtype_is_run_in(bert: Path) -> None:
     assert load_model(bert, dtype="bfloat16").main.dtype == torch.bfloat16
+
+
+def test_a_single_file_checkpoint_is_read_with_its_pipelines_folder(tmp_path: Path) -> None:
+    folder = load_model(tiny.pipeline(tmp_path / "folder"))
+    file = ldm.write_single_file(folder.pipeline, tmp_path / "single.safetensors")
+    single = load_model(file, config=tmp_path / "folder")
+    assert single.name == "StableDiffusionPipeline"
+    for name, model in folder.components.items():
+        state = single.components[name].state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(InputError, match="does not fit the pipeline"):
+        load_model(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors", config=tmp_path / "folder")
 
 
 def test_a_pipeline_with_a_lora_gives_what_diffusers_gives(tmp_path: Path) -> None:

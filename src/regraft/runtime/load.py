@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,7 +193,8 @@ def _single_file_pipeline(path: Path, place: Path, dtype: torch.dtype) -> Loaded
     if not hasattr(cls, "from_single_file"):
         raise InputError(f"{index.get('_class_name')} can't be read from a single file", file=path)
     try:
-        pipeline = cls.from_single_file(str(path), config=str(place), torch_dtype=dtype, local_files_only=True)
+        with quiet_libraries():
+            pipeline = cls.from_single_file(str(path), config=str(place), torch_dtype=dtype, local_files_only=True)
     except Exception as error:
         raise InputError(f"does not fit the pipeline of {place} ({first_line(error)})", file=path) from error
     return _around(pipeline, path)
@@ -312,7 +314,8 @@ def quiet_libraries() -> Iterator[None]:
     """Silence transformers' and diffusers' reports and bars: what matters of them is raised as an error here."""
     silenced: list[tuple[Any, int, bool]] = []
     for name in ("transformers", "diffusers"):
-        if name not in sys.modules:
+        # transformers speaks while diffusers imports it; diffusers itself is slow to import and may not be needed.
+        if name not in sys.modules and (name == "diffusers" or find_spec(name) is None):
             continue
         logging = import_module(f"{name}.utils.logging")
         silenced.append((logging, logging.get_verbosity(), bool(logging.is_progress_bar_enabled())))
