@@ -17,9 +17,10 @@ from regraft.migration import Entry
 from regraft.plan import Selection, locate
 from regraft.prepare import Preparation
 from regraft.report.schema import PortedModule, Status
-from regraft.tensors import InMemory, check_finite
+from regraft.tensors import InMemory, Shape, check_finite
 from regraft.transport import Transport
 from regraft.updates import Full, LowRank, Update
+from regraft.updates.lowrank import is_per_column
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,27 @@ class Carrier:
             kept, cut = moved.energy_kept, moved.cut_loss
         carried = carried.scaled(strength)
         if update.magnitude is not None:
-            magnitude = carry_magnitude(update.magnitude.load(), entry, transport, strength)
+            norms = self._norms(ref, update.magnitude.shape, entry)
+            magnitude = carry_magnitude(update.magnitude.load(), norms, transport, strength)
             if magnitude is None:
                 raise InputError(
-                    "this DoRA magnitude can't be carried (per input column, or onto another size)",
+                    "this DoRA magnitude can't be carried: it needs both bases, in one size",
                     file=file,
                     key=getattr(update.magnitude, "name", str(ref)),
                     remedy="Leave the module out with --exclude.",
                 )
             carried = replace(carried, magnitude=InMemory(magnitude))
         return carried, kept, cut
+
+    def _norms(self, ref: ModuleRef, shape: Shape, entry: Entry) -> Tensor | None:
+        """Norms of both weights along the axis of a magnitude of this shape, (2, n)."""
+        if not is_per_column(shape):
+            return entry.row_norms
+        if self.old is None or self.new is None or entry.target is None:
+            return None
+        weights = (self.old.weight(self.ready.located.modules[ref]), self.new.weight(entry.target))
+        columns = [weight.float().transpose(0, 1).flatten(1).norm(dim=1) for weight in weights]
+        return torch.stack(columns) if columns[0].shape == columns[1].shape else None
 
     def _carry_full(self, ref: ModuleRef, update: Full) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         """W_new + strength · (value − W_old); a parameter that no base has (a trained head) goes along as it is."""
@@ -171,30 +183,27 @@ class Carrier:
         )
 
 
-def carry_magnitude(magnitude: Tensor, entry: Entry, transport: Transport, strength: float) -> Tensor | None:
-    """DoRA's magnitude on the new base: its relative change per output row, m / ‖W_old‖, carried onto ‖W_new‖.
+def carry_magnitude(magnitude: Tensor, norms: Tensor | None, transport: Transport, strength: float) -> Tensor | None:
+    """DoRA's magnitude on the new base: its relative change of every norm, m / ‖W_old‖, carried onto ‖W_new‖.
 
     Under a map L of the rows, the squared relative changes mix by L's squared entries.
 
     Args:
-        magnitude: (out,), or (out, 1, …) or (1, out, 1, 1), of the old base.
-        entry: with the row norms of both weights.
+        magnitude: one per output row, (n,) or (n, 1, …), or per input column, (1, n, …).
+        norms: (2, n), norms of the old and the new weight along the same axis; None where they are not known.
         transport: of the module.
         strength: 0 gives ‖W_new‖ itself, so that nothing changes.
 
     Returns:
-        The magnitude, shape and dtype as given, or None where it is not one per output row.
+        The magnitude, shape and dtype as given, or None where it can't be carried.
     """
-    norms = entry.row_norms
-    if (
-        norms is None
-        or magnitude.numel() != norms.shape[1]
-        or (magnitude.dim() > 1 and magnitude.shape[0] == 1 and magnitude.dim() == 2)
-    ):
+    if norms is None or magnitude.numel() != norms.shape[1]:
         return None
     flat, (old, new) = magnitude.float().reshape(-1), norms
     if transport.is_identity:
         carried = flat * (new / old)
+    elif is_per_column(tuple(magnitude.shape)):
+        return None
     else:
         weights = transport.terms[0][0].squared(len(flat))
         relative = (flat / old).square()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from regraft.adapter import Adapter, ModuleRef
+from regraft.families import same_naming
 from regraft.lineage import ports_of
 from regraft.migration import Migration
 from regraft.nearness import Nearness
@@ -145,4 +146,5 @@ def _refusals(
 
 
 def _other_family(old: BaseSummary, new: BaseSummary) -> bool:
-    return old.family is not None and new.family is not None and old.family != new.family
+    # Families of one naming (Llama, Mistral) can't always be told apart; their weights can, below.
+    return old.family is not None and new.family is not None and not same_naming(old.family, new.family)

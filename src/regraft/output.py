@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from regraft.errors import OutputError, first_line
+from regraft.tensors import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     from regraft.formats import Written
@@ -92,6 +93,8 @@ def write_whole(content: Written, path: Path, *, overwrite: bool) -> list[Path]:
             file=path,
             remedy="Name a folder without a suffix.",
         )
+    if not folder and path.suffix.lower() in TORCH_SUFFIXES:
+        raise OutputError("the output is a safetensors file", file=path, remedy="Give it the suffix .safetensors.")
     with whole(path) as stage:
         if not folder:
             save_file(dict(content.tensors), stage, metadata=dict(content.metadata))

@@ -75,6 +75,10 @@ CASES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "bias of B": (bert, {"target_modules": ["query", "dense"], "r": 4, "lora_alpha": 2, "lora_bias": True}),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 4, "lora_alpha": 2, "fan_in_fan_out": True}),
     "dora on conv1d": (gpt2, {"target_modules": ["c_attn", "c_fc"], "r": 4, "use_dora": True, "fan_in_fan_out": True}),
+    "dora on square conv1d": (
+        gpt2,
+        {"target_modules": ["attn.c_proj"], "r": 4, "use_dora": True, "fan_in_fan_out": True},
+    ),
     "convolutions": (Convolutions, {"target_modules": ["conv", "point", "out"], "r": 2, "lora_alpha": 3}),
     "dora on convolutions": (Convolutions, {"target_modules": ["conv", "point", "out"], "r": 2, "use_dora": True}),
 }

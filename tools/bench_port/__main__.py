@@ -1,6 +1,6 @@
 """Time and memory of a port at SD 1.5's size, beside a plain read of the same two checkpoints.
 
-``python -m tools.bench_port --adapter tests/data/analog_svd_rank4.safetensors --cache DIR --out results/port-sd15.json``
+``python -m tools.bench_port --adapter tests/data/analog_svd_rank4.safetensors --cache DIR --out FILE.json``
 """
 
 from __future__ import annotations

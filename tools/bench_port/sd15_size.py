@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
-
 from tools.make_families.__main__ import CLIP_L, SD15_UNET
+from transformers import CLIPTextConfig, CLIPTextModel
 
 DRIFT = 0.1
 

@@ -27,7 +27,7 @@ class LowRank:
         down: A, (r, in), or (r, in, kh, kw) for a convolution.
         scale: the whole factor (alpha / r, or alpha / √r with rsLoRA).
         alpha: alpha as the file stores it; None where it stores none.
-        magnitude: DoRA's m; per output row (out,), or of any shape that broadcasts against the weight.
+        magnitude: DoRA's m; per output row (out,) or (out, 1, …), or per input column (1, in, …).
         bias: the bias of B, (out,), scaled like ΔW (PEFT's ``lora_bias``).
         orientation: how the file lays the factors out.
     """
@@ -68,8 +68,8 @@ class LowRank:
         if self.magnitude is None:
             return changed
         magnitude = self.magnitude.load().float()
-        # LyCORIS and OneTrainer may hold the norm per input column, (1, in, …); PEFT's is (out,) or (1, out, 1, 1).
-        if magnitude.dim() > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == self.shape[1] != self.shape[0]:
+        # Per input column, as LyCORIS and OneTrainer may have it: (1, in, …). Per output row comes as (out,).
+        if is_per_column(magnitude.shape):
             norm = changed.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (changed.dim() - 2))
             by_column: Tensor = changed * (magnitude.reshape(norm.shape) / norm)
             return by_column
@@ -117,3 +117,8 @@ class LowRank:
 
         up, down = InMemory(self.up.load().to(dtype)), InMemory(self.down.load().to(dtype))
         return replace(self, up=up, down=down, magnitude=to(self.magnitude), bias=to(self.bias), alpha=to(self.alpha))
+
+
+def is_per_column(shape: Shape) -> bool:
+    """Whether a DoRA magnitude of this shape holds one norm per input column, not per output row."""
+    return len(shape) > 1 and shape[0] == 1
