@@ -115,7 +115,6 @@ def test_diffusers_fuses_a_ported_file_to_the_weights_that_were_meant(
 def save_unet_lora(base: Path, folder: Path) -> None:
     """A LoRA on attention, feed-forward and convolutions, written by diffusers with its metadata."""
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -126,7 +125,7 @@ def save_unet_lora(base: Path, folder: Path) -> None:
     unet.add_adapter(config)
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_layers=get_peft_model_state_dict(unet),
         weight_name="lora.safetensors",
         unet_lora_adapter_metadata={
             k: v for k, v in config.to_dict().items() if not isinstance(v, set) and v is not None
