@@ -53,7 +53,7 @@ def models(cache: Path) -> dict[str, Path]:
 def test_check_tells_that_a_sentiment_lora_survives_though_the_outputs_moved(run: minilm.Run) -> None:
     found = minilm.checked(run)
     assert found["verdict"] == "survives", found
-    assert minilm.moved(run) < 0.6
+    assert minilm.moved(run) < 0.75
 
 
 def test_a_lora_ported_by_command_keeps_its_gain_on_the_new_base(run: minilm.Run) -> None:

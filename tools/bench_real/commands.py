@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,10 @@ METHODS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Ran:
-    """What one command left: exit code, its record (or None), the last line of its errors, wall seconds."""
+    """What one command left: exit code, its record (or None), the last line of its errors, seconds of processor time.
+
+    Wall time would tell more of what else the machine was at than of the command.
+    """
 
     code: int
     record: dict[str, Any] | None
@@ -40,23 +43,23 @@ class Ran:
 
 def run(*arguments: str | Path) -> Ran:
     """``python -m regraft ARGUMENTS --json`` on one thread."""
-    started = time.perf_counter()
+    started = _children()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "regraft", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return _ran(done.returncode, done.stdout, done.stderr, time.perf_counter() - started)
+    return _ran(arguments, done.returncode, done.stdout, done.stderr, _children() - started)
 
 
 def forked(*arguments: str | Path) -> Ran:
     """The same in a fork of this process, which saves each of many short commands the imports."""
-    started = time.perf_counter()
+    started = _children()
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder) / "stdout", Path(folder) / "stderr"
         process = multiprocessing.get_context("fork").Process(target=_main, args=(list(map(str, arguments)), streams))
         process.start()
         process.join()
         output, errors = (stream.read_text(encoding="utf-8") for stream in streams)
-    return _ran(process.exitcode or 0, output, errors, time.perf_counter() - started)
+    return _ran(arguments, process.exitcode or 0, output, errors, _children() - started)
 
 
 def _main(arguments: list[str], streams: tuple[Path, Path]) -> None:
@@ -66,12 +69,21 @@ def _main(arguments: list[str], streams: tuple[Path, Path]) -> None:
     cli.main()
 
 
-def _ran(code: int, output: str, errors: str, seconds: float) -> Ran:
+def _children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def _ran(arguments: tuple[str | Path, ...], code: int, output: str, errors: str, seconds: float) -> Ran:
     try:
         record = json.loads(output)
     except json.JSONDecodeError:
         record = None
-    return Ran(code, record, (errors.strip().splitlines() or [""])[-1], seconds)
+    error = (errors.strip().splitlines() or [""])[-1]
+    for path in arguments:
+        # Results travel: nobody's folders with them.
+        error = error.replace(str(path), path.name) if isinstance(path, Path) else error
+    return Ran(code, record, error, seconds)
 
 
 Runner = Callable[..., Ran]

@@ -54,9 +54,9 @@ class Run:
         """A LoRA and head trained on ``base``."""
         out = self.cache / f"lora-{base.name}"
         if not (out / "head.safetensors").exists():
-            started = time.perf_counter()
+            started = time.process_time()
             encoder.train_lora(base, out, self.train, self.recipe, self.seed)
-            self.seconds[f"train on {base.name}"] = time.perf_counter() - started
+            self.seconds[f"train on {base.name}"] = time.process_time() - started
         return out
 
     def port_folder(self, name: str) -> Path:
@@ -157,7 +157,7 @@ def checked(run: Run) -> dict[str, Any]:
         "exit_code": ran.code,
         **{key: record.get(key) for key in ("verdict", "summary", "reasons", "similarity", "distance", "method")},
         "adapter_distance": _weighted(record.get("modules", []), "adapter_distance"),
-        "seconds": round(ran.seconds, 1),
+        "cpu_seconds": round(ran.seconds, 1),
         **({"error": ran.error} if ran.code else {}),
     }
 
@@ -174,9 +174,9 @@ def verified(run: Run, ported: Path) -> dict[str, Any]:
     prompts.write_text("\n".join(run.test.texts[:32]) + "\n", encoding="utf-8")
     ran = commands.verify(run.trained(run.old), ported, run.old, run.new, "--prompts", str(prompts))
     if ran.record is None:
-        return {"exit_code": ran.code, "error": ran.error, "seconds": round(ran.seconds, 1)}
+        return {"exit_code": ran.code, "error": ran.error, "cpu_seconds": round(ran.seconds, 1)}
     keys = ("effect_cosine", "effect_norm_ratio", "controls", "n_inputs", "summary")
-    return {"exit_code": ran.code, **{key: ran.record.get(key) for key in keys}, "seconds": round(ran.seconds, 1)}
+    return {"exit_code": ran.code, **{key: ran.record.get(key) for key in keys}, "cpu_seconds": round(ran.seconds, 1)}
 
 
 def measure(run: Run, methods: Iterable[str], stage: str, found: dict[str, Any], keep: Callable[[], None]) -> None:
@@ -189,34 +189,41 @@ def measure(run: Run, methods: Iterable[str], stage: str, found: dict[str, Any],
         found: figures so far; rows are added to it.
         keep: called whenever figures were added.
     """
-    lora, native = run.trained(run.old), run.trained(run.new)
+    lora = run.trained(run.old)
     if "check" not in found:
         found["check"] = checked(run)
-    ports: dict[str, Any] = found.setdefault("ports", {})
-    adapters: dict[str, Path | None] = {NONE: None}
+        keep()
+    retrain = stage != "kept"
+    old, ports, rows = (found.setdefault(key, {}) for key in ("old", "ports", "new"))
+
+    def score_old(name: str, adapter: Path | None) -> None:
+        old[name] = old.get(name, {}) | run.score(run.old, adapter, lora, retrain=retrain)
+        keep()
+
+    def score(name: str, adapter: Path | None, head: Path) -> None:
+        effect = run.effect_of(adapter) if adapter is not None else {}
+        rows[name] = rows.get(name, {}) | run.score(run.new, adapter, head, retrain=retrain) | effect
+        keep()
+
+    score_old("lora", lora)
+    score(NONE, None, lora)
+    score_old("none", None)
+    found["outputs_cosine"] = moved(run)
     for name in methods:
+        if stage == "retrained" and name.startswith(("lora-x", "prolora")):
+            continue
         if name not in ports:
             ports[name] = ported(run, name)
             keep()
         if ports[name]["exit_code"] == 0:
-            adapters[name] = run.port_folder(name)
-    adapters |= {RANDOM: run.random(), NATIVE: native}
-    if stage == "rest" and "auto" in adapters and "verify" not in found:
+            score(name, run.port_folder(name), lora)
+    score(RANDOM, run.random(), lora)
+    score(NATIVE, run.trained(run.new), run.trained(run.new))
+    if stage == "rest" and "verify" not in found and "auto" in rows:
         found["verify"] = verified(run, run.port_folder("auto"))
-        keep()
-    retrain = stage != "kept"
-    old, rows = found.setdefault("old", {}), found.setdefault("new", {})
-    for name, adapter in (("none", None), ("lora", lora)):
-        old[name] = old.get(name, {}) | run.score(run.old, adapter, lora, retrain=retrain)
-    for name, adapter in adapters.items():
-        if stage == "retrained" and name.startswith(("lora-x", "prolora")):
-            continue
-        effect = run.effect_of(adapter) if adapter is not None else {}
-        score = run.score(run.new, adapter, lora if name != NATIVE else native, retrain=retrain)
-        rows[name] = rows.get(name, {}) | score | effect
-        keep()
-    found["outputs_cosine"] = moved(run)
-    found["seconds"] = found.get("seconds", {}) | {key: round(value, 1) for key, value in run.seconds.items()}
+    found["training_cpu_seconds"] = found.get("training_cpu_seconds", {}) | {
+        key: round(value, 1) for key, value in run.seconds.items()
+    }
     keep()
 
 
@@ -227,7 +234,7 @@ def ported(run: Run, name: str) -> dict[str, Any]:
     record = ran.record or {}
     return {
         "exit_code": ran.code,
-        "seconds": round(ran.seconds, 1),
+        "cpu_seconds": round(ran.seconds, 1),
         **{key: record.get(key) for key in ("method", "verdict", "counts", "peak_mb")},
         **({"error": ran.error} if ran.code else {}),
     }

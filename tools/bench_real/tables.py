@@ -81,9 +81,11 @@ def _minilm(content: Figures) -> Iterable[str]:
             for name, row in found["summary"].get(side, {}).items()
         ]
         yield _table(head, rows)
-        seconds = [row["seconds"] for seed in seeds.values() for row in seed.get("ports", {}).values()]
+        ports = [row for seed in seeds.values() for row in seed.get("ports", {}).values()]
+        seconds = [row["cpu_seconds"] for row in ports if "cpu_seconds" in row]
         if seconds:
-            yield f"A port takes {min(seconds):.0f} to {max(seconds):.0f} s, start of the program included."
+            took = f"{min(seconds):.0f} to {max(seconds):.0f} s of processor time"
+            yield f"A port takes {took}, start of the program included."
         yield from _verified(seeds)
 
 
@@ -120,7 +122,7 @@ def _sceptr(content: Figures) -> Iterable[str]:
     rows = []
     for pair in content["pairs"]:
         summary, seeds = pair["summary"], pair["seeds"].values()
-        plain = [seed.get("port_without_force") for seed in seeds]
+        plain = [seed.get("port_without_force") or {**seed["new"]["auto"], "wrote": True} for seed in seeds]
         rows.append(
             [
                 f"{pair['new']} ({pair['relation']})",
@@ -128,18 +130,24 @@ def _sceptr(content: Figures) -> Iterable[str]:
                 f"**{_each(summary['verdicts'])}**",
                 _figure(summary["similarity"], 2),
                 _figure(summary["distance"], 2),
-                _each(run["exit_code"] if run else 0 for run in plain),
-                _each(("yes" if run["wrote"] else "no") if run else "yes" for run in plain),
+                _each(run["exit_code"] for run in plain),
+                _each("yes" if run["wrote"] else "no" for run in plain),
             ]
         )
     yield _table(head, rows)
-    head = ["new base", "LoRA on", "method", "effect cosine", "effect norm ratio", "similarities' changes: correlation"]
-    keys = ("effect_cosine", "effect_norm_ratio", "similarity_correlation")
-    yield _table(
-        head,
-        [
-            [pair["new"], pair["adapter"], name, *(_figure(row[key], 2) for key in keys)]
-            for pair in content["pairs"]
-            for name, row in pair["summary"]["new"].items()
-        ],
-    )
+    figures = {
+        "task": "task",
+        "effect cosine": "effect_cosine",
+        "effect norm ratio": "effect_norm_ratio",
+        "similarities' changes": "similarity_correlation",
+    }
+    rows = []
+    for adapter, summary in {pair["adapter"]: pair["summary"] for pair in content["pairs"]}.items():
+        for name, key in (("no adapter", "task_without"), ("the LoRA", "task")):
+            rows.append(["the old one", adapter, name, _figure(summary["old"][key], 2), "–", "–", "–"])
+    rows += [
+        [pair["new"], pair["adapter"], _ROWS.get(name, name), *(_figure(row[key], 2) for key in figures.values())]
+        for pair in content["pairs"]
+        for name, row in pair["summary"]["new"].items()
+    ]
+    yield _table(["new base", "LoRA on", "method", *figures], rows)
