@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import regraft
 from regraft import cli
 
 #: A name for each row → the options of `regraft port`.
@@ -52,6 +56,7 @@ def run(*arguments: str | Path) -> Ran:
 
 def forked(*arguments: str | Path) -> Ran:
     """The same in a fork of this process, which saves each of many short commands the imports."""
+    _import_all()
     started = _children()
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder) / "stdout", Path(folder) / "stderr"
@@ -60,6 +65,13 @@ def forked(*arguments: str | Path) -> Ran:
         process.join()
         output, errors = (stream.read_text(encoding="utf-8") for stream in streams)
     return _ran(arguments, process.exitcode or 0, output, errors, _children() - started)
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.walk_packages(regraft.__path__, "regraft."):
+        if module.name != "regraft.__main__":
+            importlib.import_module(module.name)
 
 
 def _main(arguments: list[str], streams: tuple[Path, Path]) -> None:

@@ -16,7 +16,7 @@ from . import commands, packages, protein, results
 OLD = "SCEPTR"
 #: New base → how it stands to the old one.
 PAIRS = {
-    "SCEPTR_finetuned": "near: fine-tuned from it, last layer only",
+    "SCEPTR_finetuned": "near: fine-tuned from it, last layer and input projection changed",
     "SCEPTR_synthetic_data": "far: same shapes, trained apart on synthetic receptors",
     "SCEPTR_shuffled_data": "far: same shapes, trained apart on shuffled receptors",
     "SCEPTR_small": "far and resized: width 32 in place of 64",
