@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,15 +23,30 @@ from regraft.tensors import TORCH_SUFFIXES
 if TYPE_CHECKING:
     from regraft.formats import Written
 
+#: What tells that a folder is an adapter's.
+ADAPTER_CONFIG = "adapter_config.json"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-def check_writable(path: Path, *, overwrite: bool) -> None:
+
+def check_writable(path: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Fail before the work is done, not after it.
 
+    Args:
+        path: what is to be written, a file or a folder.
+        overwrite: whether it may be there already.
+        source: the adapter's own path, where it is known: its parents are never replaced.
+
     Raises:
-        OutputError: ``path`` exists and ``overwrite`` is off, or its folder is missing or read-only.
+        OutputError: ``path`` exists and ``overwrite`` is off, or is a folder that is more than an adapter; or its
+            parent folder is missing or read-only.
     """
-    if path.exists() and not overwrite:
-        raise OutputError("exists already", file=path, remedy="Choose another name, or pass --overwrite.")
+    if path.is_dir():
+        _check_replaceable(path, overwrite=overwrite, source=source)
+    elif os.path.lexists(path):
+        if not overwrite:
+            raise OutputError("exists already", file=path, remedy="Choose another name, or pass --overwrite.")
+        if path.exists() and not path.is_file():
+            raise OutputError("is no regular file", file=path, remedy="Choose another name.")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise OutputError("the output folder does not exist", file=parent, remedy="Make it first.")
@@ -36,14 +54,37 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         raise OutputError("no permission to write here", file=parent)
 
 
+def _check_replaceable(folder: Path, *, overwrite: bool, source: Path | None) -> None:
+    """An adapter's folder or an empty one may be replaced when told to; no other folder is regraft's to touch."""
+    true = folder.resolve()
+    if Path.cwd().is_relative_to(true):
+        what = "is the current folder, or one above it"
+        raise OutputError(what, file=folder, remedy="Name a folder inside of it.")
+    if source is not None and true in source.resolve().parents:
+        raise OutputError(f"holds the input {source.name}", file=folder, remedy="Choose another name.")
+    if not overwrite:
+        raise OutputError("exists already", file=folder, remedy="Choose another name, or pass --overwrite.")
+    if not (folder / ADAPTER_CONFIG).is_file() and any(folder.iterdir()):
+        raise OutputError(
+            f"is a folder of other things (no {ADAPTER_CONFIG} in it), which --overwrite does not replace",
+            file=folder,
+            remedy="Choose another name.",
+        )
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place on success and vanishes on any failure.
+
+    A folder takes the place of a folder with whatever else was in the old one; a file never that of a folder.
 
     Raises:
         OutputError: the disk is full or the file can't be written.
     """
     path = path.absolute()
+    if path.is_symlink() and path.is_dir():
+        # The folder itself is replaced, and the link goes on pointing to it.
+        path = path.resolve()
     try:
         # A private folder: it can hold a file or a folder alike, and nobody else's name collides with it.
         stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -55,11 +96,22 @@ def whole(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _said(error, path) from None
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        with _undisturbed():
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _replace(new: Path, path: Path, stage: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if not path.is_dir():
+        if path.exists() and new.is_dir():
+            raise OutputError("is a file, and the output is a folder", file=path, remedy="Choose another name.")
+        os.replace(new, path)
+        return
+    if not new.is_dir():
+        raise OutputError("is a folder, and the output is a file", file=path, remedy=f"Name a file inside of {path}.")
+    for old in path.iterdir():
+        if not os.path.lexists(new / old.name):
+            _keep(old, new / old.name)
+    with _undisturbed():
         # A folder can't be replaced in one step: set the old one aside, and back if the new one can't take its place.
         aside = stage / "replaced"
         os.replace(path, aside)
@@ -68,8 +120,42 @@ def _replace(new: Path, path: Path, stage: Path) -> None:
         except OSError:
             os.replace(aside, path)
             raise
+
+
+def _keep(old: Path, new: Path) -> None:
+    """The same file or tree under a second name; its bytes are shared where the disk can."""
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True, copy_function=_link)
     else:
-        os.replace(new, path)
+        _link(old, new)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is through, so that no half of it is left standing."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python hands signals to the main thread alone.
+        yield
+        return
+    came: list[int] = []
+    # A handler that Python didn't install reads as None, and couldn't be put back.
+    before = {number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) is not None}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _said(error: Exception, path: Path) -> OutputError:
@@ -79,13 +165,13 @@ def _said(error: Exception, path: Path) -> OutputError:
     return OutputError(f"can't be written ({first_line(error)})", file=path)
 
 
-def write_whole(content: Written, path: Path, *, overwrite: bool) -> list[Path]:
+def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path | None = None) -> list[Path]:
     """Put a format's output on disk; returns the files written.
 
     Raises:
         OutputError: see `check_writable` and `whole`.
     """
-    check_writable(path, overwrite=overwrite)
+    check_writable(path, overwrite=overwrite, source=source)
     folder = content.folder or bool(content.files)
     if folder and path.suffix in (".safetensors", ".bin"):
         raise OutputError(
@@ -97,19 +183,43 @@ def write_whole(content: Written, path: Path, *, overwrite: bool) -> list[Path]:
         raise OutputError("the output is a safetensors file", file=path, remedy="Give it the suffix .safetensors.")
     with whole(path) as stage:
         if not folder:
-            save_file(dict(content.tensors), stage, metadata=dict(content.metadata))
+            _save(content, stage)
         else:
             stage.mkdir()
-            save_file(dict(content.tensors), stage / content.weights_name, metadata=dict(content.metadata))
-            for name, source in content.files.items():
-                if isinstance(source, Path):
-                    shutil.copyfile(source, stage / name)
+            _save(content, stage / content.weights_name)
+            for name, file in content.files.items():
+                if isinstance(file, Path):
+                    shutil.copyfile(file, stage / name)
                 else:
-                    (stage / name).write_text(source, encoding="utf-8")
+                    (stage / name).write_text(file, encoding="utf-8", newline="")
         _readable(stage)
     if not folder:
         return [path]
     return [path / content.weights_name, *(path / name for name in content.files)]
+
+
+def _save(content: Written, path: Path) -> None:
+    save_file(dict(content.tensors), path, metadata=dict(content.metadata))
+    sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors header in the order of its keys.
+
+    The library hashes it with a new seed in every process; the same content must give the same bytes.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # Written as the library's own writer does, so that it has the same length; spaces fill up to a multiple of 8.
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise OSError("the header changed its length")
+        file.seek(8)
+        file.write(text)
 
 
 def write_text(text: str, path: Path, *, overwrite: bool) -> Path:
