@@ -192,3 +192,128 @@ def test_a_port_of_a_port_is_refused_and_both_are_recorded_when_forced(tmp_path:
     assert (first["to"], second["to"]) == (new.fingerprint, old.fingerprint)
     assert not first["forced"]
     assert second["forced"]
+
+
+def test_a_rank_above_the_matrix_is_cut_and_padded_without_losing_the_update(tmp_path: Path) -> None:
+    """A head with two classes has at most rank 2, whatever the adapter's rank is."""
+    head = {"classifier.weight": torch.randn(2, 24, generator=torch.Generator().manual_seed(0))}
+    old, new = base_of(head, tmp_path / "old.safetensors"), base_of(drifted(head, 0.1), tmp_path / "new.safetensors")
+    adapter = lora(head, rank=8, roles=("classifier",))
+    for method, options in (("copy", {}), ("prolora", {"subspace_rank": 1.0})):
+        result = port(adapter, old, new, method, settings=Settings(rank=6), **options)
+        (delta,) = deltas(result.adapter).values()
+        (original,) = deltas(adapter).values()
+        assert result.report.modules[0].rank_out == 6
+        assert relative_error(delta, original) < (1e-5 if method == "copy" else 1.0)
+
+
+@pytest.mark.parametrize("method", ["copy", "lora-x", "prolora", "procrustes", "auto"])
+def test_convolutions_are_carried_in_their_own_shapes(tmp_path: Path, method: str) -> None:
+    from regraft import ModuleRef
+    from regraft.adapter import MODEL, Adapter
+    from regraft.tensors import InMemory
+    from regraft.updates import LowRank
+
+    generator = torch.Generator().manual_seed(0)
+    state = {"conv.weight": torch.randn(6, 5, 3, 3, generator=generator)}
+    up, down = (torch.randn(shape, generator=generator) for shape in ((6, 2, 1, 1), (2, 5, 3, 3)))
+    update = LowRank(InMemory(up), InMemory(down), 1.0)
+    adapter = Adapter({ModuleRef(MODEL, "conv"): update}, "peft")
+    old, new = base_of(state, tmp_path / "old.safetensors"), base_of(state, tmp_path / "new.safetensors")
+    options = {"subspace_rank": 1.0} if method in ("lora-x", "prolora") else {}
+    (ported,) = port(adapter, old, new, method, **options).adapter.updates.values()
+    assert (ported.up.shape, ported.down.shape) == (update.up.shape, update.down.shape)
+    u, _, vh = torch.linalg.svd(state["conv.weight"].flatten(1), full_matrices=False)
+    wanted = update.delta().flatten(1)
+    if method in ("lora-x", "prolora"):
+        # Out (6) is whole; in (45) has a null space, which both rules drop then (ProLoRA as a cross part).
+        wanted = u @ u.T @ wanted @ vh.T @ vh
+    torch.testing.assert_close(ported.delta().flatten(1), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora-x", "prolora"])
+def test_what_belongs_to_an_output_unit_stays_with_it_under_a_projection(
+    tmp_path: Path, state: StateDict, method: str
+) -> None:
+    from dataclasses import replace
+
+    from regraft.tensors import InMemory
+
+    adapter = lora(state, dora=True)
+    uneven = {
+        ref: replace(
+            update,
+            magnitude=InMemory(update.magnitude.load() * torch.linspace(0.5, 2, update.shape[0])),
+            bias=InMemory(torch.linspace(-1, 1, update.shape[0])),
+        )
+        for ref, update in adapter.updates.items()
+    }
+    old, new = base_of(state, tmp_path / "old.safetensors"), base_of(state, tmp_path / "new.safetensors")
+    ported = port(replace(adapter, updates=uneven), old, new, method, subspace_rank=12).adapter
+    for ref, update in ported.updates.items():
+        torch.testing.assert_close(update.magnitude.load(), uneven[ref].magnitude.load())
+        torch.testing.assert_close(update.bias.load(), uneven[ref].bias.load())
+
+
+def test_dora_moves_with_its_units_where_they_were_permuted(tmp_path: Path, state: StateDict) -> None:
+    from dataclasses import replace
+
+    from regraft.tensors import InMemory
+
+    residual, hidden = permutation(24, 3), permutation(40, 5)
+    adapter = lora(state, roles=("up_proj",), dora=True)
+    uneven = {
+        ref: replace(update, magnitude=InMemory(update.magnitude.load() * torch.linspace(0.5, 2, 40)))
+        for ref, update in adapter.updates.items()
+    }
+    adapter = replace(adapter, updates=uneven)
+    old = base_of(state, tmp_path / "old.safetensors")
+    new = base_of(regauged(state, residual, hidden), tmp_path / "new.safetensors")
+    for ref, update in port(adapter, old, new, "procrustes").adapter.updates.items():
+        wanted = hidden @ uneven[ref].merged(old.weight(ref)) @ residual.T
+        torch.testing.assert_close(update.merged(new.weight(ref)), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_of_zeros_keeps_its_magnitude(tmp_path: Path, state: StateDict) -> None:
+    zeroed = {name: t.clone() for name, t in state.items()}
+    for tensor in zeroed.values():
+        if tensor.dim() > 1:
+            tensor[0] = 0
+    adapter = lora(zeroed, dora=True)
+    old, new = base_of(zeroed, tmp_path / "old.safetensors"), base_of(zeroed, tmp_path / "new.safetensors")
+    for ref, update in port(adapter, old, new, "copy").adapter.updates.items():
+        assert torch.equal(update.magnitude.load(), adapter.updates[ref].magnitude.load())
+
+
+def test_dora_passes_a_saved_migration_of_equal_bases_and_a_port_without_the_old_base(
+    tmp_path: Path, state: StateDict
+) -> None:
+    from regraft import load_migration
+
+    adapter = lora(state, dora=True)
+    old, new = base_of(state, tmp_path / "old.safetensors"), base_of(state, tmp_path / "new.safetensors")
+    migration = load_migration(fit_migration(old, new, "copy").save(tmp_path / "m.safetensors"))
+    for ported in (migration.port(adapter).adapter, port(adapter, None, new, "copy").adapter):
+        for ref, update in ported.updates.items():
+            assert torch.equal(update.magnitude.load(), adapter.updates[ref].magnitude.load())
+
+
+def test_a_shape_that_the_method_can_not_carry_fails_unless_partial_is_allowed(
+    tmp_path: Path, state: StateDict
+) -> None:
+    from regraft import InputError
+
+    wider = llama(mlp=48)
+    wider |= {name: tensor for name, tensor in state.items() if ".mlp." not in name}
+    old, new = base_of(state, tmp_path / "old.safetensors"), base_of(wider, tmp_path / "new.safetensors")
+    for method in ("copy", "auto"):
+        adapter = lora(state, roles=("q_proj", "k_proj", "v_proj", "down_proj"))
+        with pytest.raises(InputError, match="size"):
+            port(adapter, old, new, method)
+        report = port(adapter, old, new, method, settings=Settings(allow_partial=True)).report
+        assert {row.name.split(".")[-1]: row.status for row in report.modules} == {
+            "q_proj": "ported",
+            "k_proj": "ported",
+            "v_proj": "ported",
+            "down_proj": "refused",
+        }

@@ -99,3 +99,29 @@ def test_the_drift_is_seen_where_the_adapter_works(tmp_path: Path) -> None:
     hit = check(adapter, *pair(tmp_path, state, inside)).modules
     assert all(row.adapter_distance < 1e-5 < row.distance for row in near)
     assert all(row.adapter_distance > row.distance for row in hit)
+
+
+def test_units_that_moved_are_not_taken_for_a_merged_adapter(tmp_path: Path) -> None:
+    from toys import permutation, regauged
+
+    state = llama()
+    for seed in range(4):
+        moved = regauged(state, torch.eye(24), permutation(40, seed))
+        result = port(
+            lora(state, roles=("up_proj", "down_proj"), scale=0.3), *pair(tmp_path, state, moved), "procrustes"
+        )
+        assert result.report.verdict == "survives"
+
+
+def test_a_faint_adapter_is_not_refused_for_what_chance_makes_of_a_strong_drift(tmp_path: Path) -> None:
+    state = llama()
+    for seed in range(12):
+        bases = pair(tmp_path, state, drifted(state, 0.36, seed=seed))
+        assert check(lora(state, scale=0.3, seed=seed), *bases).verdict == "refine"
+
+
+def test_no_evidence_is_no_survival(tmp_path: Path) -> None:
+    new = pair(tmp_path, llama(), llama())[1]
+    report = check(lora(llama()), None, new)
+    assert report.verdict == "refine"
+    assert "Not judged" in report.summary

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import RegraftError
@@ -47,7 +48,9 @@ def clear_cache() -> int:
 
 
 def _place(old: Base, new: Base, method: str, options: Mapping[str, Any]) -> Path:
-    key = json.dumps([VERSION, old.fingerprint, new.fingerprint, method, dict(options)], sort_keys=True)
+    key = json.dumps(
+        [VERSION, __version__, old.fingerprint, new.fingerprint, method, dict(options)], sort_keys=True, default=str
+    )
     return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 

@@ -14,13 +14,20 @@ from regraft.base import Base
 from regraft.errors import InputError
 from regraft.families import block_of
 from regraft.migration import Entry
-from regraft.plan import Selection, locate
+from regraft.plan import Selection
 from regraft.prepare import Preparation
 from regraft.report.schema import PortedModule, Status
 from regraft.tensors import InMemory, Shape, check_finite
 from regraft.transport import Transport
 from regraft.updates import Full, LowRank, Update
 from regraft.updates.lowrank import is_per_column
+from regraft.wholes import changed, respelled
+
+
+def matches(glob: str, ref: ModuleRef, family: str | None) -> bool:
+    """Whether a glob names a module, or the block that it counts to (``IN04``)."""
+    names = (f"{ref.component}.{ref.path}", ref.path, block_of(family, ref.path, ref.component) or "")
+    return any(fnmatchcase(name, glob) for name in names)
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,7 @@ class Settings:
 
     def strength_of(self, ref: ModuleRef, family: str | None) -> float:
         """The factor on one module's update."""
-        names = (f"{ref.component}.{ref.path}", ref.path, block_of(family, ref.path, ref.component) or "")
-        factors = [factor for glob, factor in self.block_strength if any(fnmatchcase(name, glob) for name in names)]
+        factors = [factor for glob, factor in self.block_strength if matches(glob, ref, family)]
         total = self.strength
         for factor in factors:
             total *= factor
@@ -62,7 +68,6 @@ class Carrier:
         self, adapter: Adapter, ready: Preparation, settings: Settings, old: Base | None, new: Base | None
     ) -> None:
         self.adapter, self.ready, self.settings, self.old, self.new = adapter, ready, settings, old, new
-        self.located_new = locate(adapter, new, "new") if new is not None else None
 
     def carry(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         """Report row, the module's name on the new base, and the update there."""
@@ -73,11 +78,11 @@ class Carrier:
         if str(ref) in ready.problems:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
         if isinstance(update, Full):
-            return self._carry_full(ref, update)
+            return self._carry_whole(ref, update)
         entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None
-        target = _respell(ref, entry.target)
+        target = respelled(ref, entry.target)
         carried, kept, cut = self._transport(ref, update, entry, entry.transport)
         row = self._row(ref, update, "ported", entry.reason, target=target, entry=entry)
         row = row.model_copy(update={"energy_kept": kept, "cut_loss": cut, "rank_out": carried.rank})
@@ -86,10 +91,7 @@ class Carrier:
     def _transport(
         self, ref: ModuleRef, update: LowRank, entry: Entry, transport: Transport
     ) -> tuple[LowRank, float, float]:
-        file, settings = self.adapter.path, self.settings
-        for part in (update.up, update.down, update.magnitude, update.bias):
-            if part is not None:
-                check_finite(part.load(), file, getattr(part, "name", str(ref)))
+        settings = self.settings
         strength = settings.strength_of(ref, self.adapter.family)
         if transport.is_identity and settings.rank in (None, update.rank):
             carried, kept, cut = update, 1.0, 0.0
@@ -98,7 +100,7 @@ class Carrier:
             moved = transport.factors(up, down, settings.rank)
             shape = _shape_like(update.shape, entry.shape_new or entry.shape_old)
             carried = update.with_factors(moved.up, moved.down, shape)
-            if update.bias is not None:
+            if update.bias is not None and transport.rotates:
                 bias = transport.terms[0][0] @ update.bias.load().float()[:, None]
                 carried = replace(carried, bias=InMemory(bias[:, 0].to(update.bias.dtype)))
             kept, cut = moved.energy_kept, moved.cut_loss
@@ -109,7 +111,7 @@ class Carrier:
             if magnitude is None:
                 raise InputError(
                     "this DoRA magnitude can't be carried: it needs both bases, in one size",
-                    file=file,
+                    file=self.adapter.path,
                     key=getattr(update.magnitude, "name", str(ref)),
                     remedy="Leave the module out with --exclude.",
                 )
@@ -126,37 +128,15 @@ class Carrier:
         columns = [weight.float().transpose(0, 1).flatten(1).norm(dim=1) for weight in weights]
         return torch.stack(columns) if columns[0].shape == columns[1].shape else None
 
-    def _carry_full(self, ref: ModuleRef, update: Full) -> tuple[PortedModule, ModuleRef | None, Update | None]:
-        """W_new + strength · (value − W_old); a parameter that no base has (a trained head) goes along as it is."""
-        value = check_finite(update.value.load(), self.adapter.path, update.key)
-        new = self.located_new.modules.get(ref) if self.located_new is not None else None
-        if new is None and self.new is not None:
-            row = self._row(ref, update, "ported", "a parameter of the adapter's own, carried as it is", target=ref)
-            return row, ref, update
-        old = locate(self.adapter, self.old, "old").modules.get(ref) if self.old is not None else None
-        before = self.old.parameter(old) if self.old is not None and old is not None else None
-        after = self.new.parameter(new) if self.new is not None and new is not None else None
-        if before is None or after is None:
-            raise InputError(
-                "a parameter stored whole is carried as its change, which takes both bases",
-                file=self.adapter.path,
-                key=update.key,
-                remedy="Give --from and --to, or leave it out with --exclude.",
-            )
-        if not before.shape == after.shape == update.shape:
-            reason = f"stored whole as {tuple(update.shape)}; the new base has {tuple(after.shape)}"
-            return self._row(ref, update, "skipped", reason), None, None
-        start, end = before.load(), after.load()
-        strength = self.settings.strength_of(ref, self.adapter.family)
-        if torch.equal(start, end) and strength == 1.0:
-            carried = update
-        else:
-            carried = update.with_value(end.float() + strength * (value.float() - start.float()))
-        return (
-            self._row(ref, update, "ported", "its change from the old base, on the new one", target=ref),
-            ref,
-            carried,
-        )
+    def _carry_whole(self, ref: ModuleRef, update: Full) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+        whole = self.ready.wholes[ref]
+        if whole.fate == "skip":
+            return self._row(ref, update, "skipped", whole.reason), None, None
+        check_finite(update.value.load(), self.adapter.path, update.key)
+        row = self._row(ref, update, "ported", whole.reason, target=whole.target)
+        if whole.fate == "own":
+            return row, whole.target, update
+        return row, whole.target, changed(update, whole, self.settings.strength_of(ref, self.adapter.family))
 
     def _row(
         self,
@@ -186,7 +166,7 @@ class Carrier:
 def carry_magnitude(magnitude: Tensor, norms: Tensor | None, transport: Transport, strength: float) -> Tensor | None:
     """DoRA's magnitude on the new base: its relative change of every norm, m / ‖W_old‖, carried onto ‖W_new‖.
 
-    Under a map L of the rows, the squared relative changes mix by L's squared entries.
+    Under a rotation L of the rows, the squared relative changes mix by L's squared entries.
 
     Args:
         magnitude: one per output row, (n,) or (n, 1, …), or per input column, (1, n, …).
@@ -197,17 +177,21 @@ def carry_magnitude(magnitude: Tensor, norms: Tensor | None, transport: Transpor
     Returns:
         The magnitude, shape and dtype as given, or None where it can't be carried.
     """
+    if norms is None and strength == 1.0 and not transport.rotates:
+        # Nothing is known of a drift of the rows: a copy.
+        return magnitude
     if norms is None or magnitude.numel() != norms.shape[1]:
         return None
     flat, (old, new) = magnitude.float().reshape(-1), norms
-    if transport.is_identity:
-        carried = flat * (new / old)
+    # A row of zeros has no relative change: its magnitude stays.
+    relative = torch.where(old > 0, flat / old, torch.ones_like(flat))
+    if not transport.rotates:
+        carried = torch.where(old > 0, flat * (new / old), flat)
     elif is_per_column(tuple(magnitude.shape)):
         return None
     else:
         weights = transport.terms[0][0].squared(len(flat))
-        relative = (flat / old).square()
-        carried = new * ((weights @ relative) / weights.sum(dim=1).clamp_min(1e-12)).sqrt()
+        carried = new * ((weights @ relative.square()) / weights.sum(dim=1).clamp_min(1e-12)).sqrt()
     if strength != 1.0:
         carried = new + strength * (carried - new)
     result: Tensor = carried.reshape(magnitude.shape).to(magnitude.dtype)
@@ -217,10 +201,3 @@ def carry_magnitude(magnitude: Tensor, norms: Tensor | None, transport: Transpor
 def _shape_like(shape: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
     """The new weight's shape, spelt with as many dimensions as the adapter's own (1 × 1 convolutions)."""
     return (*new[:2], *shape[2:]) if len(shape) > len(new) else tuple(new[: len(shape)])
-
-
-def _respell(ref: ModuleRef, target: ModuleRef) -> ModuleRef:
-    """The target's name as the adapter spells names: its own words, the new base's block numbers."""
-    numbers = iter([part for part in target.path.split(".") if part.isdigit()])
-    parts = [next(numbers, part) if part.isdigit() else part for part in ref.path.split(".")]
-    return ModuleRef(ref.component, ".".join(parts))

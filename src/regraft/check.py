@@ -8,7 +8,7 @@ from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.migration import Migration, Ticker
-from regraft.plan import Selection
+from regraft.plan import Selection, check_families
 from regraft.port import fit_for
 from regraft.prepare import Preparation, prepare
 from regraft.report.schema import CheckedModule, CheckReport, Status
@@ -30,25 +30,31 @@ def check(
         Refused: the adapter is for another family than its old base.
         InputError, UsageError: see `regraft.port.fit_for`.
     """
-    migration = fit_for(adapter, old, new, method, tick=tick, **options)
-    return check_migration(adapter, migration, selection, new)
+    check_families(adapter, old, new)
+    chosen = selection.of(adapter)
+    migration = fit_for(chosen if chosen.updates else adapter, old, new, method, tick=tick, **options)
+    return check_migration(adapter, migration, selection, old, new)
 
 
 def check_migration(
-    adapter: Adapter, migration: Migration, selection: Selection = Selection(), new: Base | None = None
+    adapter: Adapter,
+    migration: Migration,
+    selection: Selection = Selection(),
+    old: Base | None = None,
+    new: Base | None = None,
 ) -> CheckReport:
     """The same with a fitted migration."""
-    ready = prepare(adapter, migration, selection, new)
+    ready = prepare(adapter, migration, selection, old, new)
     judgement = ready.judgement
     problems = [f"{key}: {why}" for key, why in ready.problems.items()]
-    reasons = [*judgement.reasons, *problems[:5]]
+    reasons = [*problems[:5], *judgement.reasons]
     if len(problems) > 5:
-        reasons.append(f"… and {len(problems) - 5} more keys or modules that are not understood")
+        reasons.insert(5, f"… and {len(problems) - 5} more keys or modules that are not understood")
     return CheckReport(
         regraft_version=__version__,
         input=str(adapter.path),
         verdict=judgement.verdict,
-        summary=judgement.summary,
+        summary=f"{_unfit(len(problems))}{judgement.summary}",
         reasons=reasons,
         tier="refine" if judgement.verdict == "refine" else ("bridge" if judgement.verdict == "refused" else "port"),
         method=migration.used,
@@ -58,6 +64,13 @@ def check_migration(
         source=migration.source,
         target=migration.target,
     )
+
+
+def _unfit(problems: int) -> str:
+    if not problems:
+        return ""
+    what = "1 key or module is" if problems == 1 else f"{problems} keys or modules are"
+    return f"{what} not understood: a port fails, unless --allow-partial leaves them behind. "
 
 
 def _rows(adapter: Adapter, ready: Preparation) -> list[CheckedModule]:

@@ -22,6 +22,8 @@ _RELATED = 0.5
 _NEAR_DISTANCE, _NEAR_SIMILARITY = 0.25, 0.9
 # From this share on, the drift from old to new is (or holds) the adapter itself.
 _CONTAINED = 0.5
+# A share this many standard deviations above chance is no accident.
+_CHANCE = 4.0
 # A port that leaves more than this share of the update behind needs a refine to make up for it.
 _SKIPPED = 0.1
 
@@ -59,6 +61,17 @@ class Evidence:
     nearness: Mapping[ModuleRef, Nearness] = field(default_factory=dict)
     skipped: Mapping[ModuleRef, str] = field(default_factory=dict)
 
+    def contained(self) -> float | None:
+        """The share of the whole update that the drift holds; None where that could be chance.
+
+        Weighted by share, the modules' figures add up to ⟨D, ΔW⟩ / ‖ΔW‖² over the whole adapter.
+        """
+        found = [(self.shares.get(ref, 0.0), n.contained, n.contained_noise) for ref, n in self.nearness.items()]
+        known = [(share, held, noise) for share, held, noise in found if held is not None and noise is not None]
+        total = sum(share * held for share, held, _ in known)
+        noise = sum((share * noise) ** 2 for share, _, noise in known) ** 0.5
+        return total if known and total > _CHANCE * noise else None
+
     def mean(self, values: Mapping[ModuleRef, float | None], *, missing: float | None = None) -> float | None:
         """Mean weighted by share; ``missing`` stands in for None, or such modules are left out."""
         pairs = [(self.shares.get(ref, 0.0), missing if value is None else value) for ref, value in values.items()]
@@ -80,7 +93,7 @@ def judge(adapter: Adapter, migration: Migration, evidence: Evidence) -> Judgeme
     near = evidence.nearness
     similarity = evidence.mean({ref: n.similarity for ref, n in near.items()}, missing=0.0)
     distance = evidence.mean({ref: n.distance for ref, n in near.items()})
-    contained = evidence.mean({ref: n.contained for ref, n in near.items()})
+    contained = evidence.contained()
     skipped = sum(evidence.shares.get(ref, 0.0) for ref in evidence.skipped)
 
     resized = sum(evidence.shares.get(ref, 0.0) for ref, n in near.items() if n.distance is None)
@@ -104,12 +117,12 @@ def judge(adapter: Adapter, migration: Migration, evidence: Evidence) -> Judgeme
             f"{len(evidence.skipped)} modules with {skipped:.1%} of the update have no place in the new base"
         )
     drifted = distance is not None and distance > _NEAR_DISTANCE and migration.used == "copy"
-    if (similarity is not None and similarity < _NEAR_SIMILARITY) or drifted or skipped > _SKIPPED:
-        summary = "Part of it should survive: carry it over, measure it with `verify`, and expect to refine it."
-        return Judgement("refine", summary, tuple(reasons), similarity, distance)
     if similarity is None:
         summary = "Not judged: without the old base's weights nothing says how far the new one drifted."
-        return Judgement("survives", summary, tuple(reasons))
+        return Judgement("refine", summary, tuple(reasons))
+    if similarity < _NEAR_SIMILARITY or drifted or skipped > _SKIPPED:
+        summary = "Part of it should survive: carry it over, measure it with `verify`, and expect to refine it."
+        return Judgement("refine", summary, tuple(reasons), similarity, distance)
     return Judgement(
         "survives",
         "It should survive: the new base is near where the adapter needs it.",

@@ -40,6 +40,7 @@ class Entry:
         shape_old: of the weight in the old base.
         shape_new: of the weight in the new base; None where it is skipped.
         nearness: of the two weights; its adapter fields only where it was fitted for one adapter.
+        uncovered: the module changed its shape in a way that the method can't carry: not a planned skip.
         row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
             between weights of one shape.
     """
@@ -50,6 +51,7 @@ class Entry:
     shape_old: Shape
     shape_new: Shape | None = None
     nearness: Nearness = field(default_factory=Nearness)
+    uncovered: bool = False
     row_norms: Tensor | None = None
 
 
@@ -65,6 +67,7 @@ class Migration:
         reason: why `auto` chose it.
         options: the method's options.
         entries: module of the old base → what becomes of it.
+        parameters: component of the old base → names of all its parameters, by which a trained head is known.
         file: where it was read from or written to.
     """
 
@@ -75,6 +78,7 @@ class Migration:
     reason: str
     options: Mapping[str, Any]
     entries: Mapping[ModuleRef, Entry]
+    parameters: Mapping[str, Collection[str]] = field(default_factory=dict)
     file: Path | None = field(default=None)
 
     @property
@@ -153,10 +157,13 @@ class _Pairs:
 
     def _measure(self, module: ModuleRef, old: Tensor, new: Tensor) -> None:
         self._nearness[module] = compare(old, new, self.updates.get(module))
-        if old.shape == new.shape:
-            self._row_norms[module] = old.new_empty(2, old.shape[0])
-            self._row_norms[module][0] = old.norm(dim=1)
-            self._row_norms[module][1] = new.norm(dim=1)
+        row_norms = _row_norms(old, new)
+        if row_norms is not None:
+            self._row_norms[module] = row_norms
+
+
+def _row_norms(old: Tensor, new: Tensor) -> Tensor | None:
+    return torch.stack([old.norm(dim=1), new.norm(dim=1)]) if old.shape == new.shape else None
 
 
 class _Computing:
@@ -204,10 +211,8 @@ def fit_migration(
     from regraft.plan import source_modules
 
     chosen = get_method(method)
-    if chosen.scope != "pair":
-        raise UsageError(
-            f"method {method!r} depends on the adapter: it has no migration", remedy="Use it through `port`."
-        )
+    if chosen.scope != "pair" and adapter is None:
+        raise UsageError(f"method {method!r} depends on the adapter: it has no migration", remedy="Port with it.")
     settings = chosen.check_options(options)
     pairing = pair_bases(old, new)
     touched = source_modules(adapter, old) if adapter is not None else None
@@ -217,14 +222,20 @@ def fit_migration(
         pairs.updates = {module: update for module, update in touched.items() if isinstance(update, LowRank)}
     computing = _Computing(pairs, device, dtype)
     outcomes, used, reason, similarity = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
-    entries = {}
+    entries: dict[ModuleRef, Entry] = {}
+    moved: dict[int, Tensor] = {}
     for module in wanted:
         answer = pairing[module]
         if answer.module is None:
             entries[module] = Entry(None, None, answer.reason, old.shape(module))
             continue
-        entries[module] = _entry(pairs, module, outcomes[module], similarity.get(module), answer.reason)
-    return Migration(summarise(old), summarise(new), method, used, reason, settings, entries)
+        entries[module] = _entry(pairs, module, outcomes[module], similarity.get(module), answer.reason, moved)
+    return Migration(summarise(old), summarise(new), method, used, reason, settings, entries, parameters_of(old))
+
+
+def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:
+    """Component → names of its parameters."""
+    return {component: tuple(tensors) for component, tensors in base.components.items()}
 
 
 def _fit(
@@ -249,22 +260,37 @@ def _fit(
 def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mapping[str, Any]) -> Outcome:
     """One module by a per-module method, or a `Skip` where the method can't carry this change of shape."""
     if old is not None and old.shape != new.shape and not method.resizes:
-        return Skip(
-            f"{method.name} carries equal sizes only: {tuple(old.shape)} there, {tuple(new.shape)} in the new base"
-        )
+        sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
+        return Skip(f"{method.name} carries equal sizes only: {sizes}", planned=False)
     outcome: Outcome = method.function(old, new, **settings)
     return outcome
 
 
-def _entry(pairs: _Pairs, module: ModuleRef, outcome: Outcome, aligned: float | None, reason: str) -> Entry:
+def _entry(
+    pairs: _Pairs, module: ModuleRef, outcome: Outcome, aligned: float | None, reason: str, moved: dict[int, Tensor]
+) -> Entry:
     shape_old, nearness = pairs.old.shape(module), pairs.nearness(module)
     if isinstance(outcome, Skip):
-        return Entry(None, None, outcome.reason, shape_old, nearness=nearness)
-    outcome = outcome.to_cpu()
-    if aligned is not None:
-        nearness = Nearness(aligned, nearness.distance, nearness.adapter_distance, nearness.contained)
+        return Entry(None, None, outcome.reason, shape_old, nearness=nearness, uncovered=not outcome.planned)
     target = pairs.targets[module]
-    return Entry(target, outcome, reason, shape_old, pairs.new.shape(target), nearness, pairs.row_norms(module))
+    nearness = as_carried(nearness, outcome, aligned)
+    row_norms = pairs.row_norms(module)
+    return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
+
+
+def as_carried(nearness: Nearness, transport: Transport, aligned: float | None) -> Nearness:
+    """The nearness of two weights as the transport makes it.
+
+    After a rotation, the similarity is the aligned one, and the raw drift says nothing of what it contains.
+    """
+    if not transport.rotates:
+        return nearness
+    return replace(
+        nearness,
+        similarity=nearness.similarity if aligned is None else aligned,
+        contained=None,
+        contained_noise=None,
+    )
 
 
 def remeasure(migration: Migration, old: Base, new: Base, adapter: Adapter) -> Migration:
@@ -284,6 +310,8 @@ def remeasure(migration: Migration, old: Base, new: Base, adapter: Adapter) -> M
             continue
         before, after = old.weight(module), new.weight(entry.target)
         measured = compare(before.float().flatten(1), after.float().flatten(1), update)
-        # The stored similarity may be one after alignment, which no single module's weights show.
-        entries[module] = replace(entry, nearness=replace(measured, similarity=entry.nearness.similarity))
+        row_norms = _row_norms(before.float().flatten(1), after.float().flatten(1))
+        assert entry.transport is not None
+        nearness = as_carried(measured, entry.transport, entry.nearness.similarity)
+        entries[module] = replace(entry, nearness=nearness, row_norms=row_norms)
     return replace(migration, entries=entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from regraft.migration import Entry, Migration
 from regraft.nearness import Nearness
 from regraft.output import check_writable, whole
 from regraft.report.schema import BaseSummary
-from regraft.tensors import TensorRef, read_safetensors
+from regraft.tensors import Shape, TensorRef, read_safetensors
 from regraft.transport import LinearMap, Transport
 
 KEY = "regraft_migration"
@@ -41,11 +42,6 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
     return path
 
 
-def is_migration(path: Path) -> bool:
-    """Whether the file is a migration, by its header."""
-    return path.is_file() and path.suffix == ".safetensors" and KEY in read_safetensors(path).metadata
-
-
 def load_migration(path: str | Path) -> Migration:
     """Read a migration; the maps are read with it.
 
@@ -56,14 +52,56 @@ def load_migration(path: str | Path) -> Migration:
     content = read_safetensors(path)
     if KEY not in content.metadata:
         raise InputError("is no migration", file=path, remedy="`regraft port --save-migration` writes one.")
+    damaged = InputError("is a damaged migration", file=path, key=KEY, remedy="Fit it again.")
     with reading(path, KEY):
         header = json.loads(content.metadata[KEY])
+        if not isinstance(header, dict):
+            raise damaged
         if header.get("version") != VERSION:
             raise InputError("is a migration of a later version", file=path, remedy="Update regraft.")
         try:
-            return _decode(header, content.tensors, path)
-        except (ValidationError, TypeError, IndexError, AttributeError):
-            raise InputError("is a damaged migration", file=path, key=KEY, remedy="Fit it again.") from None
+            migration = _decode(header, content.tensors, path)
+        except (ValidationError, TypeError, IndexError, AttributeError, AssertionError):
+            raise damaged from None
+    for module, entry in migration.entries.items():
+        if not _fits(entry):
+            raise InputError(
+                "a map does not fit its module's shape", file=path, key=str(module), remedy="Fit it again."
+            )
+    return migration
+
+
+def _fits(entry: Entry) -> bool:
+    """Whether the transport leads from the old shape to the new one, by finite maps of matching sizes."""
+    if entry.transport is None:
+        return True
+    if entry.shape_new is None or entry.target is None:
+        return False
+    (out, inp), (new_out, new_inp) = _matrix(entry.shape_old), _matrix(entry.shape_new)
+    sides = [pair for left, right in entry.transport.terms for pair in ((left, new_out, out), (right, inp, new_inp))]
+    norms = entry.row_norms
+    return all(_leads(map_, rows, columns) for map_, rows, columns in sides) and (
+        norms is None or (tuple(norms.shape) == (2, out) and bool(norms.isfinite().all()))
+    )
+
+
+def _matrix(shape: Shape) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])
+
+
+def _leads(map_: LinearMap, rows: int, columns: int) -> bool:
+    """Whether the map is a finite (rows, columns) matrix."""
+    if map_.identity != 0 and rows != columns:
+        return False
+    if map_.left is None:
+        return map_.right is None and isfinite(map_.identity)
+    right = map_.right
+    if map_.left.dim() != 2 or (right is not None and right.dim() != 2):
+        return False
+    shape = (map_.left.shape[0], map_.left.shape[1] if right is None else right.shape[1])
+    inner = right is None or map_.left.shape[1] == right.shape[0]
+    finite = bool(map_.left.isfinite().all()) and (right is None or bool(right.isfinite().all()))
+    return shape == (rows, columns) and inner and finite and isfinite(map_.identity)
 
 
 def check_fingerprints(migration: Migration, old: Base | None, new: Base | None) -> None:
@@ -114,8 +152,10 @@ def _encode(migration: Migration) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "shape_new": list(entry.shape_new) if entry.shape_new is not None else None,
             "similarity": entry.nearness.similarity,
             "distance": entry.nearness.distance,
+            "uncovered": entry.uncovered,
         }
         if entry.transport is not None:
+            row["rotates"] = entry.transport.rotates
             row["terms"] = [[encode_map(left), encode_map(right)] for left, right in entry.transport.terms]
         if entry.row_norms is not None and not torch.equal(entry.row_norms[0], entry.row_norms[1]):
             tensors[row.setdefault("row_norms", f"row_norms.{len(modules)}")] = entry.row_norms
@@ -129,6 +169,7 @@ def _encode(migration: Migration) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "reason": migration.reason,
         "options": dict(migration.options),
         "modules": modules,
+        "parameters": {component: list(names) for component, names in migration.parameters.items()},
     }
     return tensors, header
 
@@ -156,19 +197,21 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, TensorRef], path: P
         identity, left, right = row
         return LinearMap(float(identity), fetch(left), fetch(right))
 
+    def decode_transport(row: Mapping[str, Any]) -> Transport:
+        terms = tuple((decode_map(left), decode_map(right)) for left, right in row["terms"])
+        return Transport(terms, bool(row["rotates"]))
+
     entries = {}
     for row in header["modules"]:
-        terms = row.get("terms")
         shape_new = row["shape_new"]
         entries[ModuleRef(*row["module"])] = Entry(
             target=ModuleRef(*row["target"]) if row["target"] is not None else None,
-            transport=Transport(tuple((decode_map(left), decode_map(right)) for left, right in terms))
-            if terms
-            else None,
+            transport=decode_transport(row) if row.get("terms") else None,
             reason=str(row["reason"]),
             shape_old=tuple(row["shape_old"]),
             shape_new=tuple(shape_new) if shape_new is not None else None,
             nearness=Nearness(row["similarity"], row["distance"]),
+            uncovered=bool(row["uncovered"]),
             row_norms=fetch(row.get("row_norms")),
         )
     source = BaseSummary(**header["from"]) if header["from"] is not None else None
@@ -180,5 +223,6 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, TensorRef], path: P
         reason=str(header["reason"]),
         options=dict(header["options"]),
         entries=entries,
+        parameters={str(component): tuple(names) for component, names in header["parameters"].items()},
         file=path,
     )

@@ -19,12 +19,14 @@ class Nearness:
         distance: relative drift ‖W_new − W_old‖ / ‖W_old‖. None across shapes.
         adapter_distance: the drift as the update meets it, on its own row and column spaces (see `adapter_distance`).
         contained: how much of the update the drift holds: ⟨W_new − W_old, ΔW⟩ / ‖ΔW‖². 1 where it was merged.
+        contained_noise: standard deviation of that figure for a drift that has nothing to do with the update.
     """
 
     similarity: float | None = None
     distance: float | None = None
     adapter_distance: float | None = None
     contained: float | None = None
+    contained_noise: float | None = None
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -60,11 +62,17 @@ def adapter_distance(old: Tensor, drift: Tensor, update: LowRank) -> float | Non
     return float((q_up.T @ drift @ q_down).norm()) / base if base > 0 else None
 
 
-def contained(drift: Tensor, update: LowRank) -> float | None:
-    """⟨drift, ΔW⟩ / ‖ΔW‖²: the share of the update that the drift already holds; None for a zero update."""
+def contained(drift: Tensor, update: LowRank) -> tuple[float, float] | None:
+    """⟨drift, ΔW⟩ / ‖ΔW‖², the share of the update that the drift already holds, and its standard deviation by chance.
+
+    None for a zero update. By chance (a drift of random direction) the mean is 0, the deviation ‖D‖ / (‖ΔW‖ √(out·in)).
+    """
     up, down = update.factors()
-    squared = float(((up.T @ up) * (down @ down.T)).sum()) * update.scale**2
-    return float((up.T @ drift @ down.T).trace()) * update.scale / squared if squared > 0 else None
+    norm = update.norm()
+    if norm == 0:
+        return None
+    share = float((up.T @ drift @ down.T).trace()) * update.scale / norm**2
+    return share, float(drift.norm()) / (norm * drift.numel() ** 0.5)
 
 
 def compare(old: Tensor, new: Tensor, update: LowRank | None = None) -> Nearness:
@@ -75,4 +83,5 @@ def compare(old: Tensor, new: Tensor, update: LowRank | None = None) -> Nearness
     relative = float(drift.norm()) / norm if norm > 0 else (0.0 if not drift.any() else float("inf"))
     if update is None or (update.up.shape[0], update.down.load().flatten(1).shape[1]) != tuple(old.shape):
         return Nearness(similarity(old, new), relative)
-    return Nearness(similarity(old, new), relative, adapter_distance(old, drift, update), contained(drift, update))
+    within, held = adapter_distance(old, drift, update), contained(drift, update)
+    return Nearness(similarity(old, new), relative, within, *(held or (None, None)))

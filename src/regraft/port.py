@@ -18,9 +18,9 @@ from regraft.forecast import Judgement
 from regraft.lineage import with_port
 from regraft.memory import peak_mb
 from regraft.methods import Skip, get_method
-from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, summarise
+from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
 from regraft.plan import check_families, locate
-from regraft.prepare import Preparation, prepare
+from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
 from regraft.updates import Update
 
@@ -65,7 +65,8 @@ def fit_for(
             f"method {method!r} compares both bases", remedy="Give --from, or take --method copy or lora-x."
         )
     settings = chosen.check_options(options)
-    entries = {}
+    entries: dict[ModuleRef, Entry] = {}
+    moved: dict[int, torch.Tensor] = {}
     modules = sorted(set(locate(adapter, new, "new").modules.values()))
     weights = [module for module in modules if f"{module.path}.weight" in new.components[module.component]]
     for done, module in enumerate(weights):
@@ -75,10 +76,11 @@ def fit_for(
         weight = new.weight(module).to(device, dtype).flatten(1) if chosen.needs else torch.empty(0)
         outcome = fit_module(chosen, None, weight, settings)
         if isinstance(outcome, Skip):
-            entries[module] = Entry(None, None, outcome.reason, shape)
+            entries[module] = Entry(None, None, outcome.reason, shape, uncovered=not outcome.planned)
         else:
-            entries[module] = Entry(module, outcome.to_cpu(), "same name", shape, shape)
-    return Migration(None, summarise(new), method, chosen.name, reason, settings, entries)
+            entries[module] = Entry(module, outcome.to_cpu(moved), "same name", shape, shape)
+    names = parameters_of(new)
+    return Migration(None, summarise(new), method, chosen.name, reason, settings, entries, names)
 
 
 def apply_migration(
@@ -107,14 +109,12 @@ def apply_migration(
         InputError: a key or shape is not understood, and ``allow_partial`` is off; a tensor holds NaN or Inf.
     """
     started = time.perf_counter() if started is None else started
-    ready = prepare(adapter, migration, settings.selection, new)
+    ready = prepare(adapter, migration, settings.selection, old, new)
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")
     if ready.problems and not settings.allow_partial:
-        key, why = next(iter(ready.problems.items()))
-        more = f" ({len(ready.problems) - 1} more like it)" if len(ready.problems) > 1 else ""
-        raise InputError(f"{why}{more}", file=adapter.path, key=key, remedy="--allow-partial leaves such parts behind.")
+        raise not_understood(adapter, ready.problems)
     carrier = Carrier(adapter, ready, settings, old, new)
     updates: dict[ModuleRef, Update] = {}
     rows: list[PortedModule] = []
@@ -152,6 +152,8 @@ def apply_migration(
         skipped_share=sum(ready.evidence.shares.get(ref, 0.0) for ref in ready.evidence.skipped),
         modules=rows,
         unrecognised=list(adapter.unrecognised),
+        tokens=list(adapter.tokens),
+        left_behind=list(getattr(adapter, "left_behind", ())),
         source=migration.source,
         target=migration.target,
         migration=str(migration.file) if migration.file else None,
@@ -160,7 +162,8 @@ def apply_migration(
     )
     config = adapter.config
     if config is not None:
-        config = {**config, "base_model_name_or_path": migration.target.path, "revision": None}
+        name, revision = base_name(migration.target.path)
+        config = {**config, "base_model_name_or_path": name, "revision": revision}
     ported = replace(
         adapter,
         updates=updates,
@@ -183,8 +186,23 @@ def port(
 ) -> PortResult:
     """Fit and carry in one call; see `fit_for` and `apply_migration`."""
     started = time.perf_counter()
-    migration = fit_for(adapter, old, new, method, tick=tick, **options)
+    check_families(adapter, old, new)
+    chosen = settings.selection.of(adapter)
+    migration = fit_for(chosen if chosen.updates else adapter, old, new, method, tick=tick, **options)
     return apply_migration(adapter, migration, settings, old=old, new=new, started=started)
+
+
+def base_name(path: str) -> tuple[str, str | None]:
+    """Name and revision that PEFT's config gives a base: the hub's own where it lies in the hub's cache, else its path.
+
+    >>> base_name("/cache/models--org--name/snapshots/abc123")
+    ('org/name', 'abc123')
+    """
+    parts = Path(path).parts
+    for i, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[i + 1] == "snapshots":
+            return part.removeprefix("models--").replace("--", "/"), parts[i + 2]
+    return path, None
 
 
 def _summary(counts: Counts, judgement: Judgement, ready: Preparation) -> str:
@@ -202,6 +220,8 @@ def _lineage(report: PortReport, settings: Settings) -> dict[str, Any]:
         "method": report.method,
         "options": report.options,
         "strength": settings.strength,
+        "block_strength": list(map(list, settings.block_strength)),
+        "rank": settings.rank,
         "ported": report.counts.ported,
         "skipped": {row.name: row.reason for row in report.modules if row.status != "ported"},
         "forced": report.forced,

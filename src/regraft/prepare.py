@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
+from regraft.errors import InputError
 from regraft.forecast import Evidence, Judgement, judge
 from regraft.migration import Migration
+from regraft.pairing import Named
 from regraft.plan import Located, Selection, locate, same_matrix
-from regraft.updates import Full, LowRank
+from regraft.tensors import check_finite
+from regraft.updates import LowRank
+from regraft.wholes import Whole, plan_wholes
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Preparation:
         located: the adapter's modules in the migration's names.
         evidence: how near the bases are, by the adapter's names.
         judgement: the verdict.
+        wholes: the fate of every parameter that is stored whole.
         problems: the adapter's modules and keys that are not understood → why.
         left_out: modules that the user's selection leaves out → which option.
     """
@@ -30,49 +35,98 @@ class Preparation:
     located: Located
     evidence: Evidence
     judgement: Judgement
+    wholes: Mapping[ModuleRef, Whole] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[ModuleRef, str] = field(default_factory=dict)
 
 
+def check_understood(adapter: Adapter, base: Named, which: str, selection: Selection) -> None:
+    """Fail on keys and modules that are not understood, from headers: before anything is fitted.
+
+    Raises:
+        InputError: naming the first of them.
+    """
+    problems = _unknown(adapter, locate(adapter, base, which), which, selection)
+    if problems:
+        raise not_understood(adapter, problems)
+
+
+def not_understood(adapter: Adapter, problems: Mapping[str, str]) -> InputError:
+    """The error that names the first problem and counts the others."""
+    key, why = next(iter(problems.items()))
+    more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    return InputError(f"{why}{more}", file=adapter.path, key=key, remedy="--allow-partial leaves such parts behind.")
+
+
+def _unknown(adapter: Adapter, located: Located, which: str, selection: Selection) -> dict[str, str]:
+    problems = dict.fromkeys(adapter.unrecognised, "is not understood by the format's reader")
+    for ref in located.unknown:
+        if selection.left_out(ref) is None:
+            problems[str(ref)] = f"matches no module of the {which} base"
+    return problems
+
+
 def prepare(
-    adapter: Adapter, migration: Migration, selection: Selection = Selection(), new: Base | None = None
+    adapter: Adapter,
+    migration: Migration,
+    selection: Selection = Selection(),
+    old: Base | None = None,
+    new: Base | None = None,
 ) -> Preparation:
-    """Decide what becomes of each module; reads the updates' norms, no weight of a base.
+    """Decide what becomes of each module; reads the updates, no weight of a base.
 
     Args:
         adapter: as it was read.
         migration: for its bases.
         selection: which of its modules.
-        new: the new base, by which whole parameters are known (a migration knows modules only).
+        old: the old base, by which changes of whole parameters are known.
+        new: the new base, likewise.
+
+    Raises:
+        InputError: an update holds NaN or Inf.
     """
     which = "old" if migration.source is not None else "new"
     located = locate(adapter, migration, which)
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
-    squares = {
-        ref: update.norm() ** 2
-        for ref, update in adapter.updates.items()
-        if isinstance(update, LowRank) and ref not in left_out
-    }
-    total = sum(squares.values())
-    shares = {ref: square / total if total > 0 else 0.0 for ref, square in squares.items()}
-    skipped = dict(located.missing)
-    nearness, problems = {}, dict.fromkeys(adapter.unrecognised, "is not understood by the format's reader")
-    for ref in located.unknown:
-        if not isinstance(adapter.updates[ref], Full):
-            problems[str(ref)] = f"matches no module of the {which} base"
-    for ref in locate(adapter, new, "new").unknown if new is not None else ():
-        if isinstance(adapter.updates[ref], Full):
-            problems[str(ref)] = "matches no parameter of the new base, and is no module of the adapter's own"
+    shares = _shares(adapter, left_out)
+    problems = _unknown(adapter, located, which, selection)
+    skipped = {ref: why for ref, why in located.missing.items() if ref not in left_out}
+    nearness = {}
     for ref, home in located.modules.items():
         update, entry = adapter.updates[ref], migration.entries.get(home)
-        if isinstance(update, Full) or entry is None:
+        if entry is None or ref in left_out:
             continue
         if not same_matrix(update.shape, entry.shape_old):
             problems[str(ref)] = f"changes {tuple(update.shape)}, the base's weight is {tuple(entry.shape_old)}"
+        elif entry.uncovered:
+            problems[str(ref)] = entry.reason
         elif entry.transport is None:
             skipped[ref] = entry.reason
-        if migration.source is not None and entry.target is not None:
+        if migration.source is not None and (entry.target is not None or entry.uncovered):
             nearness[ref] = entry.nearness
-    chosen = {ref: why for ref, why in skipped.items() if ref in shares}
-    evidence = Evidence(shares, {ref: near for ref, near in nearness.items() if ref in shares}, chosen)
-    return Preparation(migration, located, evidence, judge(adapter, migration, evidence), problems, left_out)
+    wholes = plan_wholes(adapter, migration, old, new)
+    wholes = {ref: whole for ref, whole in wholes.items() if ref not in left_out and ref not in located.missing}
+    for ref, whole in wholes.items():
+        if whole.fate == "problem":
+            problems[str(ref)] = whole.reason
+        elif whole.fate == "skip":
+            skipped[ref] = whole.reason
+    evidence = Evidence(shares, nearness, {ref: why for ref, why in skipped.items() if ref in shares})
+    judgement = judge(adapter, migration, evidence)
+    lost = sum(shares.get(ref, 0.0) for ref in adapter.updates if str(ref) in problems)
+    if judgement.verdict == "survives" and lost > 0:
+        judgement = replace(judgement, verdict="refine", summary=f"{lost:.0%} of the update can't be carried.")
+    return Preparation(migration, located, evidence, judgement, wholes, problems, left_out)
+
+
+def _shares(adapter: Adapter, left_out: Mapping[ModuleRef, str]) -> dict[ModuleRef, float]:
+    """Each module's share of ‖ΔW‖² over what is to be carried."""
+    squares = {}
+    for ref, update in adapter.updates.items():
+        if isinstance(update, LowRank) and ref not in left_out:
+            for part in (update.up, update.down, update.magnitude, update.bias):
+                if part is not None:
+                    check_finite(part.load(), adapter.path, getattr(part, "name", str(ref)))
+            squares[ref] = update.norm() ** 2
+    total = sum(squares.values())
+    return {ref: square / total if total > 0 else 0.0 for ref, square in squares.items()}

@@ -61,12 +61,18 @@ class LinearMap:
         return (self @ eye).square()
 
     def to_cpu(self, seen: dict[int, Tensor]) -> LinearMap:
-        """The map in float32 on the CPU; tensors in one memory stay one (``seen``: by address)."""
+        """The map in float32 on the CPU.
+
+        Args:
+            seen: address → tensor on the CPU; a map that many modules share, or its transpose, is moved once.
+        """
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or (tensor.device.type == "cpu" and tensor.dtype == torch.float32):
                 return tensor
-            return seen.setdefault(id(tensor), tensor.to("cpu", torch.float32))
+            base = tensor if tensor.is_contiguous() or tensor.dim() != 2 else tensor.T
+            kept = seen.setdefault(base.data_ptr(), base.to("cpu", torch.float32))
+            return kept if base is tensor else kept.T
 
         return LinearMap(self.identity, moved(self.left), moved(self.right))
 
@@ -103,18 +109,25 @@ class Moved:
 
 @dataclass(frozen=True, eq=False)
 class Transport:
-    """ΔW_new = Σ L · ΔW_old · R over ``terms`` (L (out', out), R (in, in'))."""
+    """ΔW_new = Σ L · ΔW_old · R over ``terms`` (L (out', out), R (in, in')).
+
+    Attributes:
+        terms: (L, R) of each part.
+        rotates: whether L leads from the old base's output units to the new one's, so that whatever belongs to a unit
+            (a bias, DoRA's magnitude) moves along. A projection does not: its units stay what they are.
+    """
 
     terms: tuple[tuple[LinearMap, LinearMap], ...] = ((IDENTITY, IDENTITY),)
+    rotates: bool = False
 
     @property
     def is_identity(self) -> bool:
         return len(self.terms) == 1 and all(map_.is_identity for map_ in self.terms[0])
 
-    def to_cpu(self) -> Transport:
-        """The transport in float32 on the CPU, as adapters' factors are."""
-        seen: dict[int, Tensor] = {}
-        return Transport(tuple((left.to_cpu(seen), right.to_cpu(seen)) for left, right in self.terms))
+    def to_cpu(self, seen: dict[int, Tensor]) -> Transport:
+        """The transport in float32 on the CPU, as adapters' factors are; see `LinearMap.to_cpu`."""
+        terms = tuple((left.to_cpu(seen), right.to_cpu(seen)) for left, right in self.terms)
+        return Transport(terms, self.rotates)
 
     def rank_out(self, rank: int) -> int:
         """Rank of the carried update, before any cut."""
@@ -167,7 +180,7 @@ def cut(up: Tensor, down: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
     """
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     if isinstance(rank, float):
         rank = rank_for_energy(s, rank)
     root = s[:rank].sqrt()
@@ -176,7 +189,7 @@ def cut(up: Tensor, down: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
 
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     """The smallest rank that keeps the share ``energy`` of Σσ²; at least 1."""
-    squared = singular_values.double().square()
+    squared = singular_values.cpu().double().square()  # MPS has no float64
     total = squared.sum()
     if total == 0:
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,11 @@ import typer
 
 from regraft.adapter import Adapter
 from regraft.base import Base, open_base
+from regraft.carry import matches
 from regraft.errors import RegraftError, UsageError
 from regraft.families import block_names
 from regraft.methods import get_method
+from regraft.pairing import Named
 from regraft.plan import Selection
 
 AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, or a PEFT folder.")]
@@ -45,6 +48,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Report = Annotated[Path | None, typer.Option("--report", metavar="FILE.html", help="Also write one HTML page.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
+SavedMigration = Annotated[
+    Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both bases.")
+]
+
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -68,12 +75,19 @@ def number_or_share(text: str | None, option: str) -> int | float | None:
     if text is None or text == "keep":
         return None
     try:
-        number = float(text)
+        number: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:
-        number = -1.0
-    if number <= 0 or (number > 1 and number != int(number)):
+        number = -1
+    if not number > 0 or (isinstance(number, float) and number > 1):
         raise UsageError(f"{option} {text!r} is neither a rank nor a share", remedy="Give 16, 0.9 or keep.")
-    return number if "." in text and number <= 1 else int(number)
+    return number
+
+
+def finite(number: float, option: str) -> float:
+    """``number``, or a usage error where it is no factor that can be applied."""
+    if not isfinite(number):
+        raise UsageError(f"{option} {number} is no number", remedy="Give one such as 0.8.")
+    return number
 
 
 def method_options(method: str, **given: Any) -> dict[str, Any]:
@@ -103,8 +117,9 @@ def block_strengths(text: str | None, adapter: Adapter) -> tuple[tuple[str, floa
     try:
         if "=" in text:
             pairs = [part.rsplit("=", 1) for part in text.split(",")]
-            return tuple((glob.strip(), float(factor)) for glob, factor in pairs)
-        factors = [float(part) for part in text.split(",")]
+            given = tuple((glob.strip(), finite(float(factor), "--block-strength")) for glob, factor in pairs)
+            return _that_match(given, adapter)
+        factors = [finite(float(part), "--block-strength") for part in text.split(",")]
     except ValueError:
         raise UsageError(
             f"--block-strength {text!r} can't be read", remedy="Give 1,0.5,… or IN04=0.5,*attn2*=0."
@@ -118,6 +133,16 @@ def block_strengths(text: str | None, adapter: Adapter) -> tuple[tuple[str, floa
     return tuple(zip(names, factors, strict=True))
 
 
+def _that_match(given: tuple[tuple[str, float], ...], adapter: Adapter) -> tuple[tuple[str, float], ...]:
+    """The same, or a usage error that names the first glob that matches no module or block."""
+    for glob, _ in given:
+        if not any(matches(glob, ref, adapter.family) for ref in adapter.updates):
+            some = str(next(iter(adapter.updates), "none"))
+            remedy = f"Modules are named like {some}."
+            raise UsageError(f"--block-strength: {glob!r} matches no module or block of the adapter", remedy=remedy)
+    return given
+
+
 def open_bases(old: Path | None, new: Path | None) -> tuple[Base | None, Base]:
     """Both bases from ``--from`` and ``--to``.
 
@@ -129,9 +154,9 @@ def open_bases(old: Path | None, new: Path | None) -> tuple[Base | None, Base]:
     return (open_base(old) if old is not None else None), open_base(new)
 
 
-def names_of(base: Base | None) -> dict[str, tuple[str, ...]] | None:
-    """A base's module names by component, to un-flatten underscored names by."""
-    return None if base is None else {component: tuple(base.modules(component)) for component in base.components}
+def names_of(named: Named) -> dict[str, tuple[str, ...]]:
+    """Module names of a base or migration by component, to un-flatten underscored names by."""
+    return {component: tuple(named.modules(component)) for component in named.components}
 
 
 def use_hardware(device: str, compute: str, threads: int | None) -> dict[str, Any]:
@@ -153,7 +178,10 @@ def use_hardware(device: str, compute: str, threads: int | None) -> dict[str, An
         threads = free_processors()
     if threads is not None:
         torch.set_num_threads(threads)
-    return {"device": device, "dtype": dtype(compute)}
+    known = {"float32": torch.float32, "float64": torch.float64}
+    if compute not in known:
+        raise UsageError(f"--dtype {compute!r} is not known", remedy=f"Known: {', '.join(known)}.")
+    return {"device": device, "dtype": known[compute]}
 
 
 def free_processors() -> int:

@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from regraft.check import check as check_adapter
+from regraft.check import check_migration
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
 from regraft.errors import Refused
 from regraft.formats import load_adapter
+from regraft.migration_file import load_migration
 from regraft.output import write_text
 from regraft.report.tables import check_table
 
@@ -27,6 +29,9 @@ def check(
     include: o.Include = None,
     exclude: o.Exclude = None,
     components: o.Components = None,
+    migration: Annotated[
+        Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both.")
+    ] = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
     ] = None,
@@ -44,19 +49,16 @@ def check(
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold)
-    source, target = o.open_bases(old, new)
-    loaded = load_adapter(adapter, names=o.names_of(source or target))
-    with progress("Checking", quiet=quiet) as tick:
-        record = check_adapter(
-            loaded,
-            source,
-            target,
-            method,
-            selection=o.selection(include, exclude, components),
-            tick=tick,
-            **computing,
-            **options,
-        )
+    chosen = o.selection(include, exclude, components)
+    if migration is not None:
+        read = load_migration(migration)
+        loaded = load_adapter(adapter, names=o.names_of(read))
+        record = check_migration(loaded, read, chosen)
+    else:
+        source, target = o.open_bases(old, new)
+        loaded = load_adapter(adapter, names=o.names_of(source or target))
+        with progress("Checking", quiet=quiet) as tick:
+            record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **computing, **options)
     if report is not None:
         from regraft.report.html import render_check
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -14,12 +15,14 @@ from regraft.check import check_migration
 from regraft.cli import _options as o
 from regraft.cli._sink import Ticker, emit, out, progress
 from regraft.errors import UsageError
-from regraft.formats import load_adapter
+from regraft.formats import get_format, load_adapter
+from regraft.methods import get_method
 from regraft.migration import Migration, fit_migration, remeasure
 from regraft.migration_file import check_fingerprints, load_migration
 from regraft.output import check_writable, write_text
-from regraft.plan import source_modules
+from regraft.plan import check_families, source_modules
 from regraft.port import apply_migration, fit_for
+from regraft.prepare import check_understood
 from regraft.report.tables import check_table, port_table
 from regraft.tensors import n_bytes
 
@@ -45,9 +48,7 @@ def port(
     include: o.Include = None,
     exclude: o.Exclude = None,
     components: o.Components = None,
-    migration: Annotated[
-        Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both.")
-    ] = None,
+    migration: o.SavedMigration = None,
     save_migration: Annotated[
         Path | None,
         typer.Option("--save-migration", metavar="M", help="Fit every module of the pair and keep it."),
@@ -72,69 +73,98 @@ def port(
         if path is not None and not dry_run:
             check_writable(path, overwrite=overwrite)
     computing = o.use_hardware(device, dtype, threads)
+    if format is not None:
+        get_format(format)
+    rank_out = o.number_or_share(rank, "--rank")
     subspace = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold)
-    if migration is not None:
-        source, target = None, None
-        loaded, read = load_adapter(adapter), load_migration(migration)
-        check_fingerprints(read, *(open_base(path) if path is not None else None for path in (old, new)))
-    else:
+    read = load_migration(migration) if migration is not None else None
+    source: Base | None
+    target: Base | None
+    named: Base | Migration
+    if read is None:
         source, target = o.open_bases(old, new)
-        loaded, read = load_adapter(adapter, names=o.names_of(source or target)), None
+        named, which = (source or target), "old" if source is not None else "new"
+    else:
+        source, target = (open_base(path) if path is not None else None for path in (old, new))
+        check_fingerprints(read, source, target)
+        named, which = read, "old" if read.source is not None else "new"
+    loaded = load_adapter(adapter, names=o.names_of(named))
     settings = Settings(
         selection=o.selection(include, exclude, components),
-        strength=strength,
+        strength=o.finite(strength, "--strength"),
         block_strength=o.block_strengths(block_strength, loaded),
-        rank=o.number_or_share(rank, "--rank"),
+        rank=rank_out,
         save_dtype=o.dtype(save_dtype, "--save-dtype") if save_dtype is not None else None,
         allow_partial=allow_partial,
         force=force,
     )
+    if not allow_partial and loaded.updates:
+        check_understood(loaded, named, which, settings.selection)
     with progress("Porting", quiet=quiet) as tick:
         if read is None:
             assert target is not None
-            if source is not None and save_migration is not None:
-                fitted = fit_migration(source, target, method, tick=tick, **computing, **options)
-                fitted.save(save_migration, overwrite=overwrite)
-                read = remeasure(fitted, source, target, loaded)
-            elif source is not None and not no_cache:
-                read = _through_cache(loaded, source, target, method, options, computing, tick)
-            else:
-                read = fit_for(loaded, source, target, method, tick=tick, **computing, **options)
-        plan = check_migration(loaded, read, settings.selection, target)
+            job = _Job(loaded, source, target, method, settings, {**computing, **options})
+            read = job.fit(tick, whole=save_migration is not None, cached=not no_cache)
+        elif source is not None and target is not None:
+            read = remeasure(read, source, target, loaded)
+        plan = check_migration(loaded, read, settings.selection, source, target)
         if dry_run:
             emit(plan, json=json, quiet=quiet, table=lambda console: check_table(plan, console))
             return
         result = apply_migration(loaded, read, settings, old=source, new=target, tick=tick, started=started)
     assert output is not None
     written = result.save(output, format=format, overwrite=overwrite)
-    saved = str(save_migration or migration) if (save_migration or migration) else None
-    record = result.report.model_copy(update={"outputs": [str(file) for file in written], "migration": saved})
+    record = result.report.model_copy(update={"outputs": [str(file) for file in written]})
+    kept = save_migration or migration
+    if kept is not None:
+        if save_migration is not None:
+            read.save(save_migration, overwrite=overwrite)
+        size = kept.stat().st_size
+        record = record.model_copy(update={"migration": str(kept), "migration_bytes": size})
     if report is not None:
         from regraft.report.html import render_port
 
         write_text(render_port(record, check=plan), report, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: port_table(record, console))
     if save_migration is not None and not (json or quiet):
-        size, of = save_migration.stat().st_size, _size(target)
-        out.print(f"Migration: {save_migration} ({size / 1e6:.2f} MB, {size / of:.1%} of the new base)", markup=False)
+        size = save_migration.stat().st_size
+        out.print(
+            f"Migration: {save_migration} ({size / 1e6:.2f} MB, {size / _size(target):.1%} of the new base)",
+            markup=False,
+        )
 
 
-def _through_cache(
-    adapter: Adapter,
-    source: Base,
-    target: Base,
-    method: str,
-    options: dict[str, Any],
-    computing: dict[str, Any],
-    tick: Ticker,
-) -> Migration:
-    found = find_cached(source, target, method, options, source_modules(adapter, source))
-    if found is not None:
-        return remeasure(found, source, target, adapter)
-    fitted = fit_for(adapter, source, target, method, tick=tick, **computing, **options)
-    keep(fitted, source, target, method, options)
-    return fitted
+@dataclass(frozen=True)
+class _Job:
+    """What is to be fitted for one command."""
+
+    adapter: Adapter
+    source: Base | None
+    target: Base
+    method: str
+    settings: Settings
+    options: dict[str, Any]
+
+    def fit(self, tick: Ticker, *, whole: bool, cached: bool) -> Migration:
+        """The migration: for every module of the pair (``whole``), from the cache, or for this adapter alone."""
+        source, target = self.source, self.target
+        chosen = self.settings.selection.of(self.adapter)
+        check_families(self.adapter, source, target)
+        if source is None or not chosen.updates:
+            return fit_for(chosen, source, target, self.method, tick=tick, **self.options)
+        if whole:
+            fitted = fit_migration(source, target, self.method, tick=tick, **self.options)
+            return remeasure(fitted, source, target, self.adapter)
+        # `auto` chooses by the modules at hand, and a copy costs nothing to fit: neither is worth a file.
+        if not cached or not get_method(self.method).needs or self.method == "auto":
+            return fit_for(chosen, source, target, self.method, tick=tick, **self.options)
+        found = find_cached(source, target, self.method, self.options, source_modules(chosen, source))
+        if found is not None:
+            return remeasure(found, source, target, chosen)
+        fitted = fit_for(chosen, source, target, self.method, tick=tick, **self.options)
+        keep(fitted, source, target, self.method, self.options)
+        return fitted
 
 
 def _size(base: Base | None) -> int:

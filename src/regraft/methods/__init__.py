@@ -26,9 +26,16 @@ Need = Literal["old", "new"]
 
 @dataclass(frozen=True)
 class Skip:
-    """A module that the method itself leaves out, and why."""
+    """A module that the method leaves out.
+
+    Attributes:
+        reason: why.
+        planned: whether that is the method's own rule (the port succeeds), or a change of shape that it can't carry
+            (the port fails, unless partial results are allowed).
+    """
 
     reason: str
+    planned: bool = True
 
 
 Outcome = Transport | Skip

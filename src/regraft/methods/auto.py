@@ -76,5 +76,5 @@ def auto(pairs: WeightPairs) -> Fit:
 
 
 def _copied(same: dict[ModuleRef, float], resized: list[ModuleRef]) -> dict[ModuleRef, Outcome]:
-    skip = Skip("the module has another size in the new base, and no correspondence was found")
+    skip = Skip("the module has another size in the new base, and no correspondence was found", planned=False)
     return {**dict.fromkeys(same, Transport()), **dict.fromkeys(resized, skip)}

@@ -139,7 +139,7 @@ class _Alignment:
             assert left.left is not None
             blocks: Tensor = torch.block_diag(*[left.left] * sides.out_copies)  # type: ignore[no-untyped-call]
             left = LinearMap(0.0, blocks)
-        return Transport(((left, right),))
+        return Transport(((left, right),), rotates=not (left.is_identity and right.is_identity))
 
     def cosine(self, module: ModuleRef) -> float:
         """Cosine of the new weight and the aligned old one."""

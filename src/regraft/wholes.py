@@ -1,0 +1,142 @@
+"""Parameters that an adapter stores whole (a trained head, norms, biases): what becomes of each on the new base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
+from regraft.migration import Migration
+from regraft.names import resolve_names
+from regraft.pairing import Pairing, find_component, pair_bases
+from regraft.tensors import TensorRef
+from regraft.updates import Full
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The fate of one whole parameter.
+
+    Attributes:
+        fate: ``own`` (no base has it: it goes along as it is), ``change`` (its change is put on the new base's),
+            ``skip`` (its block has no counterpart), ``problem``.
+        reason: why, in plain words.
+        target: its name on the new base, as the adapter spells names.
+        before: the old base's value, for a change.
+        after: the new base's value, for a change.
+    """
+
+    fate: Literal["own", "change", "skip", "problem"]
+    reason: str
+    target: ModuleRef | None = None
+    before: TensorRef | None = None
+    after: TensorRef | None = None
+
+
+def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> dict[ModuleRef, Whole]:
+    """Decide for every `Full` update, from headers.
+
+    Args:
+        adapter: any.
+        migration: knows the old base's parameters by name.
+        old: without both bases, a change can't be carried.
+        new: likewise.
+    """
+    wholes: dict[ModuleRef, Whole] = {}
+    pairing = pair_bases(old, new) if old is not None and new is not None and _has_wholes(adapter) else None
+    for component, updates in adapter.components().items():
+        paths = [path for path, update in updates.items() if isinstance(update, Full)]
+        if not paths:
+            continue
+        # Without an old base, the migration knows the names of the new one.
+        known = migration.parameters
+        home = find_component(migration, component, [path for path in updates if path not in paths] or paths)
+        names = set(known.get(home or component, ()))
+        stems = {name.rpartition(".")[0] for name in names}
+        found = resolve_names(paths, names)
+        parents = resolve_names({path.rpartition(".")[0] for path in paths}, stems)
+        for path in paths:
+            ref, update, place = ModuleRef(component, path), updates[path], found[path]
+            assert isinstance(update, Full)
+            if place is not None:
+                wholes[ref] = _change(ref, update, ModuleRef(home or component, place), old, new, pairing)
+            elif parents.get(path.rpartition(".")[0]) is not None:
+                reason = "matches no parameter of the base, and its module is not the adapter's own"
+                wholes[ref] = Whole("problem", reason)
+            else:
+                wholes[ref] = Whole("own", "a parameter of the adapter's own, carried as it is", ref)
+    return wholes
+
+
+def _has_wholes(adapter: Adapter) -> bool:
+    return any(isinstance(update, Full) for update in adapter.updates.values())
+
+
+def _change(
+    ref: ModuleRef, update: Full, home: ModuleRef, old: Base | None, new: Base | None, pairing: Pairing | None
+) -> Whole:
+    if old is None or new is None or pairing is None:
+        return Whole("problem", "is stored whole and carried as its change, which takes both bases (--from and --to)")
+    target = _counterpart(home, pairing, new)
+    if isinstance(target, str):
+        return Whole("skip", target)
+    before, after = old.parameter(home), new.parameter(target)
+    if before is None or after is None:
+        return Whole("skip", "the new base has no such parameter")
+    rows = update.shape[0] if update.shape else 0
+    # More rows than the bases have are added tokens: these are the adapter's own.
+    longer = before.shape[1:] == update.shape[1:] and update.shape[:1] > before.shape[:1]
+    if before.shape != after.shape or not (update.shape == before.shape or longer):
+        shapes = f"{tuple(update.shape)} in the adapter, {tuple(before.shape)} and {tuple(after.shape)} in the bases"
+        return Whole("problem", f"is stored whole, and its shapes differ: {shapes}")
+    reason = "its change from the old base, on the new one"
+    if longer:
+        reason += f"; {rows - before.shape[0]} added rows as they are"
+    return Whole("change", reason, respelled(ref, target), before, after)
+
+
+def _counterpart(home: ModuleRef, pairing: Pairing, new: Base) -> ModuleRef | str:
+    """The parameter's name on the new base, or why it has none: it goes where its block goes."""
+    exact = pairing.counterparts.get(ModuleRef(home.component, home.path.rpartition(".")[0]))
+    if exact is not None:
+        if exact.module is None:
+            return exact.reason
+        return ModuleRef(exact.module.component, f"{exact.module.path}.{home.path.rpartition('.')[2]}")
+    block = _block(home.path)
+    for module, answer in pairing.counterparts.items():
+        if module.component == home.component and block and module.path.startswith(block):
+            if answer.module is None:
+                return answer.reason
+            return ModuleRef(answer.module.component, respelled(home, answer.module).path)
+    component = next((a.module.component for a in pairing.counterparts.values() if a.module), home.component)
+    place = resolve_names([home.path], set(new.components.get(component, ()))).get(home.path)
+    return ModuleRef(component, place) if place is not None else "the new base has no such parameter"
+
+
+def _block(path: str) -> str:
+    """The path up to and with its last block number, or nothing."""
+    parts = path.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1]) + "." if last >= 0 else ""
+
+
+def respelled(ref: ModuleRef, target: ModuleRef) -> ModuleRef:
+    """The target's name as ``ref`` spells names: its own words, the target's block numbers."""
+    numbers = iter([part for part in target.path.split(".") if part.isdigit()])
+    parts = [next(numbers, part) if part.isdigit() else part for part in ref.path.split(".")]
+    return ModuleRef(ref.component, ".".join(parts))
+
+
+def changed(update: Full, whole: Whole, strength: float) -> Full:
+    """The new base's value with the adapter's change: W_new + strength · (value − W_old), added rows as they are."""
+    assert whole.before is not None
+    assert whole.after is not None
+    start, end, value = whole.before.load(), whole.after.load(), update.value.load()
+    if torch.equal(start, end) and strength == 1.0:
+        return update
+    carried, rows = value.float().clone(), start.shape[0] if start.dim() else None
+    carried[:rows] = end.float() + strength * (carried[:rows] - start.float())
+    return update.with_value(carried)
