@@ -40,4 +40,5 @@ def style_share(images: np.ndarray) -> np.ndarray:
     place = np.clip((pixels - paper) @ along / (along @ along), 0.0, 1.0)
     distance = np.linalg.norm(pixels - (paper + place[..., None] * along), axis=-1)
     weight = np.clip(2.0 - distance / _NEAR, 0.0, 1.0)
-    return weight.mean(axis=(1, 2))
+    shares: np.ndarray = weight.mean(axis=(1, 2))
+    return shares
