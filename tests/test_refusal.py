@@ -64,6 +64,16 @@ def test_near_bases_survive_drifted_ones_need_a_refine(tmp_path: Path) -> None:
     assert verdicts == {0.0: "survives", 0.01: "survives", 0.1: "survives", 0.4: "refine", 0.8: "refine"}
 
 
+def test_one_drifted_layer_is_not_hidden_by_the_mean(tmp_path: Path) -> None:
+    state = llama()
+    far = drifted(state, 0.4)
+    new = {name: far[name] if "layers.2" in name else tensor for name, tensor in state.items()}
+    report = check(lora(state), *pair(tmp_path, state, new))
+    assert report.distance < 0.2
+    assert report.verdict == "refine"
+    assert any("drifted by more than 25%" in reason for reason in report.reasons)
+
+
 def test_force_overrides_and_is_recorded(tmp_path: Path) -> None:
     import json
 

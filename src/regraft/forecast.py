@@ -24,6 +24,8 @@ _NEAR_DISTANCE, _NEAR_SIMILARITY = 0.25, 0.9
 _CONTAINED = 0.5
 # A share this many standard deviations above chance is no accident.
 _CHANCE = 4.0
+# Layers work one upon the other: a share of this size in drifted modules is felt, whatever the mean says.
+_DRIFTED = 0.1
 # A port that leaves more than this share of the update behind needs a refine to make up for it.
 _SKIPPED = 0.1
 
@@ -116,11 +118,15 @@ def judge(adapter: Adapter, migration: Migration, evidence: Evidence) -> Judgeme
         reasons.append(
             f"{len(evidence.skipped)} modules with {skipped:.1%} of the update have no place in the new base"
         )
-    drifted = distance is not None and distance > _NEAR_DISTANCE and migration.used == "copy"
+    drifted = 0.0
+    if migration.used == "copy":
+        drifted = sum(evidence.shares.get(ref, 0.0) for ref, n in near.items() if (n.distance or 0.0) > _NEAR_DISTANCE)
+    if drifted > 0:
+        reasons.append(f"{drifted:.0%} of the update is in modules that drifted by more than {_NEAR_DISTANCE:.0%}")
     if similarity is None:
         summary = "Not judged: without the old base's weights nothing says how far the new one drifted."
         return Judgement("refine", summary, tuple(reasons))
-    if similarity < _NEAR_SIMILARITY or drifted or skipped > _SKIPPED:
+    if similarity < _NEAR_SIMILARITY or drifted > _DRIFTED or skipped > _SKIPPED:
         summary = "Part of it should survive: carry it over, measure it with `verify`, and expect to refine it."
         return Judgement("refine", summary, tuple(reasons), similarity, distance)
     return Judgement(
