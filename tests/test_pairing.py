@@ -7,6 +7,7 @@ import torch
 
 from regraft import ModuleRef, open_base, port
 from regraft.adapter import MODEL
+from regraft.base import Base
 from regraft.pairing import monotone_alignment, pair_bases
 from toys import StateDict, deltas, drifted, llama, lora, save_base
 
@@ -119,3 +120,22 @@ def test_alignment_is_monotone_and_best() -> None:
     best = max(combinations(range(6), 3), key=lambda columns: sum(float(scores[i, j]) for i, j in enumerate(columns)))
     assert found == list(enumerate(best))
     assert monotone_alignment(scores.T) == [(j, i) for i, j in found]
+
+
+def test_blocks_of_another_width_are_aligned_by_depth_alone_and_none_of_their_weights_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their corners have one shape from 256 columns on, but nothing in common."""
+    read: list[ModuleRef] = []
+    monkeypatch.setattr(Base, "corner", lambda self, ref, *_: read.append(ref))
+    monkeypatch.setattr(Base, "weight", lambda self, ref: read.append(ref))
+    old, new = llama(layers=3, width=272, mlp=264), llama(1, layers=6, width=288, mlp=280)
+    found = layer_map(old, new, tmp_path)
+    assert read == []
+    assert found in ({0: 0, 1: 2, 2: 5}, {0: 0, 1: 3, 2: 5})
+
+
+def test_depth_alignment_reads_the_corners_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Base, "weight", lambda *_: pytest.fail("a whole weight was read"))
+    old = llama(layers=4)
+    assert layer_map(old, drifted(without_layers(old, {1}), 0.3), tmp_path) == {0: 0, 1: None, 2: 1, 3: 2}

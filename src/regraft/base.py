@@ -15,7 +15,7 @@ from torch import Tensor
 from regraft.adapter import MODEL, ModuleRef
 from regraft.checkpoints import open_checkpoint
 from regraft.errors import InputError, reading
-from regraft.tensors import Shape, Stored, TensorRef, check_finite
+from regraft.tensors import Shape, TensorRef, check_finite, n_bytes, read_rows
 
 # A tensor up to this size goes into the fingerprint whole; of a larger one, this many rows, evenly spread.
 _WHOLE_BYTES, _SAMPLE_ROWS = 1 << 16, 8
@@ -54,6 +54,15 @@ class Base:
         key = f"{module.path}.weight"
         return check_finite(self._ref(module).load(), self.path, key)
 
+    def corner(self, module: ModuleRef, rows: int, columns: int) -> Tensor:
+        """The first rows and columns of the module's weight as a matrix, in its stored dtype.
+
+        Raises:
+            InputError: the file is damaged, or the corner holds NaN or Inf.
+        """
+        part = read_rows(self._ref(module), [range(rows)]).flatten(1)[:, :columns]
+        return check_finite(part, self.path, f"{module.path}.weight")
+
     def parameter(self, module: ModuleRef) -> TensorRef | None:
         """A parameter by its whole name (``module.path``), or None."""
         return self.components.get(module.component, {}).get(module.path)
@@ -80,21 +89,15 @@ class Base:
         for _, tensors in sorted(self.components.items()):
             for name, ref in sorted(tensors.items()):
                 with reading(self.path, name):
-                    for part in _sample(ref):
-                        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(_sample(ref).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return f"v0:{digest.hexdigest()[:32]}"
 
 
-def _sample(ref: TensorRef) -> Iterator[Tensor]:
-    elements = 1
-    for size in ref.shape:
-        elements *= size
-    if elements * ref.dtype.itemsize <= _WHOLE_BYTES or not ref.shape or ref.shape[0] <= _SAMPLE_ROWS:
-        yield ref.load()
-        return
+def _sample(ref: TensorRef) -> Tensor:
+    if n_bytes(ref) <= _WHOLE_BYTES or not ref.shape or ref.shape[0] <= _SAMPLE_ROWS:
+        return ref.load()
     rows = [round(i * (ref.shape[0] - 1) / (_SAMPLE_ROWS - 1)) for i in range(_SAMPLE_ROWS)]
-    for row in rows:
-        yield ref.rows(row, row + 1) if isinstance(ref, Stored) else ref.load()[row : row + 1]
+    return read_rows(ref, [range(row, row + 1) for row in rows])
 
 
 def open_base(path: str | Path) -> Base:

@@ -13,6 +13,7 @@ from torch import Tensor
 from regraft.adapter import MODEL, ModuleRef
 from regraft.base import Base
 from regraft.names import resolve_names
+from regraft.tensors import Shape
 
 # Of each weight, this corner tells two blocks apart; it is all that depth alignment reads.
 _CORNER_ROWS, _CORNER_COLUMNS = 48, 256
@@ -156,29 +157,43 @@ class _Stacks:
     def _scores(self, here: str, olds: list[int], there: str, news: list[int]) -> Tensor:
         """Similarity of every old block to every new one, (old depth, new depth)."""
         roles = _roles(self.old_names, f"{here}{olds[0]}.")
-
-        def corner(base: Base, component: str, path: str) -> Tensor:
-            weight = base.weight(ModuleRef(component, path)).flatten(1)
-            return weight[:_CORNER_ROWS, :_CORNER_COLUMNS].float().flatten()
-
-        def signature(index: int, role: str, of_old: bool) -> Tensor | None:
-            name = f"{here if of_old else there}{index}.{role}"
-            if of_old:
-                known = self.old_names.get(name)
-                return None if known is None else corner(self.old, self.component, known)
-            return corner(self.new, self.target, name) if name in self.new_names else None
-
         total = torch.zeros(len(olds), len(news))
         for role in roles:
-            left = [signature(index, role, True) for index in olds]
-            right = [signature(index, role, False) for index in news]
-            for i, a in enumerate(left):
-                for j, b in enumerate(right):
-                    if a is not None and b is not None and a.shape == b.shape:
-                        total[i, j] += torch.nn.functional.cosine_similarity(a, b, dim=0)
+            left = [self._module(self.component, self.old_names.get(f"{here}{index}.{role}")) for index in olds]
+            names = [f"{there}{index}.{role}" for index in news]
+            right = [self._module(self.target, name if name in self.new_names else None) for name in names]
+            total += _similarities(self.old, left, self.new, right)
         depth_old = torch.linspace(0, 1, len(olds))[:, None]
         depth_new = torch.linspace(0, 1, len(news))[None, :]
         return total / max(1, len(roles)) - _DEPTH_WEIGHT * (depth_old - depth_new).abs()
+
+    @staticmethod
+    def _module(component: str, path: str | None) -> ModuleRef | None:
+        return None if path is None else ModuleRef(component, path)
+
+
+def _similarities(old: Base, left: list[ModuleRef | None], new: Base, right: list[ModuleRef | None]) -> Tensor:
+    """Cosine of every two weights' corners, (left, right); 0 where their shapes differ: those say nothing.
+
+    A resized weight has other coordinates, though its corner may have the same shape.
+    """
+    shapes_old = [None if ref is None else old.shape(ref) for ref in left]
+    shapes_new = [None if ref is None else new.shape(ref) for ref in right]
+
+    def corner(base: Base, ref: ModuleRef | None, others: Collection[Shape | None]) -> Tensor | None:
+        if ref is None or base.shape(ref) not in others:
+            return None
+        part = base.corner(ref, _CORNER_ROWS, _CORNER_COLUMNS)
+        return torch.nn.functional.normalize(part.float().flatten(), dim=0)
+
+    corners_old = [corner(old, ref, shapes_new) for ref in left]
+    corners_new = [corner(new, ref, shapes_old) for ref in right]
+    scores = torch.zeros(len(left), len(right))
+    for i, a in enumerate(corners_old):
+        for j, b in enumerate(corners_new):
+            if a is not None and b is not None and shapes_old[i] == shapes_new[j]:
+                scores[i, j] = a @ b
+    return scores
 
 
 def _indices(names: Iterable[str], prefix: str) -> list[int]:

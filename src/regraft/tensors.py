@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from regraft.errors import InputError, reading
+from regraft.errors import InputError, first_line, reading
 
 Shape = tuple[int, ...]
 
@@ -69,24 +72,72 @@ class InMemory:
 
 
 @dataclass(frozen=True)
+class _Stamp:
+    """What a file is known again by: offsets out of one header must not be used on another file of its name."""
+
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, stream: IO[bytes] | RawIOBase) -> _Stamp:
+        status = os.fstat(stream.fileno())
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A `TensorRef` into a safetensors file."""
+    """A `TensorRef` into a safetensors file.
+
+    The bytes are read at their offset: opening the file anew with ``safe_open`` would parse the whole header for
+    every tensor, and holding one handle would count every page that was ever read as this process's memory.
+    """
 
     file: Path
     name: str
     shape: Shape
     dtype: torch.dtype
+    offset: int = field(repr=False)
+    stamp: _Stamp = field(repr=False)
 
     def load(self) -> Tensor:
-        with reading(self.file, self.name), safe_open(self.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(self.name)
-            return tensor
+        return self._read([(0, n_bytes(self))]).reshape(self.shape)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``[start, stop)`` of dimension 0, read without the rest."""
-        with reading(self.file, self.name), safe_open(self.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_slice(self.name)[start:stop]
-            return tensor
+    def rows(self, ranges: Sequence[range]) -> Tensor:
+        """Ranges of rows of dimension 0, one below the other, read without the rest."""
+        row = n_bytes(self) // max(1, self.shape[0])
+        inside = [range(self.shape[0])[part.start : part.stop] for part in ranges]
+        data = self._read([(part.start * row, len(part) * row) for part in inside])
+        return data.reshape(sum(map(len, inside)), *self.shape[1:])
+
+    def _read(self, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """Bytes of the tensor's data by (start, size), one after the other."""
+        data = torch.empty(sum(size for _, size in parts), dtype=torch.uint8)
+        left = memoryview(data.numpy())  # type: ignore[arg-type]
+        with reading(self.file, self.name), self.file.open("rb", buffering=0) as stream:
+            if _Stamp.of(stream) != self.stamp:
+                raise InputError("has changed since it was opened", file=self.file, remedy="Run it again.")
+            for start, size in parts:
+                stream.seek(self.offset + start)
+                _fill(left[:size], stream)
+                left = left[size:]
+        return data.view(self.dtype)
+
+
+def _fill(buffer: memoryview, stream: RawIOBase) -> None:
+    # One call reads 2 GiB at most.
+    while buffer:
+        got = stream.readinto(buffer)
+        if not got:
+            raise EOFError("the file ends within this tensor")
+        buffer = buffer[got:]
+
+
+def read_rows(ref: TensorRef, ranges: Sequence[range]) -> Tensor:
+    """Ranges of rows of dimension 0, without the rest where ``ref`` can do that."""
+    if isinstance(ref, Stored):
+        return ref.rows(ranges)
+    whole = ref.load()
+    return torch.cat([whole[part.start : part.stop] for part in ranges])
 
 
 @dataclass(frozen=True)
@@ -145,6 +196,7 @@ def read_safetensors(path: Path) -> TensorFile:
         try:
             with safe_open(path, framework="pt") as handle:
                 tensors: dict[str, TensorRef] = {}
+                offsets, stamp = _offsets(path)
                 for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                     part = handle.get_slice(name)
                     dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
@@ -155,7 +207,7 @@ def read_safetensors(path: Path) -> TensorFile:
                             key=name,
                             remedy="Save it as float32, float16 or bfloat16.",
                         )
-                    tensors[name] = Stored(path, name, tuple(part.get_shape()), dtype)
+                    tensors[name] = Stored(path, name, tuple(part.get_shape()), dtype, offsets[name], stamp)
                 return TensorFile(tensors, dict(handle.metadata() or {}))
         except SafetensorError as error:
             text = str(error)
@@ -163,6 +215,16 @@ def read_safetensors(path: Path) -> TensorFile:
                 if words in text.lower():
                     raise InputError(what, file=path, remedy=remedy) from None
             raise InputError(f"can't be read as safetensors ({text})", file=path) from None
+
+
+def _offsets(path: Path) -> tuple[dict[str, int], _Stamp]:
+    """Where in the file each tensor's data begins. The header has passed safetensors' own checks."""
+    with path.open("rb") as stream:
+        stamp = _Stamp.of(stream)
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    begins = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return {name: 8 + length + begin for name, begin in begins.items()}, stamp
 
 
 def read_torch(path: Path) -> TensorFile:
@@ -200,6 +262,13 @@ def _unpickled(path: Path) -> object:
             file=path,
             remedy="Convert it to safetensors on a machine that you trust it on.",
         ) from None
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        # The unpickler obeys whatever the bytes say: on a damaged file any error at all may come out of it.
+        raise InputError(
+            f"is damaged, or is no PyTorch file ({first_line(error)})", file=path, remedy="Download or copy it again."
+        ) from None
 
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -217,7 +286,9 @@ def n_bytes(ref: TensorRef) -> int:
 
 def check_finite(tensor: Tensor, file: str | Path | None, key: str) -> Tensor:
     """``tensor`` itself, or an `InputError` where it holds NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    # torch.isfinite knows no 8-bit floats.
+    known = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    if tensor.is_floating_point() and not bool(torch.isfinite(known).all()):
         raise InputError(
             "holds NaN or Inf",
             file=file,

@@ -14,7 +14,7 @@ def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) ->
 
     Args:
         weight: float32 matrix.
-        rank: r; a float below 1 is a share of the full rank. Takes precedence over ``energy``.
+        rank: r; a float up to 1 is a share of the full rank (1.0 all of it). Takes precedence over ``energy``.
         energy: share of ‖W‖² that the subspace holds.
 
     Raises:
@@ -25,13 +25,18 @@ def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) ->
     if rank is not None:
         if rank <= 0:
             raise UsageError(f"--subspace-rank {rank} is out of range", remedy="Give a rank of 1 or more, or a share.")
-        r = max(1, round(rank * full)) if isinstance(rank, float) and rank < 1 else min(int(rank), full)
+        r = max(1, round(rank * full)) if isinstance(rank, float) and rank <= 1 else min(int(rank), full)
     else:
         share = 0.9 if energy is None else energy
         if not 0 < share <= 1:
             raise UsageError(f"--energy {share} is out of range", remedy="Give a share above 0, up to 1.")
         r = full if share == 1 else rank_for_energy(s, share)
-    return u[:, :r], vh[:r].T
+    # Copies: a slice would keep the full factors in memory for as long as the transport lives.
+    return _own(u[:, :r]), _own(vh[:r].T)
+
+
+def _own(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def overlap(a: Tensor, b: Tensor) -> float:
