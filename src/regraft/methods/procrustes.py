@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
 from regraft.methods import Fit, WeightPairs, method
-from regraft.nearness import Nearness, compare, cosine
+from regraft.nearness import cosine
 from regraft.transport import IDENTITY, LinearMap, Transport
 
 Space = tuple[str, str, int, int]
 """Component, name, size in the old base, size in the new one."""
+
+Load = Callable[[ModuleRef], tuple[Tensor, Tensor]]
+"""Module → its old and new weight."""
 
 _SWEEPS = 3
 
@@ -60,13 +64,13 @@ def _sides(module: ModuleRef, old: Tensor, new: Tensor) -> _Sides:
 class _Alignment:
     """The maps of all spaces, solved in the order in which evidence reaches them from the fixed ones."""
 
-    def __init__(self, pairs: WeightPairs, keep_identity: float) -> None:
-        self.pairs, self.keep_identity = pairs, keep_identity
+    def __init__(self, load: Load, modules: Iterable[ModuleRef], keep_identity: float) -> None:
+        self.load, self.keep_identity = load, keep_identity
         self.maps: dict[Space, Tensor | None] = {}
         self.sides: dict[ModuleRef, _Sides] = {}
         self.touching: dict[Space, list[ModuleRef]] = {}
-        for module in pairs:
-            sides = self.sides[module] = _sides(module, *pairs.load(module))
+        for module in modules:
+            sides = self.sides[module] = _sides(module, *load(module))
             for space in {sides.out, sides.inp} - {None}:
                 assert space is not None
                 self.touching.setdefault(space, []).append(module)
@@ -95,7 +99,7 @@ class _Alignment:
                 if names_only:
                     yield torch.empty(0)
                     continue
-                old, new = self.pairs.load(module)
+                old, new = self.load(module)
                 scale = float(old.norm() * new.norm()) or 1.0
                 if here == sides.out:
                     old = self._right(other, old)
@@ -114,7 +118,7 @@ class _Alignment:
 
     def _fit(self, space: Space) -> None:
         _, _, m, m_new = space
-        gram, like = None, self.pairs.load(self.touching[space][0])[0]
+        gram, like = None, self.load(self.touching[space][0])[0]
         for part in self._evidence(space):
             gram = part if gram is None else gram + part
         if gram is None:
@@ -143,33 +147,42 @@ class _Alignment:
 
     def cosine(self, module: ModuleRef) -> float:
         """Cosine of the new weight and the aligned old one."""
-        old, new = self.pairs.load(module)
+        old, new = self.load(module)
         sides = self.sides[module]
         return cosine(self._left(sides.out, self._right(sides.inp, old), sides.out_copies), new)
 
 
-class _Null:
-    """The same pairs with the new weights' rows permuted and columns rotated: what chance alone aligns."""
+def _connected(pairs: WeightPairs) -> list[ModuleRef]:
+    """The modules whose weights bear on the wanted ones' spaces, over any chain of spaces; by names alone."""
+    spaces: dict[ModuleRef, set[tuple[str, str]]] = {}
+    for module in pairs:
+        found = ((rule, rule["match"].fullmatch(module.path)) for rule in _rules())
+        rule, hit = next(((rule, hit) for rule, hit in found if hit), ({}, None))
+        named = {hit.expand(rule[side]) for side in ("out", "in") if side in rule} if hit else set()
+        spaces[module] = {(module.component, name) for name in named}
+    wanted = set(pairs.wanted)
+    reached = {space for module in wanted for space in spaces[module]}
+    while grown := {space for held in spaces.values() if held & reached for space in held} - reached:
+        reached |= grown
+    return [module for module, held in spaces.items() if module in wanted or held & reached]
 
-    def __init__(self, pairs: WeightPairs) -> None:
-        self.pairs = pairs
 
-    @property
-    def wanted(self) -> Sequence[ModuleRef]:
-        return self.pairs.wanted
+def _by_chance(load: Load) -> Load:
+    """The same pairs with the new weights' rows and columns permuted, columns of either sign: chance alone.
 
-    def __iter__(self) -> Iterator[ModuleRef]:
-        return iter(self.pairs)
+    It keeps the spectrum, as a random rotation would, at the cost of one pass over the weight.
+    """
 
-    def nearness(self, module: ModuleRef) -> Nearness:
-        return compare(*self.load(module))
+    def shuffled(module: ModuleRef) -> tuple[Tensor, Tensor]:
+        old, new = load(module)
+        # Each module has a shuffle of its own; one that two shared would be a change of coordinates to be found.
+        dice = torch.Generator().manual_seed(crc32(str(module).encode()))
+        rows, columns = (torch.randperm(size, generator=dice).to(new.device) for size in new.shape)
+        signs = torch.randint(0, 2, (new.shape[1],), generator=dice) * 2 - 1
+        new = new[rows][:, columns] * signs.to(new)
+        return old, new
 
-    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
-        old, new = self.pairs.load(module)
-        generator = torch.Generator().manual_seed(sum(str(module).encode()))
-        rows = torch.randperm(new.shape[0], generator=generator)
-        rotation = torch.linalg.qr(torch.randn(new.shape[1], new.shape[1], generator=generator))[0]
-        return old, new[rows.to(new.device)] @ rotation.to(new)
+    return shuffled
 
 
 @method(
@@ -191,14 +204,15 @@ def procrustes(pairs: WeightPairs, *, keep_identity: float = 0.5) -> Fit:
         keep_identity: mean cosine of the weights in their own coordinates from which on a space is left as it is;
             above 1, every space is rotated (the method as published).
     """
-    found = _Alignment(pairs, keep_identity)
+    modules = _connected(pairs)
+    found = _Alignment(pairs.load, modules, keep_identity)
     found.solve()
     shared: dict[Space, LinearMap] = {}
     transports = {module: found.transport(module, shared) for module in pairs.wanted}
     moved = [module for module, transport in transports.items() if not transport.is_identity]
     similarity: dict[ModuleRef, float] = {}
     if moved:
-        null = _Alignment(_Null(pairs), keep_identity)
+        null = _Alignment(_by_chance(pairs.load), modules, keep_identity)
         null.solve()
         for module in moved:
             chance = min(max(0.0, null.cosine(module)), 0.99)
