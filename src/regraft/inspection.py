@@ -11,7 +11,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import open_base
 from regraft.errors import OutputError
 from regraft.formats import BaseNames, get_format, load_adapter
-from regraft.formats._common import load_many
+from regraft.formats._common import check_values, load_many
 from regraft.formats._peft_config import implied_alpha
 from regraft.formats.diffusers import component_configs
 from regraft.output import check_writable
@@ -61,7 +61,7 @@ def _alphas(adapter: Adapter) -> dict[ModuleRef, float]:
     low_rank = {module: u for module, u in adapter.updates.items() if isinstance(u, LowRank)}
     refs = {module: update.alpha for module, update in low_rank.items() if update.alpha is not None}
     alphas = {module: float(tensor.reshape(()).item()) for module, tensor in load_many(refs).items()}
-    configs = component_configs(adapter.metadata)
+    configs = component_configs(adapter.metadata, adapter.layout.get("unprefixed", ""))
     for module, update in low_rank.items():
         config = adapter.config if adapter.config is not None else configs.get(module.component)
         if module not in alphas and config is not None:
@@ -96,13 +96,13 @@ def convert_adapter(
         overwrite: replace what is there.
 
     Raises:
-        InputError: the source can't be read.
+        InputError: the source can't be read, or holds NaN or Inf.
         OutputError: the format can't hold a part of it, or the target can't be written.
         UsageError: there is no such format.
     """
     get_format(format)
     target = Path(target).expanduser()
-    check_writable(target, overwrite=overwrite)
+    check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
     adapter = load_adapter(source, names=base_names(base) if base is not None else None)
     if adapter.unrecognised:
         raise OutputError(
@@ -113,6 +113,7 @@ def convert_adapter(
         )
     if format == "peft" and adapter.format == "peft":
         adapter = replace(adapter, layout={**adapter.layout, "bare": target.suffix == ".safetensors"})
+    check_values(adapter)
     adapter.save(target, format=format, overwrite=overwrite)
     return ConvertReport(input=str(source), output=str(target), format=format, modules=len(adapter.updates))
 

@@ -77,3 +77,24 @@ def test_a_peft_folder_becomes_a_bare_file_and_a_folder_again(tmp_path: Path) ->
 def test_a_file_that_is_missing_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
         run(tmp_path / "none.safetensors", "-o", tmp_path / "out", "--format", "kohya")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "cloneofsimo"])
+def test_values_that_are_no_numbers_are_not_written(format: str, value: float, tmp_path: Path) -> None:
+    tensors = load_file(REAL)
+    tensors["unet:7:up"][0, 0] = value
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match=r"bad\.safetensors: unet:7:up: holds NaN or Inf"):
+        run(tmp_path / "bad.safetensors", "-o", tmp_path / "out.safetensors", "--format", format)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_folder_around_the_input_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(load_file(REAL), folder / "in.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"holds the input in\.safetensors"):
+        run(folder / "in.safetensors", "-o", folder, "--format", "kohya", "--overwrite")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "in.safetensors"}

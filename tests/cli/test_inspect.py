@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import regraft.tensors
+from regraft import load_adapter
 from regraft.cli import register
+from regraft.formats._common import check_values
 from regraft.inspection import inspect_adapter
 
 REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"
@@ -41,12 +46,76 @@ def test_quiet_prints_nothing() -> None:
     assert run(str(REAL), "--quiet") == ""
 
 
-def test_no_factor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: object) -> None:
-        raise AssertionError("inspect read a tensor")
+class Watched:
+    """An open safetensors file that notes the names of the tensors whose values are read."""
 
-    monkeypatch.setattr(regraft.tensors.Stored, "load", refuse)
+    def __init__(self, handle: Any, read: list[str]) -> None:
+        self.handle, self.read = handle, read
+
+    def __enter__(self) -> Watched:
+        self.handle.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        self.read.append(name)
+        return self.handle.get_tensor(name)
+
+    def get_slice(self, name: str) -> WatchedSlice:
+        return WatchedSlice(self.handle.get_slice(name), name, self.read)
+
+
+class WatchedSlice:
+    """Of such a file: shape and dtype are the header's, only an index reads values."""
+
+    def __init__(self, part: Any, name: str, read: list[str]) -> None:
+        self.get_shape, self.get_dtype = part.get_shape, part.get_dtype
+        self.part, self.name, self.read = part, name, read
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.read.append(self.name)
+        return self.part[index]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors that any module of regraft reads, by whatever way, in their order."""
+    names: list[str] = []
+    opened = 0
+
+    def watched(*args: Any, **kwargs: Any) -> Watched:
+        nonlocal opened
+        opened += 1
+        return Watched(safe_open(*args, **kwargs), names)
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("regraft")]
+    for module in modules:
+        if getattr(module, "safe_open", None) is safe_open:
+            monkeypatch.setattr(module, "safe_open", watched)
+    regraft.tensors.read_safetensors(REAL)
+    assert opened == 1, "the watch sees no file"
+    return names
+
+
+def test_no_factor_is_read(read: list[str]) -> None:
     assert inspect_adapter(REAL).components["unet"].modules == 144
+    assert read == []
+    # The watch would have seen it.
+    check_values(load_adapter(REAL))
+    assert len(read) >= 2 * 192
+
+
+def test_only_the_alphas_of_a_file_that_has_them_are_read(read: list[str], tmp_path: Path) -> None:
+    load_adapter(REAL).save(tmp_path / "kohya.safetensors", format="kohya")
+    read.clear()
+    assert inspect_adapter(tmp_path / "kohya.safetensors").components["unet"].alphas == [4.0]
+    assert read
+    assert all(name.endswith(".alpha") for name in read)
 
 
 def test_alphas_come_from_tensors_or_the_config(tmp_path: Path) -> None:

@@ -217,11 +217,11 @@ def check_values(adapter: Adapter) -> None:
     Raises:
         InputError: a tensor holds NaN or Inf, or can't be read.
     """
-    for module, update in adapter.updates.items():
-        for ref in parts_of(update):
-            check_finite(ref.load(), adapter.path, key_of(ref, str(module)))
-    for token, ref in adapter.tokens.items():
-        check_finite(ref.load(), adapter.path, key_of(ref, token))
+    named = [(str(module), ref) for module, update in adapter.updates.items() for ref in parts_of(update)]
+    named += adapter.tokens.items()
+    for number, tensor in load_many({number: ref for number, (_, ref) in enumerate(named)}).items():
+        name, ref = named[number]
+        check_finite(tensor, adapter.path, key_of(ref, name))
 
 
 def parts_of(update: LowRank | Full) -> Iterable[TensorRef]:

@@ -10,6 +10,7 @@ Facts (diffusers 0.42):
   files lack the component. Text encoders: ``….self_attn.to_q_lora.down.weight`` for ``q_proj``.
 - Scale: ``lora_adapter_metadata`` in the header is a JSON string of ``<component>.<LoraConfig field>`` entries; PEFT's
   rules hold. Without it alpha = rank, scale 1. Other tools put ``.alpha`` beside the pair.
+- One model's ``save_lora_adapter`` leaves the component out of the keys and of those entries (``r``, ``lora_alpha``).
 - DoRA: ``lora_magnitude_vector``, from OneTrainer with ``.weight``, and its norms per input as ``dora_scale``.
 - transformers 5 leaves ``text_model.`` out of CLIPTextModel's names: both spellings occur.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,12 @@ _TEXT_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 _BARE_UNET = re.compile(r"(down_blocks|up_blocks|mid_block)\.")
 
 
-def _split(key: str) -> tuple[str, str, str, str] | None:
+def _split(key: str, *, one_model: bool = False) -> tuple[str, str, str, str] | None:
     """Component ("" where there is none), module path, role and spelling of a key; None if it is no part of a pair."""
     component, dot, rest = key.partition(".")
     if not dot or component not in COMPONENTS:
         component, rest = "", key
-        if not _BARE_UNET.match(key):
+        if not one_model and not _BARE_UNET.match(key):
             return None
     if old := _PROCESSOR.fullmatch(rest):
         parts = _UNET_PARTS if old["processor"] else _TEXT_PARTS
@@ -105,18 +106,21 @@ def _detect(file: AdapterFile) -> bool:
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     configs = _configs(file.metadata, file.path)
+    main, one_model = _main_component(file.tensors), "" in configs
+    if one_model:
+        configs[main] = configs.pop("") | configs.get(main, {})
     parts: dict[ModuleRef, Parts] = {}
     generations, magnitudes = Choices(), Choices()
     unrecognised: list[str] = []
     bare = False
     for key, ref in file.tensors.items():
-        split = _split(key)
+        split = _split(key, one_model=one_model)
         if split is None:
             unrecognised.append(key)
             continue
         component, path, role, spelling = split
         bare |= not component
-        module = ModuleRef(component or "unet", path)
+        module = ModuleRef(component or main, path)
         parts.setdefault(module, Parts()).add(role, key, ref, file.path)
         if role == "down":
             generations.note(*module, spelling)
@@ -132,6 +136,7 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         "generations": generations.to_layout(),
         "magnitudes": magnitudes.to_layout(),
         "bare": bare,
+        "unprefixed": main if one_model else "",
         "modules": {component: tuple(paths) for component, paths in _grouped(parts).items()},
     }
     return Adapter(
@@ -145,6 +150,14 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     )
 
 
+def _main_component(keys: Iterable[str]) -> str:
+    """The component that keys and config entries without one are of."""
+    keys = list(keys)
+    named = {key.partition(".")[0] for key in keys}
+    first = next((component for component in COMPONENTS if component in named), None)
+    return first or ("unet" if not keys or any(map(_BARE_UNET.match, keys)) else "transformer")
+
+
 def _grouped(modules: Mapping[ModuleRef, Any]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = {}
     for component, path in modules:
@@ -152,11 +165,16 @@ def _grouped(modules: Mapping[ModuleRef, Any]) -> dict[str, list[str]]:
     return grouped
 
 
-def component_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Component → LoraConfig fields, from a header's ``lora_adapter_metadata``; empty where there is none."""
+def component_configs(metadata: Mapping[str, str], unprefixed: str = "") -> dict[str, dict[str, Any]]:
+    """Component → LoraConfig fields, from a header's ``lora_adapter_metadata``; empty where there is none.
+
+    Fields without a component count as those of ``unprefixed``.
+    """
     configs: dict[str, dict[str, Any]] = {}
     for name, value in json.loads(metadata.get(METADATA, "{}")).items():
-        component, _, field = name.partition(".")
+        component, dot, field = name.partition(".")
+        if not dot:
+            component, field = unprefixed, name
         configs.setdefault(component, {})[field] = value
     return configs
 
@@ -168,7 +186,7 @@ def _configs(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any
         what = "is not a JSON object"
         raise InputError(what, file=file, key=METADATA, remedy="Save the adapter again.") from None
     for component, config in configs.items():
-        check_config(config, file, f"{METADATA}: {component}.")
+        check_config(config, file, f"{METADATA}: {component}." if component else f"{METADATA}: ")
     return configs
 
 
@@ -210,7 +228,12 @@ def _write(adapter: Adapter) -> Written:
     metadata = dict(adapter.metadata) if own else {"format": "pt", **training_metadata(adapter.metadata)}
     configs = _written_configs(adapter, components)
     if configs:
-        entries = {f"{name}.{field}": value for name, config in configs.items() for field, value in config.items()}
+        unprefixed = adapter.layout.get("unprefixed") if own else None
+        entries = {
+            field if name == unprefixed else f"{name}.{field}": value
+            for name, config in configs.items()
+            for field, value in config.items()
+        }
         metadata[METADATA] = json.dumps(entries, indent=2, sort_keys=True)
     loaded = contiguous(tensors)
     return Written(loaded, with_true_hashes(metadata, loaded))
@@ -253,7 +276,7 @@ def _written_configs(adapter: Adapter, components: Mapping[str, Mapping[str, Low
     diffusers takes the header for all components or for none, so that one of them needing it brings in the rest.
     """
     own = adapter.format == "diffusers"
-    old = component_configs(adapter.metadata) if own else {}
+    old = component_configs(adapter.metadata, adapter.layout.get("unprefixed", "")) if own else {}
     old_modules = adapter.layout.get("modules", {}) if own else {}
     silent = all(
         update.scale == 1.0 or (own and update.alpha is not None)
