@@ -42,6 +42,7 @@ class Adapter:
         unrecognised: keys that the format's reader did not understand.
         sidecars: files beside the weights that belong to the adapter (tokenizer, README), by name.
         path: where it was read from.
+        left_behind: names of further weights files of its folder (optimizer state, another adapter), not carried.
     """
 
     updates: Mapping[ModuleRef, Update]
@@ -54,6 +55,7 @@ class Adapter:
     unrecognised: tuple[str, ...] = ()
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     path: Path | None = None
+    left_behind: tuple[str, ...] = ()
 
     def components(self) -> dict[str, dict[str, Update]]:
         """The updates grouped: component → module path → update."""

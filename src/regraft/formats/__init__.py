@@ -9,7 +9,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError, UsageError, reading
-from regraft.output import write_whole
+from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
 
 
@@ -32,6 +32,7 @@ class AdapterFile:
         metadata: the safetensors header's metadata.
         config: ``adapter_config.json`` beside the weights, if there is one.
         sidecars: other files of the folder (tokenizer, README), by name.
+        left_behind: names of the folder's other weights files.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class AdapterFile:
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None = None
     sidecars: Mapping[str, Path] = field(default_factory=dict)
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,21 +137,17 @@ def open_adapter_file(path: Path) -> AdapterFile:
     content = read_tensor_file(weights)
     if not content.tensors:
         raise InputError("holds no tensors", file=weights)
-    config_file, config = weights.parent / "adapter_config.json", None
+    config_file, config = weights.parent / ADAPTER_CONFIG, None
     # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
     if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):
         with reading(config_file):
             config = json.loads(config_file.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise InputError("is not a JSON object", file=config_file)
-    sidecars = {}
-    if config is not None:
-        sidecars = {
-            file.name: file
-            for file in sorted(weights.parent.iterdir())
-            if file.is_file() and file.suffix not in _NOT_CARRIED and file.name != "adapter_config.json"
-        }
-    return AdapterFile(path, content.tensors, content.metadata, config, sidecars)
+    beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
+    sidecars = {f.name: f for f in beside if f.suffix not in _NOT_CARRIED and f.name != ADAPTER_CONFIG}
+    left_behind = tuple(f.name for f in beside if f.suffix in _NOT_CARRIED and f.name != weights.name)
+    return AdapterFile(path, content.tensors, content.metadata, config, sidecars, left_behind)
 
 
 def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
@@ -165,7 +163,7 @@ def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter
     file = open_adapter_file(Path(path).expanduser())
     for format in formats().values():
         if format.detect(file):
-            return format.read(file, names)
+            return replace(format.read(file, names), left_behind=file.left_behind)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",
@@ -180,4 +178,4 @@ def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, ove
     writer = get_format(name).write
     if writer is None:
         raise UsageError(f"format {name!r} can be read, not written", remedy="Choose another with --format.")
-    return write_whole(writer(adapter), path, overwrite=overwrite)
+    return write_whole(writer(adapter), path, overwrite=overwrite, source=adapter.path)

@@ -22,7 +22,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.families import family_of_modules, without_text_model
 from regraft.formats import AdapterFile, BaseNames, Format, Written
-from regraft.formats._common import Parts, check_float, component_for, contiguous, shapes_of
+from regraft.formats._common import Parts, check_float, component_for, contiguous, shapes_of, training_metadata
 from regraft.formats._factors import cannot_hold, folded
 from regraft.tensors import TensorRef
 from regraft.updates import Full, LowRank, Update
@@ -115,7 +115,8 @@ def _write(adapter: Adapter) -> Written:
     }
     tensors: dict[str, TensorRef] = {}
     own = adapter.format == "cloneofsimo"
-    metadata = {key: value for key, value in adapter.metadata.items() if own and not _RANK.fullmatch(key)}
+    kept = adapter.metadata if own else training_metadata(adapter.metadata)
+    metadata = {key: value for key, value in kept.items() if not _RANK.fullmatch(key)}
     for module, update in adapter.updates.items():
         component = component_for(adapter, module.component, "cloneofsimo")
         number = numbers.get((component, without_text_model(module.path)))

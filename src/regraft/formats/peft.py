@@ -27,15 +27,17 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import OutputError
 from regraft.families import family_of_modules, refine_by_hint
 from regraft.formats import AdapterFile, BaseNames, Format, Written
-from regraft.formats._common import Choices, Parts, chosen, contiguous, shapes_of
+from regraft.formats._common import Choices, Parts, chosen, contiguous, shapes_of, training_metadata
 from regraft.formats._factors import Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
+from regraft.formats._model_card import CARD, with_base
 from regraft.formats._peft_config import MINIMAL, check_config, corrected, scale_of
+from regraft.output import ADAPTER_CONFIG
 from regraft.tensors import TensorRef, Transposed
 from regraft.updates import Full, LowRank, Update
 from regraft.updates.lowrank import Orientation
 
 PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 
 _LORA = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)"
@@ -105,6 +107,7 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         "adapter_name": next(iter(adapter_names)) if len(adapter_names) == 1 else "",
         "magnitude": magnitudes.to_layout(),
         "modules": tuple(parts),
+        "base_model": (config or {}).get("base_model_name_or_path"),
     }
     family = refine_by_hint(family_of_modules(shapes_of(updates)), _hint(config))
     return Adapter(
@@ -179,7 +182,7 @@ def _write(adapter: Adapter) -> Written:
             tensors[_full_key(adapter, path, update)] = update.value
         else:
             tensors |= _keys(adapter, path, folded(update) if bare else update)
-    metadata = dict(adapter.metadata) if own else {"format": "pt"}
+    metadata = dict(adapter.metadata) if own else {"format": "pt", **training_metadata(adapter.metadata)}
     if bare:
         _check_bare(low_rank)
         return Written(contiguous(tensors), metadata)
@@ -189,6 +192,9 @@ def _write(adapter: Adapter) -> Written:
     if any(update.orientation == "conv1d" for update in low_rank.values()):
         config["fan_in_fan_out"] = True
     files: dict[str, str | Path] = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n", **adapter.sidecars}
+    if CARD in files and own:
+        old, new = adapter.layout.get("base_model"), config.get("base_model_name_or_path")
+        files[CARD] = with_base(adapter.sidecars[CARD], old, new)
     return Written(contiguous(tensors), metadata, files, folder=True)
 
 
