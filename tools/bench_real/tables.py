@@ -78,7 +78,7 @@ def _minilm(content: Figures) -> Iterable[str]:
         rows = [
             [side, _ROWS.get(name, name) if side == "old" or name == "none" else name, *_accuracies(row)]
             for side in ("old", "new")
-            for name, row in found["summary"].get(side, {}).items()
+            for name, row in sorted(found["summary"].get(side, {}).items(), key=lambda item: item[0] != "none")
         ]
         yield _table(head, rows)
         ports = [row for seed in seeds.values() for row in seed.get("ports", {}).values()]
@@ -148,6 +148,6 @@ def _sceptr(content: Figures) -> Iterable[str]:
     rows += [
         [pair["new"], pair["adapter"], _ROWS.get(name, name), *(_figure(row[key], 2) for key in figures.values())]
         for pair in content["pairs"]
-        for name, row in pair["summary"]["new"].items()
+        for name, row in sorted(pair["summary"]["new"].items(), key=lambda item: item[0] != "none")
     ]
     yield _table(["new base", "LoRA on", "method", *figures], rows)
