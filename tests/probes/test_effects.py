@@ -74,3 +74,12 @@ def test_prompts_are_lines(tmp_path) -> None:  # type: ignore[no-untyped-def]
         read_prompts(file)
     with pytest.raises(InputError, match="no such file"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_equal_values_have_an_interval_of_no_width_and_others_the_textbooks() -> None:
+    equal = interval([0.1] * 7, seed=0, undefined="")
+    assert equal.low == equal.mean == equal.high == pytest.approx(0.1)
+    values = np.random.default_rng(1).normal(size=9)
+    draws = np.random.default_rng(3).integers(0, 9, size=(1000, 9))
+    some = interval(list(values), seed=3, undefined="")
+    assert (some.low, some.high) == pytest.approx(tuple(np.quantile(values[draws].mean(1), [0.025, 0.975])))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor
 
 from regraft.report.schema import Interval
@@ -90,8 +91,17 @@ def interval(values: Sequence[float | None], *, seed: int, undefined: str, note:
     defined = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(defined):
         return Interval(mean=None, low=None, high=None, reason=undefined)
-    draws = np.random.default_rng(seed).integers(0, len(defined), size=(RESAMPLES, len(defined)))
-    low, high = np.quantile(defined[draws].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    mean = low = high = float(defined.mean())
+    # Of one value, or of equal ones, every resample has the same mean; SciPy refuses a single one.
+    if np.ptp(defined) > 0:
+        low, high = bootstrap(
+            (defined,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
     if len(defined) < len(values):
         note = f"defined on {len(defined)} of {len(values)} inputs" + (f"; {note}" if note else "")
-    return Interval(mean=float(defined.mean()), low=float(low), high=float(high), reason=note)
+    return Interval(mean=mean, low=float(low), high=float(high), reason=note)
