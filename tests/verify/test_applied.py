@@ -155,3 +155,26 @@ def test_the_random_control_has_the_ranks_and_norms_of_its_model_and_is_repeatab
     new = once.updates[full]
     assert isinstance(new, Full)
     assert (new.value.load() - old).norm() == pytest.approx(float((torch.ones(8) - old).norm()), rel=1e-4)
+
+
+def test_a_single_models_adapter_goes_to_the_component_that_has_its_modules(tmp_path: Path) -> None:
+    models = load_model(tiny.pipeline(tmp_path / "base")).components
+    as_model = tiny.lora(models["text_encoder"], ["q_proj", "v_proj", "fc1"])
+    named = replace(as_model, updates={ModuleRef("text_encoder", path): u for (_, path), u in as_model.updates.items()})
+    with applied(models, named):
+        expected = _weights(models["text_encoder"])
+    before = _weights(models["unet"])
+    with applied(models, as_model):
+        assert all(torch.equal(v, expected[name]) for name, v in models["text_encoder"].state_dict().items())
+        assert all(torch.equal(v, before[name]) for name, v in models["unet"].state_dict().items())
+    assert fitting(models, as_model).updates == as_model.updates
+
+
+def test_of_two_components_with_its_names_an_adapter_goes_to_the_one_with_its_shapes(tmp_path: Path) -> None:
+    narrow, wide = (load_model(tiny.bert(tmp_path / str(width), width=width)).main for width in (16, 32))
+    adapter = tiny.lora(wide, ["query", "value"])
+    models, before = {"text_encoder": narrow, "text_encoder_2": wide}, _weights(narrow)
+    with applied(models, adapter):
+        assert all(torch.equal(value, before[name]) for name, value in narrow.state_dict().items())
+        changed = wide.encoder.layer[0].attention.self.query.weight
+    assert not torch.equal(changed, wide.encoder.layer[0].attention.self.query.weight)

@@ -14,6 +14,8 @@ from regraft.names import resolve_names
 from regraft.tensors import Shape
 from regraft.updates import Full, LowRank, Update
 
+_NOT_THERE = "no such module"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -87,33 +89,45 @@ def find_places(
     lost: dict[ModuleRef, str] = {}
     grouped = adapter.components()
     for component, updates in grouped.items():
-        name = _counterpart(component, grouped, components)
-        if name is None:
+        tries = [
+            _places_in(components[name], component, updates) for name in _candidates(component, grouped, components)
+        ]
+        if not tries:
             lost.update({ModuleRef(component, path): f"there is no {component}" for path in updates})
             continue
-        tensors = _tensors(components[name])
-        parameters = {path: path if isinstance(u, Full) else f"{path}.weight" for path, u in updates.items()}
-        names = resolve_names(parameters.values(), tensors.keys())
-        for path, update in updates.items():
-            ref, target = ModuleRef(component, path), names[parameters[path]]
-            if target is None:
-                lost[ref] = "no such module"
-                continue
-            place = Place(*tensors[target], update)
-            why = _misfit(place)
-            if why is None:
-                found[ref] = place
-            else:
-                lost[ref] = why
+        # A single model's adapter has no component's name: it belongs where most of it fits, or at least is named.
+        here, left = max(tries, key=lambda t: (len(t[0]), -sum(why == _NOT_THERE for why in t[1].values())))
+        found |= here
+        lost |= left
     return found, lost
 
 
-def _counterpart(component: str, wanted: Mapping[str, object], there: Mapping[str, nn.Module]) -> str | None:
+def _candidates(component: str, wanted: Mapping[str, object], there: Mapping[str, nn.Module]) -> list[str]:
     if component in there:
-        return component
-    if len(wanted) == 1 and (len(there) == 1 or component == MODEL):
-        return next(iter(there))
-    return None
+        return [component]
+    return list(there) if len(wanted) == 1 and (len(there) == 1 or component == MODEL) else []
+
+
+def _places_in(
+    model: nn.Module, component: str, updates: Mapping[str, Update]
+) -> tuple[dict[ModuleRef, Place], dict[ModuleRef, str]]:
+    found: dict[ModuleRef, Place] = {}
+    lost: dict[ModuleRef, str] = {}
+    tensors = _tensors(model)
+    parameters = {path: path if isinstance(u, Full) else f"{path}.weight" for path, u in updates.items()}
+    names = resolve_names(parameters.values(), tensors.keys())
+    for path, update in updates.items():
+        ref, target = ModuleRef(component, path), names[parameters[path]]
+        if target is None:
+            lost[ref] = _NOT_THERE
+            continue
+        place = Place(*tensors[target], update)
+        why = _misfit(place)
+        if why is None:
+            found[ref] = place
+        else:
+            lost[ref] = why
+    return found, lost
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
