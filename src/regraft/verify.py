@@ -16,6 +16,7 @@ from regraft.errors import RegraftError
 from regraft.probes import Probe, make_probe
 from regraft.probes.controls import random_like
 from regraft.probes.effects import compare, interval
+from regraft.probes.pictures import ContactSheet, makes_pictures
 from regraft.report.schema import Effect, Interval, VerifyReport
 from regraft.runtime import Loaded, applied, fitting, load_model, quiet_libraries
 
@@ -31,6 +32,7 @@ def verify(
     *,
     prompts: Sequence[str] | None = None,
     n_inputs: int | None = None,
+    pictures: int = 0,
     seed: int = 0,
     config: str | Path | None = None,
     device: str = "cpu",
@@ -46,7 +48,8 @@ def verify(
         new: the same of the new base.
         prompts: texts to run instead of inputs that the old base makes itself.
         n_inputs: how many inputs; see `regraft.probes.make_probe`.
-        seed: of the inputs, the random control and the bootstrap.
+        pictures: how many prompts to draw as well, from the first on; none where either base makes no pictures.
+        seed: of the inputs, the pictures, the random control and the bootstrap.
         config: for bare weights files; see `regraft.runtime.load_model`.
         device: ``cpu``, ``cuda`` or ``mps``.
         dtype: dtype that the models run in.
@@ -54,16 +57,18 @@ def verify(
 
     Raises:
         InputError: a base can't be loaded, or an adapter has modules that its base lacks.
-        RegraftError: a needed library is missing, or an output holds NaN or Inf.
+        RegraftError: a needed library is missing, an output holds NaN or Inf, or a picture can't be drawn.
     """
     started = perf_counter()
     runs = _Runs(tick)
 
     model = load_model(old, config=config, device=device, dtype=dtype)
     probe = make_probe(model, original, prompts=prompts, n_inputs=n_inputs, seed=seed)
-    runs.total = len(probe) * 6
+    sheet = ContactSheet(probe.prompts[:pictures] if makes_pictures(model) else [], seed, runs.step)
+    runs.total = len(probe) * 6 + len(sheet.prompts) * 5
     without = list(runs(probe, model, None, "old base"))
     before = list(zip(without, runs(probe, model, original, "old base + original"), strict=True))
+    sheet.draw_old(model, original)
     del model
 
     model = load_model(new, config=config, device=device, dtype=dtype)
@@ -79,6 +84,7 @@ def verify(
         "copy": _copy_control(original, model, measure, lambda copy: runs(carried, model, copy, "new base + copy")),
         "random": measure(runs(carried, model, random, "new base + random"))[0],
     }
+    sheet.draw_new(model, original, ported)
     return VerifyReport(
         regraft_version=__version__,
         original=_name(original),
@@ -94,6 +100,7 @@ def verify(
         controls=controls,
         summary=summarise(effect, controls, pooled),
         prompts=probe.prompts,
+        pictures=sheet.columns,
         seconds=perf_counter() - started,
     )
 
@@ -125,10 +132,13 @@ class _Runs:
                         file=model.path,
                         remedy="Run it with --dtype float32; if it stays, the weights are damaged.",
                     )
-                self.done += 1
-                if self.tick is not None:
-                    self.tick(self.done, self.total, what)
+                self.step(what)
                 yield output
+
+    def step(self, what: str) -> None:
+        self.done += 1
+        if self.tick is not None:
+            self.tick(self.done, self.total, what)
 
 
 @dataclass(frozen=True)

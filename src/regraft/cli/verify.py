@@ -15,6 +15,9 @@ from regraft.probes import read_prompts
 from regraft.report.tables import verify_table
 from regraft.verify import verify as verify_adapters
 
+#: Rows of a page's contact sheet.
+PICTURES = 4
+
 
 def verify(
     original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The adapter as it was trained on OLD.")],
@@ -28,12 +31,27 @@ def verify(
         int | None,
         typer.Option("--n-inputs", min=1, help="By default 32 texts, 16 for pictures, or all given."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, random control and intervals.")] = 0,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            metavar="N",
+            min=0,
+            help="Prompts to draw, with pipelines; by default 4 with --report, else 0.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, pictures, random control, intervals.")] = 0,
     config: Annotated[
         Path | None, typer.Option("--config", metavar="JSON|FOLDER", help="Of a bare weights file.")
     ] = None,
     device: o.Device = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="What the models run in.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="What the models run in. In float16 or bfloat16 small updates can round away when they are merged.",
+        ),
+    ] = "float32",
     threads: o.Threads = None,
     report: o.Report = None,
     json: o.Json = False,
@@ -58,6 +76,7 @@ def verify(
             new,
             prompts=texts,
             n_inputs=n_inputs,
+            pictures=(PICTURES if report is not None else 0) if pictures is None else pictures,
             seed=seed,
             config=config,
             device=device,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from regraft._version import __version__
@@ -25,6 +22,7 @@ from regraft.errors import InputError
 from regraft.formats import load_adapter
 from regraft.memory import peak_mb
 from regraft.port import apply_migration, fit_for
+from regraft.probes.pictures import Images, draw, png
 from regraft.report.demo_schema import DemoReport, LabelledCheck, NearUpgrade
 from regraft.report.schema import CheckReport, Picture
 from regraft.runtime.load import library
@@ -157,12 +155,12 @@ class _Pipelines:
         return Picture(
             title=column.title,
             group=column.group,
-            png=[_png(image) for image in images],
+            png=[png(image) for image in images],
             note=column.note,
             figures={"style_share": round(float(style_share(images).mean()), 3)},
         )
 
-    def _run(self, column: Column) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _run(self, column: Column) -> Images:
         diffusers = library("diffusers")
         diffusers.utils.logging.disable_progress_bar()
         if self.name != column.base:
@@ -177,25 +175,15 @@ class _Pipelines:
         if column.lora is not None:
             pipeline.load_lora_weights(str(column.lora))
         fixed = self.facts["report"]
-        images: np.ndarray[Any, np.dtype[np.float32]] = pipeline(
-            list(fixed["prompts"]),
-            num_inference_steps=fixed["steps"],
+        return draw(
+            pipeline,
+            fixed["prompts"],
+            fixed["seeds"],
+            steps=fixed["steps"],
             guidance_scale=fixed["guidance"],
             height=self.facts["size"],
             width=self.facts["size"],
-            generator=[torch.Generator().manual_seed(seed) for seed in fixed["seeds"]],
-            output_type="np",
-        ).images
-        return images
-
-
-def _png(image: np.ndarray[Any, np.dtype[np.float32]]) -> str:
-    from matplotlib.image import imsave
-
-    # Eight bits by rounding, as pictures are saved elsewhere; matplotlib's own scaling would cut instead.
-    buffer = BytesIO()
-    imsave(buffer, (image * 255).round().astype(np.uint8), format="png")
-    return base64.b64encode(buffer.getvalue()).decode()
+        )
 
 
 def _same(pictures: list[Picture]) -> list[tuple[str, str]]:

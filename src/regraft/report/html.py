@@ -162,6 +162,12 @@ def columns(pictures: Iterable[Picture], rows: int, same: Iterable[tuple[str, st
     return found
 
 
+def drawn(verify: VerifyReport) -> list[str]:
+    """The prompts that pictures were made for, the first ones; all of them where no picture can be shown."""
+    rows = (len(picture.png) for picture in verify.pictures if any(map(cell, picture.png)))
+    return verify.prompts[: max(rows, default=len(verify.prompts))]
+
+
 def column_groups(sheet: Iterable[Column]) -> list[tuple[str, int]]:
     """Each heading and how many neighbouring columns stand under it."""
     return [(group, len(list(members))) for group, members in groupby(sheet, key=lambda c: c.picture.group)]
@@ -293,6 +299,7 @@ def _environment() -> Environment:
     env.globals.update(
         meanings=MEANINGS,
         columns=columns,
+        drawn=drawn,
         column_groups=column_groups,
         left_out=depth.left_out,
         after_word=depth.after_word,

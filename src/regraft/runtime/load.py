@@ -136,7 +136,7 @@ def _pipeline(path: Path, dtype: torch.dtype) -> Loaded:
     diffusers = library("diffusers")
     with reading(path / "model_index.json"):
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    # The safety checker looks at pictures, and none is made: it would only cost memory.
+    # The safety checker would cost memory, and black out pictures that are made here only to be compared.
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     with reading(path), quiet_libraries():
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
