@@ -75,7 +75,7 @@ def export(cache: Path, out: Path) -> None:
     """Write everything that ships to `out`, and fail if it outgrew `BUDGET`."""
     if out.exists():
         shutil.rmtree(out)
-    for name in train.BASES:
+    for name in train.SHIPPED:
         export_base(name, cache, out / name)
     (out / "loras").mkdir()
     for name in train.LORAS:
@@ -137,7 +137,8 @@ def record(cache: Path) -> dict:
 
 def _summary(name: str, recipe: train.BaseRecipe | train.LoraRecipe, cache: Path) -> dict:
     shown = {key: value for key, value in vars(recipe).items() if value is not None}
-    return shown | {"batch": train.BATCH} | _last(name, cache)
+    batch = train.BATCH if isinstance(recipe, train.BaseRecipe) else train.LORA_BATCH
+    return shown | {"batch": batch} | _last(name, cache)
 
 
 def _last(name: str, cache: Path, lines: int = 5) -> dict:

@@ -25,7 +25,7 @@ SHAPES = {
         "transformer_layers_per_block": (1, 2, 2),
     },
 }
-SHAPES["v2"] = SHAPES["v2-retrained"] = SHAPES["v1"]
+SHAPES |= dict.fromkeys(["v2-early", "v2", "v2-retrained-early", "v2-retrained"], SHAPES["v1"])
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 LORA_RANK = 8
