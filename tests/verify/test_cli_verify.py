@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from regraft.adapter import Adapter
 from regraft.cli import main
+from regraft.errors import InputError
 from regraft.runtime import load_model
 from regraft.updates import LowRank
 
@@ -86,3 +87,27 @@ def test_wrong_use_and_wrong_prompts_are_one_line(case: list[str], run: Run, tmp
     code, out, err = run(*case[:4])
     assert (code, out) == (2, "")
     assert "--from and --to" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], 0),
+        (["--report", "PAGE"], 4),
+        (["--report", "PAGE", "--pictures", "0"], 0),
+        (["--pictures", "2"], 2),
+    ],
+)
+def test_a_page_asks_for_4_pictures(
+    case: list[str], options: list[str], wanted: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def stop(*_: object, pictures: int, **__: object) -> None:
+        asked.append(pictures)
+        raise InputError("enough")
+
+    monkeypatch.setattr("regraft.cli.verify.verify_adapters", stop)
+    code, _, err = run(*case, *(option.replace("PAGE", str(tmp_path / "page.html")) for option in options))
+    assert (code, "enough" in err) == (1, True)
+    assert asked == [wanted]
