@@ -47,14 +47,16 @@ def check_migration(
     ready = prepare(adapter, migration, selection, old, new)
     judgement = ready.judgement
     problems = [f"{key}: {why}" for key, why in ready.problems.items()]
-    reasons = [*problems[:5], *judgement.reasons]
     if len(problems) > 5:
-        reasons.insert(5, f"… and {len(problems) - 5} more keys or modules that are not understood")
+        problems[5:] = [f"… and {len(problems) - 5} more like these"]
+    # A refusal is the first thing to know; else what stops the port is.
+    refused = judgement.verdict == "refused"
+    reasons = [*judgement.reasons, *problems] if refused else [*problems, *judgement.reasons]
     return CheckReport(
         regraft_version=__version__,
         input=str(adapter.path),
         verdict=judgement.verdict,
-        summary=f"{_unfit(len(problems))}{judgement.summary}",
+        summary=judgement.summary if refused else f"{_unfit(len(ready.problems))}{judgement.summary}",
         reasons=reasons,
         tier="refine" if judgement.verdict == "refine" else ("bridge" if judgement.verdict == "refused" else "port"),
         method=migration.used,
@@ -69,8 +71,8 @@ def check_migration(
 def _unfit(problems: int) -> str:
     if not problems:
         return ""
-    what = "1 key or module is" if problems == 1 else f"{problems} keys or modules are"
-    return f"{what} not understood: a port fails, unless --allow-partial leaves them behind. "
+    what = "1 key or module" if problems == 1 else f"{problems} keys or modules"
+    return f"{what} can't be carried: a port fails, unless --allow-partial leaves them behind. "
 
 
 def _rows(adapter: Adapter, ready: Preparation) -> list[CheckedModule]:

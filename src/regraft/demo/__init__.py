@@ -20,12 +20,13 @@ from regraft.check import check, check_migration
 from regraft.demo.style import style_share
 from regraft.errors import InputError
 from regraft.formats import load_adapter
+from regraft.inspection import inspect_adapter
 from regraft.memory import peak_mb
 from regraft.port import apply_migration, fit_for
 from regraft.probes.pictures import Images, draw, png
 from regraft.report.demo_schema import DemoReport, LabelledCheck, NearUpgrade
-from regraft.report.schema import CheckReport, Picture
-from regraft.runtime.load import library
+from regraft.report.schema import CheckReport, InspectReport, Picture, VerifyReport
+from regraft.runtime.load import library, quiet_libraries
 from regraft.updates import LowRank
 from regraft.verify import verify
 
@@ -71,15 +72,22 @@ def run_demo(out: Path, tick: Ticker | None = None) -> DemoReport:
     Raises:
         RegraftError: the libraries of the ``run`` extra are missing, or the models are.
     """
-    started = perf_counter()
     library("diffusers")
+    with quiet_libraries():
+        return _run(out, tick)
+
+
+def _run(out: Path, tick: Ticker | None) -> DemoReport:
+    started = perf_counter()
     data = data_folder()
     facts: dict[str, Any] = json.loads((data / "demo.json").read_text(encoding="utf-8"))
     adapter = load_adapter(data / "loras" / f"{STYLE}.safetensors")
     ported_file = out / f"{STYLE}-for-v2.safetensors"
     columns = _columns(data, ported_file)
-    steps = _Steps(tick, total=5 + len(columns))
+    steps = _Steps(tick, total=6 + len(columns))
 
+    steps("inspect the LoRA")
+    inspected = inspect_adapter(adapter.path or data)
     steps("check v1 → v2")
     v1, v2 = open_base(data / "v1"), open_base(data / "v2")
     migration = fit_for(adapter, v1, v2)
@@ -104,17 +112,24 @@ def run_demo(out: Path, tick: Ticker | None = None) -> DemoReport:
     return DemoReport(
         regraft_version=__version__,
         title="A LoRA, and four versions of its base",
-        intro=INTRO,
+        intro=f"{INTRO} {_about(inspected)}",
+        inspect=inspected,
         near=NearUpgrade(check=checked, port=port_report, verify=measured),
         refusals=refusals,
         prompts=list(facts["report"]["prompts"]),
         columns=pictures,
         same_columns=same,
         same_reason=_same_reason(adapter, load_adapter(ported_file), port_report.method_reason) if same else "",
-        notes=_notes(pictures, refusals),
+        notes=_notes(pictures, refusals, measured),
         seconds=perf_counter() - started,
         peak_mb=peak_mb(),
     )
+
+
+def _about(lora: InspectReport) -> str:
+    modules = sum(component.modules for component in lora.components.values())
+    ranks = ", ".join(str(rank) for component in lora.components.values() for rank in component.ranks)
+    return f"The LoRA is a {lora.format} file: {modules} modules of the {', '.join(lora.components)}, rank {ranks}."
 
 
 def _columns(data: Path, ported: Path) -> list[Column]:
@@ -200,13 +215,19 @@ def _same_reason(adapter: Adapter, ported: Adapter, reason: str) -> str:
     return f"`auto` chose a copy: {reason}. The ported tensors are the original's." if equal else reason
 
 
-def _notes(pictures: list[Picture], refusals: list[LabelledCheck]) -> list[str]:
+def _notes(pictures: list[Picture], refusals: list[LabelledCheck], measured: VerifyReport) -> list[str]:
     share = {picture.title: picture.figures["style_share"] for picture in pictures}
     lost, kept = share["v2-retrained + copied"], share["v1 + LoRA"]
     notes = [
         f"On v2-retrained the copied file loads without an error, and the style share is {lost:.2f} where it is "
         f"{kept:.2f} on v1: `regraft check` says so before anything is written."
     ]
+    cosine = measured.effect_cosine.mean
+    if cosine is not None:
+        notes.append(
+            "The style share looks at colours alone, not at whether a picture still shows what was asked for. The "
+            f"effect of the ported LoRA on v2 has a cosine of {cosine:.2f} with that of the original on v1."
+        )
     refused = [refusal.label for refusal in refusals if refusal.check.verdict == "refused"]
     if refused:
         notes.append(f"Refused, without an output file: {', '.join(refused)}.")

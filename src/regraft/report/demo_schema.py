@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from regraft.report.schema import CheckReport, Picture, PortReport, Record, VerifyReport, VersionedRecord
+from regraft.report.schema import CheckReport, InspectReport, Picture, PortReport, Record, VerifyReport, VersionedRecord
 
 
 class NearUpgrade(Record):
@@ -28,6 +28,7 @@ class DemoReport(VersionedRecord):
 
     title: str
     intro: str
+    inspect: InspectReport | None = None
     near: NearUpgrade
     refusals: list[LabelledCheck] = Field(default_factory=list)
     prompts: list[str] = Field(default_factory=list, description="rows of the contact sheet")
