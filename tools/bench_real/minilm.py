@@ -205,6 +205,9 @@ def measure(run: Run, methods: Iterable[str], stage: str, found: dict[str, Any],
         rows[name] = rows.get(name, {}) | run.score(run.new, adapter, head, retrain=retrain) | effect
         keep()
 
+    if stage == "rest" and "verify" not in found and "auto" in rows:
+        found["verify"] = verified(run, run.port_folder("auto"))
+        keep()
     score_old("lora", lora)
     score(NONE, None, lora)
     score_old("none", None)
@@ -219,8 +222,6 @@ def measure(run: Run, methods: Iterable[str], stage: str, found: dict[str, Any],
             score(name, run.port_folder(name), lora)
     score(RANDOM, run.random(), lora)
     score(NATIVE, run.trained(run.new), run.trained(run.new))
-    if stage == "rest" and "verify" not in found and "auto" in rows:
-        found["verify"] = verified(run, run.port_folder("auto"))
     found["training_cpu_seconds"] = found.get("training_cpu_seconds", {}) | {
         key: round(value, 1) for key, value in run.seconds.items()
     }

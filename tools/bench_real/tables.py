@@ -116,7 +116,7 @@ def _sceptr(content: Figures) -> Iterable[str]:
     yield (
         f"Old base: {content['old']}. A LoRA of rank 4 that writes the hydropathy of the last loop along one "
         "direction of the vector; figures compare what it does on the old base with what its port does on the new one, "
-        "on made-up receptors. Against a refusal, ports were forced."
+        "on made-up receptors. Against a refusal, ports were forced; a dash where even that has nothing to carry."
     )
     head = ["new base", "LoRA on", "verdict", "similarity", "drift", "exit code of a port", "file written"]
     rows = []
