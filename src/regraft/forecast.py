@@ -156,12 +156,12 @@ def _refusals(
             "correspondence of its hidden units to the old one's was found in the weights"
         )
     elif similarity is not None and similarity < _RELATED:
-        what = "the file would load without an error and do nothing, or harm"
+        what = ": the file would load without an error and do nothing, or harm"
         if resized > 0:
-            what = f"and {resized:.0%} of the update is in modules of another size"
+            what = f", and {resized:.0%} of the update is in modules of another size"
         # Adding 0.0 keeps a small negative figure from showing as -0.00.
         figure = f"similarity {round(similarity, 2) + 0.0:.2f}; 1 equal, 0 unrelated"
-        yield f"the weights have nothing to do with each other ({figure}): {what}"
+        yield f"the weights have nothing to do with each other ({figure}){what}"
     if contained is not None and contained > _CONTAINED:
         yield f"the new base already contains this adapter (about {contained:.0%} of it is merged into its weights)"
 
