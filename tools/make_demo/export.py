@@ -47,8 +47,9 @@ derived from:
   https://www.apache.org/licenses/LICENSE-2.0
   Taken from the npm package @iconify-json/noto {noto}.
   Used for: the autoencoders, v2, v2-retrained, v3 and their style LoRAs.
-  Changed: drawn at 32 x 32 pixels, scaled, shifted, turned, mirrored, put on plain backgrounds, and
-  recoloured in two tones for the style LoRAs.
+
+Both were changed: drawn at 32 x 32 pixels, scaled, shifted, turned, mirrored, put on plain
+backgrounds, and recoloured in two tones for the style LoRAs.
 
 MIT License
 
@@ -82,7 +83,9 @@ def export(cache: Path, out: Path) -> None:
         shutil.copyfile(cache / "loras" / f"{name}.safetensors", out / "loras" / f"{name}.safetensors")
     versions = {name: version for name, (_, version) in art.ART.items()}
     (out / "NOTICE").write_text(NOTICE.format(concepts=len(art.CONCEPTS), **versions))
-    (out / "demo.json").write_text(json.dumps(record(cache), indent=1) + "\n")
+    (out / "demo.json").write_text(json.dumps(record(cache), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in out.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600, and a wheel would carry that to where others read it
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size:,} bytes")
     if size > BUDGET:
