@@ -54,7 +54,7 @@ def main() -> None:
     port = [sys.executable, "-m", "regraft", "port", str(arguments.adapter), "--from", str(old), "--to", str(new)]
     target = str(arguments.cache / "ported.safetensors")
     commands = {"read": [sys.executable, "-c", READ, str(arguments.adapter), str(old), str(new)]}
-    for method in ("auto", "copy", "lora-x", "prolora"):
+    for method in ("auto", "copy", "lora-x"):
         commands[method] = [*port, "-m", method, "--no-cache", "--overwrite", "--quiet", "--threads", "1", "-o", target]
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(arguments.runs):
