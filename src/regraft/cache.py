@@ -15,7 +15,7 @@ from typing import Any
 from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
-from regraft.errors import RegraftError
+from regraft.errors import OutputError, RegraftError, first_line
 from regraft.migration import Migration
 from regraft.migration_file import VERSION, load_migration, save_migration
 
@@ -39,11 +39,26 @@ def cached_files() -> list[Path]:
 
 
 def clear_cache() -> int:
-    """Delete every cached migration; returns the bytes freed."""
+    """Delete every cached migration; returns the bytes freed.
+
+    Raises:
+        OutputError: a file can't be deleted.
+    """
     freed = 0
     for file in cached_files():
-        freed += file.stat().st_size
-        file.unlink()
+        try:
+            size = file.stat().st_size
+            file.unlink()
+        except FileNotFoundError:
+            # Another run was quicker.
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"can't be deleted ({error.strerror or first_line(error)})",
+                file=file,
+                remedy="Is another program using it?",
+            ) from None
+        freed += size
     return freed
 
 

@@ -12,8 +12,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 HEAD = """# Methods
 
 Made from the registry by `python -m tools.make_docs`; `regraft methods` prints the same table. What each of them kept
-when it was measured stands in [measured.md](measured.md), beside the controls: no adapter, a plain copy, a random update
-of the same norm, and an adapter trained natively on the new base.
+when it was measured stands in [measured.md](measured.md), beside the controls: no adapter, a plain copy, a random
+update of the same norm, and an adapter trained natively on the new base.
 
 A **copy is the baseline**: between near bases no map of weights has beaten it yet, and `auto` takes it there. A method
 whose scope is *pair* is fitted once for two bases and can be saved as a migration (`port --save-migration`).

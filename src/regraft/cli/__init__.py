@@ -12,7 +12,7 @@ import typer
 
 from regraft._version import __version__
 from regraft.cli._sink import fail, prepare_terminal
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, first_line
 
 #: In the order in which ``--help`` lists them; each is a module of this package with a function of the same name.
 VERBS = ("demo", "inspect", "check", "port", "verify", "convert", "methods", "cache")
@@ -46,6 +46,10 @@ class Interrupted(Exception):
 
 
 def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    if hasattr(verb, "__wrapped__"):
+        # The commands of a verb with sub-verbs stay with its module, and an app may be made twice.
+        return verb
+
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
@@ -61,10 +65,28 @@ def register() -> typer.Typer:
     for verb in VERBS:
         module: Any = importlib.import_module(f"{__name__}.{verb}")
         if hasattr(module, "app"):
+            for command in module.app.registered_commands:
+                command.callback = _guarded(command.callback)
             app.add_typer(module.app, name=verb)
         else:
             app.command(verb)(_guarded(getattr(module, verb)))
     return app
+
+
+_NO_MEMORY = "not enough memory for this; close other programs, or leave modules out with --exclude"
+
+
+def _said_of_torch(error: RuntimeError) -> str | None:
+    """One line for an error of torch that a user can do something about; None for any other, which is a bug."""
+    # Imported here: `regraft --version` needs no torch.
+    import torch
+
+    # On the CPU it is a bare RuntimeError, known by its words alone.
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return _NO_MEMORY
+    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # public, by torch's docs
+        return f"the weights could not be decomposed ({first_line(error)}): is a base damaged? --exclude leaves it out"
+    return None
 
 
 def main() -> None:
@@ -76,6 +98,11 @@ def main() -> None:
     except RegraftError as error:
         fail(str(error), error.exit_code)
     except (KeyboardInterrupt, Interrupted):
-        fail("interrupted: nothing was written", 130)
+        fail("interrupted: nothing is half-written", 130)
     except MemoryError:
-        fail("not enough memory for this; close other programs, or leave modules out with --exclude", 1)
+        fail(_NO_MEMORY, 1)
+    except RuntimeError as error:
+        line = _said_of_torch(error)
+        if line is None:
+            raise
+        fail(line, 1)

@@ -23,10 +23,16 @@ Ticker = Callable[[int, int, str], None]
 
 
 def prepare_terminal() -> None:
-    """Let every terminal take our characters: old Windows code pages replace what they lack instead of failing."""
+    """Let every stream take our characters.
+
+    An old Windows code page replaces on a terminal what it lacks, instead of failing; a pipe or file gets UTF-8 (JSON's
+    encoding), unless the user asked Python for another one.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty() and "PYTHONIOENCODING" not in os.environ:
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
 
 def fail(line: str, code: int) -> NoReturn:

@@ -153,12 +153,8 @@ class PortReport(VersionedRecord):
     target: BaseSummary | None = Field(default=None, alias="to")
     migration: str | None = Field(default=None, description="migration file that was used or written")
     migration_bytes: int | None = Field(default=None, description="its size")
-    tokens: list[str] = Field(
-        default_factory=list, description="added tokens, carried as they are"
-    )
-    left_behind: list[str] = Field(
-        default_factory=list, description="other weights files that lay beside it"
-    )
+    tokens: list[str] = Field(default_factory=list, description="added tokens, carried as they are")
+    left_behind: list[str] = Field(default_factory=list, description="other weights files that lay beside it")
     seconds: float
     peak_mb: float
 
