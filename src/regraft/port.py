@@ -153,7 +153,7 @@ def apply_migration(
         modules=rows,
         unrecognised=list(adapter.unrecognised),
         tokens=list(adapter.tokens),
-        left_behind=list(getattr(adapter, "left_behind", ())),
+        left_behind=list(adapter.left_behind),
         source=migration.source,
         target=migration.target,
         migration=str(migration.file) if migration.file else None,

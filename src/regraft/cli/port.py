@@ -71,7 +71,7 @@ def port(
         raise UsageError("--output is missing", remedy="Give the ported file's name with -o, or --dry-run.")
     for path in (output, report, save_migration):
         if path is not None and not dry_run:
-            check_writable(path, overwrite=overwrite)
+            check_writable(path, overwrite=overwrite, source=adapter)
     computing = o.use_hardware(device, dtype, threads)
     if format is not None:
         get_format(format)
