@@ -135,3 +135,13 @@ def test_no_evidence_is_no_survival(tmp_path: Path) -> None:
     report = check(lora(llama()), None, new)
     assert report.verdict == "refine"
     assert "Not judged" in report.summary
+
+
+def test_a_method_that_leaves_much_behind_does_not_claim_survival(tmp_path: Path) -> None:
+    state = llama()
+    bases = pair(tmp_path, state, drifted(state, 0.05))
+    whole, projected = (port(lora(state), *bases, method).report for method in ("copy", "lora-x"))
+    assert whole.verdict == "survives"
+    assert projected.verdict == "refine"
+    assert "left much of the update behind" in projected.summary
+    assert any("lora-x kept" in reason for reason in projected.reasons)

@@ -24,6 +24,9 @@ from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
 from regraft.updates import Update
 
+# A method that keeps less of the update's energy than this is no longer carrying the whole of it.
+_KEPT = 0.9
+
 
 @dataclass(frozen=True)
 class PortResult:
@@ -134,6 +137,7 @@ def apply_migration(
         raise InputError(
             "no module is left to carry", file=adapter.path, remedy="Check --include, --exclude, --components."
         )
+    judgement = _after(judgement, migration.used, rows)
     counts = Counts(
         **{status: sum(row.status == status for row in rows) for status in ("ported", "skipped", "refused")}
     )
@@ -209,6 +213,22 @@ def _summary(counts: Counts, judgement: Judgement, ready: Preparation) -> str:
     forced = " Forced against a refusal." if judgement.verdict == "refused" else ""
     total = counts.ported + counts.skipped + counts.refused
     return f"{counts.ported} of {total} modules ported by {ready.migration.used}. {judgement.summary}{forced}"
+
+
+def _after(judgement: Judgement, method: str, rows: list[PortedModule]) -> Judgement:
+    """The verdict on the pair, lowered where the method itself lost much of the update on the way."""
+    known = [(row.share or 0.0, row.energy_kept) for row in rows if row.energy_kept is not None]
+    total = sum(share for share, _ in known)
+    kept = sum(share * energy for share, energy in known) / total if total > 0 else 1.0
+    if judgement.verdict != "survives" or kept >= _KEPT:
+        return judgement
+    lost = f"{method} kept {kept:.0%} of the update's ‖ΔW‖² on the way, where a copy keeps all of it"
+    return replace(
+        judgement,
+        verdict="refine",
+        summary="The new base is near, but the method left much of the update behind: measure it with `verify`.",
+        reasons=(lost, *judgement.reasons),
+    )
 
 
 def _lineage(report: PortReport, settings: Settings) -> dict[str, Any]:
