@@ -62,7 +62,8 @@ def main() -> None:
             runs[name].append(timed(command))
             print(name, *(round(figure, 1) for figure in runs[name][-1]), flush=True)
     result: dict[str, Any] = {
-        "command": " ".join(["python", "-m", "tools.bench_port", *sys.argv[1:]]),
+        "command": f"python -m tools.bench_port --adapter {arguments.adapter} --cache DIR --out {arguments.out} "
+        f"--runs {arguments.runs}",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "runs": arguments.runs,
         "methods": {
