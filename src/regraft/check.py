@@ -8,7 +8,7 @@ from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.migration import Migration, Ticker
-from regraft.plan import Selection, check_families
+from regraft.plan import Selection
 from regraft.port import fit_for
 from regraft.prepare import Preparation, prepare
 from regraft.report.schema import CheckedModule, CheckReport, Status
@@ -30,9 +30,7 @@ def check(
         Refused: the adapter is for another family than its old base.
         InputError, UsageError: see `regraft.port.fit_for`.
     """
-    check_families(adapter, old, new)
-    chosen = selection.of(adapter)
-    migration = fit_for(chosen if chosen.updates else adapter, old, new, method, tick=tick, **options)
+    migration = fit_for(adapter, old, new, method, selection=selection, tick=tick, **options)
     return check_migration(adapter, migration, selection, old, new)
 
 

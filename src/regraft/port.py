@@ -19,7 +19,7 @@ from regraft.lineage import with_port
 from regraft.memory import peak_mb
 from regraft.methods import Skip, get_method
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
-from regraft.plan import check_families, locate
+from regraft.plan import Selection, check_families, locate
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
 from regraft.updates import Update
@@ -46,18 +46,22 @@ def fit_for(
     new: Base,
     method: str = "auto",
     *,
+    selection: Selection = Selection(),
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tick: Ticker | None = None,
     **options: Any,
 ) -> Migration:
-    """The migration for one adapter: its own modules only, and without an old base where the method allows that.
+    """The migration for what is selected of one adapter, without an old base where the method allows that.
 
     Raises:
         Refused: the adapter is for another family.
         UsageError: the method compares both bases and ``old`` is None, or it lacks an option.
     """
     check_families(adapter, old, new)
+    chosen_part = selection.of(adapter)
+    # With nothing selected, the whole adapter is fitted: it is the carrying that says that nothing is left.
+    adapter = chosen_part if chosen_part.updates else adapter
     if old is not None:
         return fit_migration(old, new, method, adapter=adapter, device=device, dtype=dtype, tick=tick, **options)
     chosen, reason = get_method(method), ""
@@ -190,9 +194,7 @@ def port(
 ) -> PortResult:
     """Fit and carry in one call; see `fit_for` and `apply_migration`."""
     started = time.perf_counter()
-    check_families(adapter, old, new)
-    chosen = settings.selection.of(adapter)
-    migration = fit_for(chosen if chosen.updates else adapter, old, new, method, tick=tick, **options)
+    migration = fit_for(adapter, old, new, method, selection=settings.selection, tick=tick, **options)
     return apply_migration(adapter, migration, settings, old=old, new=new, started=started)
 
 

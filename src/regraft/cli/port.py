@@ -108,8 +108,8 @@ def port(
             read = job.fit(tick, whole=save_migration is not None, cached=not no_cache)
         elif source is not None and target is not None:
             read = remeasure(read, source, target, loaded)
-        plan = check_migration(loaded, read, settings.selection, source, target)
         if dry_run:
+            plan = check_migration(loaded, read, settings.selection, source, target)
             emit(plan, json=json, quiet=quiet, table=lambda console: check_table(plan, console))
             return
         result = apply_migration(loaded, read, settings, old=source, new=target, tick=tick, started=started)
@@ -125,7 +125,8 @@ def port(
     if report is not None:
         from regraft.report.html import render_port
 
-        write_text(render_port(record, check=plan), report, overwrite=overwrite)
+        checked = check_migration(loaded, read, settings.selection, source, target)
+        write_text(render_port(record, check=checked), report, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: port_table(record, console))
     if save_migration is not None and not (json or quiet):
         size = save_migration.stat().st_size
@@ -148,23 +149,28 @@ class _Job:
 
     def fit(self, tick: Ticker, *, whole: bool, cached: bool) -> Migration:
         """The migration: for every module of the pair (``whole``), from the cache, or for this adapter alone."""
-        source, target = self.source, self.target
-        chosen = self.settings.selection.of(self.adapter)
-        check_families(self.adapter, source, target)
-        if source is None or not chosen.updates:
-            return fit_for(chosen, source, target, self.method, tick=tick, **self.options)
-        if whole:
+        source, target, selection = self.source, self.target, self.settings.selection
+        if source is not None and whole:
+            check_families(self.adapter, source, target)
             fitted = fit_migration(source, target, self.method, tick=tick, **self.options)
             return remeasure(fitted, source, target, self.adapter)
         # `auto` chooses by the modules at hand, and a copy costs nothing to fit: neither is worth a file.
-        if not cached or not get_method(self.method).needs or self.method == "auto":
-            return fit_for(chosen, source, target, self.method, tick=tick, **self.options)
+        if source is None or not cached or self.method == "auto" or not get_method(self.method).needs:
+            return self._fit(tick)
+        check_families(self.adapter, source, target)
+        chosen = selection.of(self.adapter)
         found = find_cached(source, target, self.method, self.options, source_modules(chosen, source))
-        if found is not None:
+        if found is not None and chosen.updates:
             return remeasure(found, source, target, chosen)
-        fitted = fit_for(chosen, source, target, self.method, tick=tick, **self.options)
+        fitted = self._fit(tick)
         keep(fitted, source, target, self.method, self.options)
         return fitted
+
+    def _fit(self, tick: Ticker) -> Migration:
+        selection = self.settings.selection
+        return fit_for(
+            self.adapter, self.source, self.target, self.method, selection=selection, tick=tick, **self.options
+        )
 
 
 def _size(base: Base | None) -> int:

@@ -25,7 +25,7 @@ from regraft.memory import peak_mb
 from regraft.port import apply_migration, fit_for
 from regraft.probes.pictures import Images, draw, png
 from regraft.report.demo_schema import DemoReport, LabelledCheck, NearUpgrade
-from regraft.report.schema import CheckReport, InspectReport, Picture, VerifyReport
+from regraft.report.schema import InspectReport, Picture, VerifyReport
 from regraft.runtime.load import library, quiet_libraries
 from regraft.updates import LowRank
 from regraft.verify import verify
@@ -234,4 +234,4 @@ def _notes(pictures: list[Picture], refusals: list[LabelledCheck], measured: Ver
     return notes
 
 
-__all__ = ["CheckReport", "DemoReport", "data_folder", "run_demo"]
+__all__ = ["DemoReport", "data_folder", "run_demo"]
