@@ -50,7 +50,7 @@ def describe(adapter: Adapter, path: str | Path) -> InspectReport:
         format=adapter.format,
         family=adapter.family,
         components=components,
-        tokens={token: list(ref.shape) for token, ref in adapter.tokens.items()},
+        tokens={str(token): list(ref.shape) for token, ref in adapter.tokens.items()},
         metadata=dict(adapter.metadata),
         unrecognised=list(adapter.unrecognised),
     )

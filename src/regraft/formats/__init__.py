@@ -109,7 +109,14 @@ def get_format(name: str) -> Format:
     return formats()[name]
 
 
-_WEIGHTS_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+_WEIGHTS_NAMES = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+    "learned_embeds.safetensors",
+    "learned_embeds.bin",
+)
 _NOT_CARRIED = (".safetensors", *TORCH_SUFFIXES)
 
 
