@@ -29,11 +29,15 @@ class Base:
         path: file or folder.
         components: component → parameter name → tensor.
         configs: component → its ``config.json``.
+        description: how it lies on disk, for people (``safetensors``, ``gguf Q4_1``).
+        left_out: stored tensors that belong to no shown one.
     """
 
     path: Path
     components: Mapping[str, Mapping[str, TensorRef]]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    description: str = ""
+    left_out: tuple[str, ...] = ()
 
     def modules(self, component: str) -> Iterator[str]:
         """Paths of the modules with a weight of two or more dimensions."""
@@ -111,7 +115,7 @@ def open_base(path: str | Path) -> Base:
     components = {name: tensors for name, tensors in checkpoint.components.items() if tensors}
     if not components:
         raise InputError("holds no tensors", file=path)
-    return Base(path, components, checkpoint.configs)
+    return Base(path, components, checkpoint.configs, checkpoint.description, checkpoint.left_out)
 
 
 __all__ = ["MODEL", "Base", "open_base"]
