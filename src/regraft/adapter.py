@@ -61,6 +61,7 @@ class Adapter:
         sidecars: files beside the weights that belong to the adapter (tokenizer, README), by name.
         path: where it was read from.
         left_behind: names of further weights files of its folder (optimizer state, another adapter), not carried.
+        base_config: ``config.json`` of the base, where the caller knew it.
     """
 
     updates: Mapping[ModuleRef, Update]
@@ -74,6 +75,7 @@ class Adapter:
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     path: Path | None = None
     left_behind: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
     def components(self) -> dict[str, dict[str, Update]]:
         """The updates grouped: component → module path → update."""

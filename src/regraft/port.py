@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regraft._version import __version__
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
@@ -182,6 +182,7 @@ def apply_migration(
         config=config,
         tokens=tokens,
         unrecognised=(),
+        base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
     return PortResult(ported, report)
 

@@ -299,7 +299,14 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """A weights file of either kind, told apart by its suffix."""
+    """A weights file of any kind, told apart by its suffix; of a GGUF file's pairs the single values are metadata."""
+    if path.suffix.lower() == ".gguf":
+        # Only then is the gguf package needed.
+        from regraft.checkpoints._gguf_file import read_gguf
+
+        content = read_gguf(path)
+        told = {key: str(value) for key, value in content.fields.items() if isinstance(value, str | int | float)}
+        return TensorFile(content.tensors, told)
     return read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else read_safetensors(path)
 
 

@@ -33,6 +33,7 @@ class AdapterFile:
         config: ``adapter_config.json`` beside the weights, if there is one.
         sidecars: other files of the folder (tokenizer, README), by name.
         left_behind: names of the folder's other weights files.
+        base_config: ``config.json`` of the base, where the caller knows it.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class AdapterFile:
     config: Mapping[str, Any] | None = None
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     left_behind: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Written:
         files: further files by name: text, or a file to copy. If there are any, or ``folder`` is set, the
             output is a folder.
         weights_name: name of the weights file inside of such a folder.
+        save: writes the weights file, where that is no safetensors file.
+        suffix: that such a file must have.
+        notes: what had to be changed on the way, for the user.
     """
 
     tensors: Mapping[str, Tensor]
@@ -60,6 +65,9 @@ class Written:
     files: Mapping[str, str | Path] = field(default_factory=dict)
     folder: bool = False
     weights_name: str = "adapter_model.safetensors"
+    save: Callable[[Path], None] | None = None
+    suffix: str = ".safetensors"
+    notes: tuple[str, ...] = ()
 
 
 #: Component → every module or parameter path of the base, to un-flatten underscored names by.
@@ -157,20 +165,23 @@ def open_adapter_file(path: Path) -> AdapterFile:
     return AdapterFile(path, content.tensors, content.metadata, config, sidecars, left_behind)
 
 
-def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
+def load_adapter(
+    path: str | Path, *, names: BaseNames | None = None, base_config: Mapping[str, Any] | None = None
+) -> Adapter:
     """Read an adapter of any known format; tensors stay on disk until they are used.
 
     Args:
         path: a weights file, or a PEFT folder.
         names: component → module names of the base, needed only for underscored names of unknown families.
+        base_config: ``config.json`` of the base, needed only for the values of a GGUF LoRA of Llama.
 
     Raises:
         InputError: it can't be read, no format knows it, or a tensor pair is broken.
     """
-    file = open_adapter_file(Path(path).expanduser())
+    file = replace(open_adapter_file(Path(path).expanduser()), base_config=base_config)
     for format in formats().values():
         if format.detect(file):
-            return replace(format.read(file, names), left_behind=file.left_behind)
+            return replace(format.read(file, names), left_behind=file.left_behind, base_config=base_config)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",
