@@ -62,6 +62,15 @@ class ByRows(Protocol):
         ...
 
 
+@runtime_checkable
+class ByElements(Protocol):
+    """A `TensorRef` that can read some of its elements without the rest."""
+
+    def elements(self, runs: Sequence[range]) -> Tensor:
+        """Runs of elements in the order of the flattened tensor, one after the other."""
+        ...
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A `TensorRef` for a tensor that is already here."""
@@ -118,6 +127,10 @@ class Stored:
         data = self._read([(part.start * row, len(part) * row) for part in inside])
         return data.reshape(sum(map(len, inside)), *self.shape[1:])
 
+    def elements(self, runs: Sequence[range]) -> Tensor:
+        """Runs of elements in the order of the flattened tensor, one after the other, read without the rest."""
+        return self._read([(run.start * self.dtype.itemsize, len(run) * self.dtype.itemsize) for run in runs])
+
     def _read(self, parts: Sequence[tuple[int, int]]) -> Tensor:
         """Bytes of the tensor's data by (start, size), one after the other."""
         data = torch.empty(sum(size for _, size in parts), dtype=torch.uint8)
@@ -147,6 +160,23 @@ def read_rows(ref: TensorRef, ranges: Sequence[range]) -> Tensor:
         return ref.rows(ranges)
     whole = ref.load()
     return torch.cat([whole[part.start : part.stop] for part in ranges])
+
+
+def read_elements(ref: TensorRef, runs: Sequence[range]) -> Tensor:
+    """Runs of elements of the flattened tensor, one after the other, without the rest where ``ref`` can do that."""
+    if isinstance(ref, ByElements):
+        return ref.elements(runs)
+    if isinstance(ref, ByRows) and ref.shape:
+        width = prod(ref.shape[1:])
+        return torch.cat([_within_rows(ref, run, width) for run in runs])
+    whole = ref.load().reshape(-1)
+    return torch.cat([whole[run.start : run.stop] for run in runs])
+
+
+def _within_rows(ref: ByRows, run: range, width: int) -> Tensor:
+    first = run.start // width
+    rows = ref.rows([range(first, (run.stop - 1) // width + 1)]).reshape(-1)
+    return rows[run.start - first * width :][: len(run)]
 
 
 @dataclass(frozen=True)
