@@ -142,12 +142,24 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
+def _adapter_in(folder: Path) -> Path:
+    """The folder itself, or the one adapter in it: PEFT saves an adapter with a name into a folder of that name."""
+    if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("*.safetensors")):
+        return folder
+    inside = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(found.name for found in inside)
+        raise InputError(f"this folder holds several adapters: {names}", file=folder, remedy="Name one of them.")
+    return inside[0] if inside else folder
+
+
 def open_adapter_file(path: Path) -> AdapterFile:
     """Header, PEFT config and companions of an adapter file or folder; no tensor is read.
 
     Raises:
         InputError: it is missing, damaged or empty.
     """
+    path = _adapter_in(path) if path.is_dir() else path
     weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
