@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from regraft._version import __version__
-from regraft.adapter import Adapter, ModuleRef
-from regraft.base import open_base
+from regraft.adapter import MODEL, Adapter, ModuleRef
+from regraft.base import Base, open_base
 from regraft.errors import OutputError
 from regraft.formats import BaseNames, get_format, load_adapter
 from regraft.formats._common import check_values, load_many
@@ -50,7 +52,7 @@ def describe(adapter: Adapter, path: str | Path) -> InspectReport:
         format=adapter.format,
         family=adapter.family,
         components=components,
-        tokens={token: list(ref.shape) for token, ref in adapter.tokens.items()},
+        tokens={str(token): list(ref.shape) for token, ref in adapter.tokens.items()},
         metadata=dict(adapter.metadata),
         unrecognised=list(adapter.unrecognised),
     )
@@ -103,7 +105,9 @@ def convert_adapter(
     get_format(format)
     target = Path(target).expanduser()
     check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
-    adapter = load_adapter(source, names=base_names(base) if base is not None else None)
+    opened = open_base(base) if base is not None else None
+    names = None if opened is None else {name: tuple(tensors) for name, tensors in opened.components.items()}
+    adapter = load_adapter(source, names=names, base_config=None if opened is None else config_of(opened))
     if adapter.unrecognised:
         raise OutputError(
             f"{len(adapter.unrecognised)} keys are not understood and would be lost",
@@ -116,6 +120,11 @@ def convert_adapter(
     check_values(adapter)
     adapter.save(target, format=format, overwrite=overwrite)
     return ConvertReport(input=str(source), output=str(target), format=format, modules=len(adapter.updates))
+
+
+def config_of(base: Base) -> Mapping[str, Any] | None:
+    """The ``config.json`` of a base that is one model alone."""
+    return base.configs.get(MODEL)
 
 
 def base_names(base: str | Path) -> dict[str, tuple[str, ...]]:

@@ -179,8 +179,10 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
             file=path,
             remedy="Name a folder without a suffix.",
         )
-    if not folder and path.suffix.lower() in TORCH_SUFFIXES:
-        raise OutputError("the output is a safetensors file", file=path, remedy="Give it the suffix .safetensors.")
+    other = path.suffix.lower() in (*TORCH_SUFFIXES, ".gguf") or content.suffix != ".safetensors"
+    if not folder and other and path.suffix.lower() != content.suffix:
+        what = f"the output is a {content.suffix.removeprefix('.')} file"
+        raise OutputError(what, file=path, remedy=f"Give it the suffix {content.suffix}.")
     with whole(path) as stage:
         if not folder:
             _save(content, stage)
@@ -199,6 +201,9 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
 
 
 def _save(content: Written, path: Path) -> None:
+    if content.save is not None:
+        content.save(path)
+        return
     save_file(dict(content.tensors), path, metadata=dict(content.metadata))
     sort_metadata(path)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regraft._version import __version__
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
@@ -22,6 +22,7 @@ from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_modul
 from regraft.plan import Selection, check_families, locate
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
+from regraft.tokens import tokens_note
 from regraft.updates import Update
 
 # A method that keeps less of the update's energy than this is no longer carrying the whole of it.
@@ -132,10 +133,12 @@ def apply_migration(
         rows.append(row)
         if carried is not None and target is not None:
             updates[target] = carried if settings.save_dtype is None else carried.cast(settings.save_dtype)
+    tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
+    named = {*adapter.unrecognised, *map(str, adapter.tokens)}
     rows += [
         PortedModule(name=key, target=None, status="refused", reason=why, energy_kept=None, rank_in=None, rank_out=None)
         for key, why in ready.problems.items()
-        if key in adapter.unrecognised
+        if key in named
     ]
     if not updates:
         raise InputError(
@@ -154,13 +157,13 @@ def apply_migration(
         options={name: value for name, value in migration.options.items() if value is not None},
         verdict=judgement.verdict if migration.source is not None else None,
         summary=_summary(counts, judgement, ready),
-        reasons=list(judgement.reasons),
+        reasons=[*judgement.reasons, *([tokens_note(tokens, old, new)] if tokens else [])],
         forced=judgement.verdict == "refused",
         counts=counts,
         skipped_share=sum(ready.evidence.shares.get(ref, 0.0) for ref in ready.evidence.skipped),
         modules=rows,
         unrecognised=list(adapter.unrecognised),
-        tokens=list(adapter.tokens),
+        tokens=[str(token) for token in tokens],
         left_behind=list(adapter.left_behind),
         source=migration.source,
         target=migration.target,
@@ -177,7 +180,9 @@ def apply_migration(
         updates=updates,
         metadata=with_port(adapter, _lineage(report, settings)),
         config=config,
+        tokens=tokens,
         unrecognised=(),
+        base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
     return PortResult(ported, report)
 

@@ -6,12 +6,12 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -280,13 +280,28 @@ def read_torch(path: Path) -> TensorFile:
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise InputError("holds no state dict (name to tensor)", file=path)
-    tensors = {str(name): InMemory(value) for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: InMemory(value.detach()) for name, value in _flattened(content) if isinstance(value, Tensor)}
     if not tensors:
         raise InputError("holds no tensors", file=path)
-    return TensorFile(tensors, {})
+    told = {str(name): str(value) for name, value in content.items() if isinstance(value, str | int | float)}
+    return TensorFile(tensors, told)
+
+
+def _flattened(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; those of a dict inside (an embedding's ``string_to_param``) as ``string_to_param.*``."""
+    for name, value in content.items():
+        if isinstance(value, torch.nn.ParameterDict):
+            # An old torch's lacks attributes that its mapping methods now need.
+            value = value.__dict__.get("_parameters", {})
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", it) for inner, it in value.items())
+        else:
+            yield str(name), value
 
 
 def _unpickled(path: Path) -> object:
+    # The first textual inversions hold one; it is filled by attribute, so that nothing of the file's runs.
+    torch.serialization.add_safe_globals([torch.nn.ParameterDict])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -314,7 +329,14 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """A weights file of either kind, told apart by its suffix."""
+    """A weights file of any kind, told apart by its suffix; of a GGUF file's pairs the single values are metadata."""
+    if path.suffix.lower() == ".gguf":
+        # Only then is the gguf package needed.
+        from regraft.checkpoints._gguf_file import read_gguf
+
+        content = read_gguf(path)
+        told = {key: str(value) for key, value in content.fields.items() if isinstance(value, str | int | float)}
+        return TensorFile(content.tensors, told)
     return read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else read_safetensors(path)
 
 

@@ -56,7 +56,7 @@ def check(
         record = check_migration(loaded, read, chosen)
     else:
         source, target = o.open_bases(old, new)
-        loaded = load_adapter(adapter, names=o.names_of(source or target))
+        loaded = load_adapter(adapter, names=o.names_of(source or target), base_config=o.config_of(source or target))
         with progress("Checking", quiet=quiet) as tick:
             record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **computing, **options)
     if report is not None:

@@ -89,7 +89,7 @@ def port(
         source, target = (open_base(path) if path is not None else None for path in (old, new))
         check_fingerprints(read, source, target)
         named, which = read, "old" if read.source is not None else "new"
-    loaded = load_adapter(adapter, names=o.names_of(named))
+    loaded = load_adapter(adapter, names=o.names_of(named), base_config=o.config_of(source or target))
     settings = Settings(
         selection=o.selection(include, exclude, components),
         strength=o.finite(strength, "--strength"),

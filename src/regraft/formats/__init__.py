@@ -33,6 +33,7 @@ class AdapterFile:
         config: ``adapter_config.json`` beside the weights, if there is one.
         sidecars: other files of the folder (tokenizer, README), by name.
         left_behind: names of the folder's other weights files.
+        base_config: ``config.json`` of the base, where the caller knows it.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class AdapterFile:
     config: Mapping[str, Any] | None = None
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     left_behind: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Written:
         files: further files by name: text, or a file to copy. If there are any, or ``folder`` is set, the
             output is a folder.
         weights_name: name of the weights file inside of such a folder.
+        save: writes the weights file, where that is no safetensors file.
+        suffix: that such a file must have.
+        notes: what had to be changed on the way, for the user.
     """
 
     tensors: Mapping[str, Tensor]
@@ -60,6 +65,9 @@ class Written:
     files: Mapping[str, str | Path] = field(default_factory=dict)
     folder: bool = False
     weights_name: str = "adapter_model.safetensors"
+    save: Callable[[Path], None] | None = None
+    suffix: str = ".safetensors"
+    notes: tuple[str, ...] = ()
 
 
 #: Component → every module or parameter path of the base, to un-flatten underscored names by.
@@ -109,7 +117,14 @@ def get_format(name: str) -> Format:
     return formats()[name]
 
 
-_WEIGHTS_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+_WEIGHTS_NAMES = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+    "learned_embeds.safetensors",
+    "learned_embeds.bin",
+)
 _NOT_CARRIED = (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -127,12 +142,24 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
+def _adapter_in(folder: Path) -> Path:
+    """The folder itself, or the one adapter in it: PEFT saves an adapter with a name into a folder of that name."""
+    if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("*.safetensors")):
+        return folder
+    inside = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(found.name for found in inside)
+        raise InputError(f"this folder holds several adapters: {names}", file=folder, remedy="Name one of them.")
+    return inside[0] if inside else folder
+
+
 def open_adapter_file(path: Path) -> AdapterFile:
     """Header, PEFT config and companions of an adapter file or folder; no tensor is read.
 
     Raises:
         InputError: it is missing, damaged or empty.
     """
+    path = _adapter_in(path) if path.is_dir() else path
     weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
@@ -150,20 +177,23 @@ def open_adapter_file(path: Path) -> AdapterFile:
     return AdapterFile(path, content.tensors, content.metadata, config, sidecars, left_behind)
 
 
-def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
+def load_adapter(
+    path: str | Path, *, names: BaseNames | None = None, base_config: Mapping[str, Any] | None = None
+) -> Adapter:
     """Read an adapter of any known format; tensors stay on disk until they are used.
 
     Args:
         path: a weights file, or a PEFT folder.
         names: component → module names of the base, needed only for underscored names of unknown families.
+        base_config: ``config.json`` of the base, needed only for the values of a GGUF LoRA of Llama.
 
     Raises:
         InputError: it can't be read, no format knows it, or a tensor pair is broken.
     """
-    file = open_adapter_file(Path(path).expanduser())
+    file = replace(open_adapter_file(Path(path).expanduser()), base_config=base_config)
     for format in formats().values():
         if format.detect(file):
-            return replace(format.read(file, names), left_behind=file.left_behind)
+            return replace(format.read(file, names), left_behind=file.left_behind, base_config=base_config)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",

@@ -220,7 +220,7 @@ def check_values(adapter: Adapter) -> None:
         InputError: a tensor holds NaN or Inf, or can't be read.
     """
     named = [(str(module), ref) for module, update in adapter.updates.items() for ref in parts_of(update)]
-    named += adapter.tokens.items()
+    named += [(str(token), ref) for token, ref in adapter.tokens.items()]
     for number, tensor in load_many({number: ref for number, (_, ref) in enumerate(named)}).items():
         name, ref = named[number]
         check_finite(tensor, adapter.path, key_of(ref, name))
