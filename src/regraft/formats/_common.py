@@ -105,8 +105,10 @@ def new_alpha(update: Scaled, dtype: torch.dtype = torch.float32) -> TensorRef:
 
 def key_of(ref: TensorRef, otherwise: str) -> str:
     """The file's own key of a tensor."""
-    inner = stored(ref)
-    return inner.name if inner is not None else otherwise
+    # Views of several kinds lie over a file's tensor.
+    while hasattr(ref, "of"):
+        ref = ref.of
+    return ref.name if isinstance(ref, Stored) else otherwise
 
 
 @dataclass
