@@ -122,3 +122,36 @@ def test_a_merged_weight_gives_lycoris_own_output(name: str, options: dict[str, 
     wanted = module(x)
     assert float((merged - weight).norm()) > 1e-3
     assert float((with_weight(base, x, merged, bias) - wanted).abs().max()) <= 1e-5
+
+
+STRENGTHS: dict[str, dict[str, Any]] = {
+    "LoConModule": {},
+    "LohaModule": {},
+    "LokrModule": {"factor": 2},
+    "FullModule": {},
+    "IA3Module": {},
+    "GLoRAModule": {},
+    "DiagOFTModule": {"rescaled": True},
+    "ButterflyOFTModule": {"lora_dim": 6, "rescaled": True},
+}
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+@torch.no_grad()
+def test_another_strength_is_lycoris_multiplier(name: str) -> None:
+    torch.manual_seed(0)
+    base = linear()
+    module, x = built(name, STRENGTHS[name], base), inputs(base)
+    module.multiplier = 0.6
+    state = module.state_dict()
+    bias = base.bias
+    if "diff_b" in state:
+        bias = from_lycoris({"diff_b": state["diff_b"]}).scaled(0.6).merged(bias)
+    merged = from_lycoris(state).scaled(0.6).merged(base.weight)
+    assert float((with_weight(base, x, merged, bias) - module(x)).abs().max()) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_scalar_is_folded_into_the_stored_factors() -> None:
+    for name in ("LoConModule", "LohaModule", "LokrModule", "GLoRAModule"):
+        assert not any("scalar" in key for key in built(name, {"use_scalar": True}, linear()).state_dict())

@@ -46,7 +46,7 @@ class Boft(Kind):
 
     @property
     def shape(self) -> Shape:
-        """Shape of ΔW where it is known, else (out,)."""
+        """Shape of ΔW where it is known, else the one axis that the blocks tell."""
         return self.weight_shape or (self.blocks.shape[1] * self.blocks.shape[2],)
 
     @property
@@ -76,6 +76,9 @@ class Boft(Kind):
         half, width = rotation.shape[-1] // 2, rows.shape[1]
         # LyCORIS pairs single rows half a block times the stride apart; PEFT sorts chunks of half a block.
         grid = (2, stride * half, 1) if self.convention == "lycoris" else (2, stride, half)
+        if self.convention == "peft" and stride == 1:
+            # One chunk after the other as they are: a block of one stage may be odd.
+            grid = (1, 1, 1)
         paired = rows.reshape(-1, *grid, width).transpose(1, 2).reshape(len(rotation), -1, width)
         turned = torch.einsum("nij,njk->nik", rotation, paired)
         return turned.reshape(-1, grid[1], grid[0], grid[2], width).transpose(1, 2).reshape(rows.shape)

@@ -139,11 +139,9 @@ def take_rows(update: Update, ranges: Ranges) -> Update:
         changes[name] = cut(getattr(update, name), [(start // each, stop // each) for start, stop in ranges], dim)
     if getattr(update, "weight_shape", None) is not None:
         changes["weight_shape"] = (n_rows(ranges), *update.shape[1:])
-    return replace(update, **changes) if _differs(update, changes) else update
-
-
-def _differs(update: Update, changes: dict[str, Any]) -> bool:
-    return any(getattr(update, name) is not value and getattr(update, name) != value for name, value in changes.items())
+    if along and all(getattr(update, name) is changes[name] for name in along):
+        return update
+    return replace(update, **changes)
 
 
 def empty(shape: Shape, dtype: torch.dtype = torch.float32) -> LowRank:
