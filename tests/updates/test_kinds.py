@@ -7,11 +7,11 @@ from typing import get_args
 
 import pytest
 import torch
-from samples import ADDITIVE, CONV, IN, OUT, SAMPLES, lora, positive, ref, weight_for
+from samples import ADDITIVE, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 from torch import Tensor
 
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Full, Kind, LoHa, LoKr, LowRank, Slice, Update, scale_of
+from regraft.updates import Diff, Full, Kind, LoHa, LoKr, LowRank, Slice, SpectralShift, Update, scale_of
 
 KINDS = {"lora", "dora", "tucker", "loha", "lokr", "diff", "full", "ia3", "oft", "boft", "glora", "svdiff"}
 
@@ -121,21 +121,21 @@ def test_dora_gives_every_row_or_column_its_magnitude(kind: str, magnitude: tupl
     assert not update.additive
 
 
-def test_svdiff_moves_the_singular_values_alone() -> None:
-    update = SAMPLES["svdiff conv"]
-    weight = ref(*CONV, seed=3).load()
-    before = torch.linalg.svdvals(weight.flatten(1))
-    after = torch.linalg.svdvals(update.merged(weight).flatten(1))
-    wanted = torch.relu(before + update.parts()["shift"].load())
-    torch.testing.assert_close(after, wanted.sort(descending=True).values)
+@pytest.mark.parametrize("name", ["svdiff", "svdiff conv"])
+def test_svdiff_moves_the_singular_values_alone(name: str) -> None:
+    update, weight = SAMPLES[name].scaled(20.0), weight_for(SAMPLES[name])
+    u, before, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    seen = u.T @ update.merged(weight).flatten(1) @ v.T
+    wanted = torch.relu(before + 20.0 * update.parts()["shift"].load())
+    assert (wanted == 0).any()
+    torch.testing.assert_close(seen, torch.diag(wanted), rtol=1e-4, atol=1e-5)
 
 
-def test_svdiff_on_a_vector_shifts_each_number() -> None:
-    shift = ref(OUT)
-    from regraft.updates import SpectralShift
-
+def test_svdiff_on_a_vector_moves_its_norm_or_each_number() -> None:
     weight = ref(OUT, seed=2).load()
-    torch.testing.assert_close(SpectralShift(shift).merged(weight), torch.relu(weight + shift.load()))
+    longer = SpectralShift(InMemory(torch.tensor([0.5]))).merged(weight)
+    torch.testing.assert_close(longer, weight * (1 + 0.5 / weight.norm()))
+    torch.testing.assert_close(SpectralShift(ref(OUT), 2.0).merged(weight), weight + 2.0 * ref(OUT).load())
 
 
 def test_a_half_of_a_lokr_given_twice_or_not_at_all_is_an_error() -> None:

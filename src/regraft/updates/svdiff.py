@@ -1,6 +1,8 @@
 """SVDiff: the singular values of the weight are shifted (Han et al. 2023, arXiv 2303.11305, eq. 2).
 
-W' = U diag(relu(σ + s · δ)) Vᵀ, with U σ Vᵀ the SVD of the weight as a matrix (out, in · kh · kw).
+W' = U diag(relu(σ + s · δ)) Vᵀ, with U σ Vᵀ the SVD of the weight as a matrix (out, in · kh · kw), as in
+mkshing/svdiff-pytorch (``….delta``) and the authors' own code. On a vector (a norm's weight) the former takes the SVD
+of (1, n), whose one singular value is the norm; the latter adds n numbers.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from regraft.updates._kind import Kind, needed
 
 @dataclass(frozen=True)
 class SpectralShift(Kind):
-    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector, relu(W + scale · shift) each.
+    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector the same with one σ, or W + scale · shift.
 
     Attributes:
-        shift: δ, (min(out, in · kh · kw),), largest singular value first.
-        scale: the strength of the shift.
+        shift: δ, (min(out, in · kh · kw),), largest singular value first; for a vector of n, (1,) or (n,).
+        scale: the strength of the shift; no file stores one.
         weight_shape: shape of the base's weight where it is known.
     """
 
@@ -50,9 +52,10 @@ class SpectralShift(Kind):
 
     def merged(self, weight: Tensor) -> Tensor:
         base, shift = weight.float(), self.scale * self.shift.load().float()
-        if base.dim() == 1:
-            return torch.relu(base + shift)
-        u, s, v = torch.linalg.svd(base.flatten(1), full_matrices=False)
+        if base.dim() == 1 and len(shift) > 1:
+            return base + shift
+        matrix = base.flatten(1) if base.dim() > 1 else base[None]
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         result: Tensor = (u * torch.relu(s + shift)) @ v
         return result.reshape(weight.shape)
 
