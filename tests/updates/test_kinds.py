@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from samples import ADDITIVE, IN, OUT, SAMPLES, lora, positive, ref, weight_for
+from samples import ADDITIVE, CONV, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 from torch import Tensor
 
 from regraft.tensors import InMemory
@@ -29,6 +29,26 @@ def test_parts_are_every_tensor_and_only_these(name: str) -> None:
     assert update.parts().keys() == held
     for attribute in ("alpha", "magnitude"):
         assert (getattr(update, attribute) is not None) == (attribute in held)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_update_fits_its_weight_and_no_other(name: str) -> None:
+    update, shape = SAMPLES[name], tuple(weight_for(SAMPLES[name]).shape)
+    assert update.fits(shape)
+    assert update.rows in (OUT, None)
+    assert not update.fits((shape[0] + 2, shape[1] + 2, *shape[2:]))
+    if update.rows is not None:
+        assert not update.fits((shape[0] + 12, *shape[1:]))
+    assert update.shaped(shape).shape == shape or update.kind in ("ia3", "full")
+
+
+def test_flattened_kernels_fit_and_take_the_kernels_shape() -> None:
+    for name in ("loha conv", "lokr conv"):
+        flat = SAMPLES[name].shaped((OUT, IN * 9))
+        assert flat.fits(CONV)
+        assert flat.fits((OUT, IN * 9, 1, 1))
+        assert flat.shaped(CONV).delta().shape == CONV
+        torch.testing.assert_close(flat.merged(torch.zeros(CONV)), SAMPLES[name].delta())
 
 
 @pytest.mark.parametrize("name", ADDITIVE)

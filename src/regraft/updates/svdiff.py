@@ -8,6 +8,7 @@ of (1, n), whose one singular value is the norm; the latter adds n numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ class SpectralShift(Kind):
     def shape(self) -> Shape:
         """Shape of ΔW where it is known, else that of the shift."""
         return self.weight_shape or self.shift.shape
+
+    @property
+    def rows(self) -> int | None:
+        return None if self.weight_shape is None else self.weight_shape[0]
+
+    def fits(self, weight_shape: Shape) -> bool:
+        if self.weight_shape is not None:
+            return super().fits(weight_shape)
+        n = self.shift.shape[0]
+        if len(weight_shape) == 1:
+            return n in (1, weight_shape[0])
+        return len(weight_shape) > 1 and n == min(weight_shape[0], prod(weight_shape[1:]))
 
     @property
     def additive(self) -> bool:
