@@ -68,7 +68,7 @@ class Kind:
         """Whether ΔW is the same on every base weight."""
         return self.magnitude is None
 
-    def shaped(self, weight_shape: Shape) -> Self:
+    def shaped(self, weight_shape: Shape | None) -> Self:
         """The same update with the shape of the base's weight, where the kind can't tell it by itself."""
         known = any(field.name == "weight_shape" for field in fields(self))
         return replace(self, **{"weight_shape": weight_shape}) if known else self

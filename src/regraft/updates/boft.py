@@ -54,7 +54,9 @@ class Boft(Kind):
     def rows(self) -> int | None:
         if self.weight_shape is not None:
             return self.weight_shape[0]
-        return self.shape[0] if self.convention == "lycoris" else None
+        if self.convention == "peft":
+            return None if self.rescale is None else prod(self.rescale.shape)
+        return self.shape[0]
 
     def fits(self, weight_shape: Shape) -> bool:
         size = self.blocks.shape[1] * self.blocks.shape[2]
@@ -62,7 +64,7 @@ class Boft(Kind):
             return False
         if self.convention == "lycoris":
             return weight_shape[0] == size
-        return prod(weight_shape[1:]) == size
+        return prod(weight_shape[1:]) == size and self.rows in (None, weight_shape[0])
 
     @property
     def additive(self) -> bool:

@@ -6,7 +6,7 @@ rows, `join_rows` the fused update again: the very same tensors where the parts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +107,8 @@ class Slice(Kind):
     def scaled(self, strength: float) -> Slice:
         return replace(self, of=self.of.scaled(strength))
 
-    def cast(self, dtype: torch.dtype) -> Slice:
-        return replace(self, of=self.of.cast(dtype))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Slice:
+        return replace(self, of=self.of.mapped(change))
 
     @property
     def _rows_alone(self) -> bool:
