@@ -177,7 +177,7 @@ def test_kernels_that_the_functional_lokr_leaves_unflattened_change_a_weight_ali
     refs = {name: InMemory(tensor) for name, tensor in zip(names, made, strict=True) if tensor is not None}
     update = LoKr(0.5, **refs)
     assert update.shape == base.shape
-    torch.testing.assert_close(update.delta(), lokr.diff_weight(*made, gamma=0.5))
+    torch.testing.assert_close(update.delta(), lokr.kron_weight(*made, scale=0.5))
 
 
 @torch.no_grad()
