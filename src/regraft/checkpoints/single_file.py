@@ -11,8 +11,9 @@ from pathlib import Path
 
 from regraft.adapter import MODEL
 from regraft.checkpoints import Checkpoint, Reader
+from regraft.checkpoints._files import read_plain
 from regraft.families import aliases, families
-from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
+from regraft.tensors import TORCH_SUFFIXES, TensorRef
 
 _UNET = "model.diffusion_model."
 # Where the first text encoder lies: in Stable Diffusion 1.x, in SDXL. The second one (open_clip, with one fused
@@ -20,8 +21,11 @@ _UNET = "model.diffusion_model."
 _TEXT_ENCODERS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 
 
-def split_components(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
-    """Components by diffusers' names, of a file in the original names; one ``model`` where it is something else."""
+def split_components(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Mapping[str, TensorRef]], tuple[str, ...]]:
+    """Components by diffusers' names, of a file in the original names; one ``model`` where it is something else.
+
+    Also the names of the tensors that belong to none of them.
+    """
     for family in families():
         modules = aliases(family, "unet")
         if modules and all(f"{_UNET}{original}.weight" in tensors for original in modules.values()):
@@ -37,8 +41,11 @@ def split_components(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, Te
                 for name, ref in tensors.items()
                 if name.startswith(prefix)
             }
-            return {"unet": unet, "text_encoder": text} if text else {"unet": unet}
-    return {MODEL: dict(tensors)}
+            components: dict[str, Mapping[str, TensorRef]] = {"unet": unet, "text_encoder": text}
+            held = {id(ref) for part in components.values() for ref in part.values()}
+            left_out = tuple(name for name, ref in tensors.items() if id(ref) not in held)
+            return {name: part for name, part in components.items() if part}, left_out
+    return {MODEL: tensors}, ()
 
 
 def _detect(path: Path) -> bool:
@@ -46,7 +53,9 @@ def _detect(path: Path) -> bool:
 
 
 def _read(path: Path) -> Checkpoint:
-    return Checkpoint(split_components(read_tensor_file(path).tensors))
+    plain, description = read_plain(path)
+    components, left_out = split_components(plain.tensors)
+    return Checkpoint(components, {}, description, plain.left_out + left_out)
 
 
 READER = Reader("weights file", 20, _detect, _read)
