@@ -1,4 +1,4 @@
-"""Quantised weights are shown as plain ones: bitsandbytes, and packers written from the formats' descriptions, judge."""
+"""Quantised weights are shown as plain ones. Judges: bitsandbytes, and packers made from the formats' descriptions."""
 
 from __future__ import annotations
 
@@ -228,6 +228,7 @@ def broken() -> dict[str, tuple[dict[str, Tensor], str]]:
     mark = "x.weight.quant_state.bitsandbytes__nf4"
     nf4 = {"x.weight": torch.zeros(32, 1, dtype=torch.uint8), "x.weight.absmax": torch.ones(1)}
     nf4 |= {"x.weight.quant_map": torch.ones(16), mark: torch.tensor(list(state), dtype=torch.uint8)}
+    infinite = torch.tensor(list(b'{"shape": [1e400], "blocksize": 1}'), dtype=torch.uint8)
     int8 = {"x.weight": torch.zeros(4, 4, dtype=torch.int8), "x.SCB": torch.ones(4)}
     return {
         "no zeros": ({name: gptq[name] for name in ("x.qweight", "x.scales")}, "x.qzeros is missing"),
@@ -236,7 +237,7 @@ def broken() -> dict[str, tuple[dict[str, Tensor], str]]:
         "huge shape": (nf4, "do not fit together"),
         "no map": ({k: v for k, v in nf4.items() if "quant_map" not in k}, "quant_map is missing"),
         "no JSON": ({**nf4, mark: torch.ones(9, dtype=torch.uint8)}, "no description of a 4-bit weight"),
-        "inf": ({**nf4, mark: torch.tensor(list(b'{"shape": [1e400], "blocksize": 1}'), dtype=torch.uint8)}, "no descr"),
+        "inf": ({**nf4, mark: infinite}, "no description"),
         "odd format": ({**int8, "x.weight_format": torch.tensor(2, dtype=torch.uint8)}, "GPU's own order"),
         "few rows": ({**int8, "x.SCB": torch.ones(3)}, "do not fit together"),
         "odd scales": (
