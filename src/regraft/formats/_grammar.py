@@ -157,7 +157,9 @@ def _family(reader: _Reader, metadata: Mapping[str, str]) -> str | None:
 class _Reader:
     """Places each name of a file on the canonical modules."""
 
-    def __init__(self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None) -> None:
+    def __init__(
+        self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None, home: Family | None
+    ) -> None:
         self.file, self.names, self.extra, self.home = file, names, extra, home
         self.known = _recognised(stems, file.metadata)
         self.updates: dict[ModuleRef, Update] = {}
