@@ -39,8 +39,12 @@ def load_many(refs: Mapping[K, TensorRef]) -> dict[K, Tensor]:
         inner = stored(ref)
         if inner is not None:
             by_file.setdefault(inner.file, []).append(key)
-        else:
-            loaded[key] = ref.load()
+    elsewhere = {key: ref for key, ref in refs.items() if stored(ref) is None}
+    if any(not isinstance(ref, InMemory) for ref in elsewhere.values()):
+        from regraft.hub.remote import fetch_ahead
+
+        fetch_ahead(elsewhere.values())
+    loaded |= {key: ref.load() for key, ref in elsewhere.items()}
     for file, keys in by_file.items():
         with reading(file), safe_open(file, framework="pt") as handle:
             for key in keys:
