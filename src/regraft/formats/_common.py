@@ -18,6 +18,7 @@ from regraft.errors import InputError, OutputError, reading
 from regraft.families import get_family
 from regraft.formats._factors import Reshaped
 from regraft.formats._hashes import KEYS as HASHES
+from regraft.hub import fetch_ahead
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
 from regraft.updates import Full, LowRank
 
@@ -33,18 +34,15 @@ def stored(ref: TensorRef) -> Stored | None:
 
 def load_many(refs: Mapping[K, TensorRef]) -> dict[K, Tensor]:
     """Every tensor, each file opened once: an SDXL adapter has 3000 tensors behind one long header."""
+    fetch_ahead(refs.values())
     loaded: dict[K, Tensor] = {}
     by_file: dict[Path, list[K]] = {}
     for key, ref in refs.items():
         inner = stored(ref)
         if inner is not None:
             by_file.setdefault(inner.file, []).append(key)
-    elsewhere = {key: ref for key, ref in refs.items() if stored(ref) is None}
-    if any(not isinstance(ref, InMemory) for ref in elsewhere.values()):
-        from regraft.hub.remote import fetch_ahead
-
-        fetch_ahead(elsewhere.values())
-    loaded |= {key: ref.load() for key, ref in elsewhere.items()}
+        else:
+            loaded[key] = ref.load()
     for file, keys in by_file.items():
         with reading(file), safe_open(file, framework="pt") as handle:
             for key in keys:

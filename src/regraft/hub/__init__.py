@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.tensors import TORCH_SUFFIXES
+from regraft.tensors import TORCH_SUFFIXES, TensorRef
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@:\s]+))?(?::(?P<file>[^:]+))?", re.ASCII
@@ -56,3 +58,12 @@ def hub_id_of(given: str | Path) -> HubId | None:
         return None
     file = match["file"].strip("/") if match["file"] else None
     return HubId(match["repo"], match["revision"], file or None)
+
+
+def fetch_ahead(refs: Iterable[TensorRef]) -> None:
+    """Fetch those of these tensors that lie on the hub, all at once, so that loading them one by one is quick."""
+    # Where that module was not loaded, no tensor can lie on the hub.
+    if "regraft.hub.remote" in sys.modules:
+        from regraft.hub.remote import fetch_whole
+
+        fetch_whole(refs)

@@ -74,7 +74,7 @@ def ahead() -> Iterator[None]:
         file.hold(spans)
 
 
-def fetch_ahead(refs: Iterable[TensorRef]) -> None:
+def fetch_whole(refs: Iterable[TensorRef]) -> None:
     """Fetch the remote ones of these tensors whole, at once."""
     remote = [ref for ref in refs if is_remote(ref)]
     if len(remote) > 1:

@@ -7,6 +7,7 @@ requests, or, where whole files are wanted, downloaded into the hub's own cache.
 from __future__ import annotations
 
 import atexit
+import os
 import re
 import shutil
 import tempfile
@@ -204,8 +205,9 @@ class _View:
         elif name == self.id.file or self._is_config(name):
             real = self.repository.download(name)
             place.parent.mkdir(parents=True, exist_ok=True)
+            # No symbolic link: readers refuse those that leave a stranger's folder.
             try:
-                place.symlink_to(real)
+                os.link(real.resolve(), place)
             except OSError:
                 shutil.copyfile(real, place)
 
