@@ -31,7 +31,7 @@ def inspect_adapter(path: str | Path, *, names: BaseNames | None = None) -> Insp
     Raises:
         InputError: it can't be read, or a tensor pair is broken.
     """
-    return describe(load_adapter(path, names=names), path)
+    return describe(load_adapter(path, names=names, whole=False), path)
 
 
 def describe(adapter: Adapter, path: str | Path) -> InspectReport:
@@ -129,4 +129,4 @@ def config_of(base: Base) -> Mapping[str, Any] | None:
 
 def base_names(base: str | Path) -> dict[str, tuple[str, ...]]:
     """Component → parameter names of a base, from its headers."""
-    return {component: tuple(tensors) for component, tensors in open_base(base).components.items()}
+    return {component: tuple(tensors) for component, tensors in open_base(base, whole=False).components.items()}
