@@ -153,6 +153,7 @@ class PortReport(VersionedRecord):
     target: BaseSummary | None = Field(default=None, alias="to")
     migration: str | None = Field(default=None, description="migration file that was used or written")
     migration_bytes: int | None = Field(default=None, description="its size")
+    path: list[str] = Field(default_factory=list, description="migration files of `--migrations`, in order")
     tokens: list[str] = Field(default_factory=list, description="added tokens, carried as they are")
     left_behind: list[str] = Field(default_factory=list, description="other weights files that lay beside it")
     seconds: float
