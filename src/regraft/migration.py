@@ -129,8 +129,14 @@ class Migration:
 
 def summarise(base: Base) -> BaseSummary:
     """Path, family and fingerprints of a base."""
+    prints = base.prints
     return BaseSummary(
-        path=str(base.path), family=family_of_base(base), fingerprint=base.fingerprint, structure=base.structure
+        path=str(base.path),
+        family=family_of_base(base),
+        fingerprint=str(prints),
+        structure=base.structure,
+        sketch=prints.brief(),
+        components={name: part.sample for name, part in prints.components.items()},
     )
 
 

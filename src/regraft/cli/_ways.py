@@ -10,11 +10,12 @@ from regraft.base import Base
 from regraft.cli._sink import err, out
 from regraft.errors import InputError, UsageError
 from regraft.lineage import KEY, parse_lineage
-from regraft.lineage.model import BaseId
+from regraft.lineage.model import BaseId, Lineage
 from regraft.lineage.stamp import metadata_of
 from regraft.migration import Migration
-from regraft.migrations.base_id import base_id
+from regraft.migrations.base_id import base_id, called
 from regraft.migrations.graph import Way, along, find_way, read_graph, told
+from regraft.migrations.recognise import recognise
 
 #: Share of the base's size above which a migration is large.
 LARGE = 0.1
@@ -50,14 +51,25 @@ def migration_along(
             "--migrations takes one goal", remedy="Give --to NEW, or --to-fingerprint with what `check` calls it."
         )
     goal = BaseId(fingerprint=_checked(ends.to)) if ends.new is None else BaseId.model_validate(base_id(ends.new))
-    start = BaseId.model_validate(base_id(ends.old)) if ends.old is not None else base_of(adapter)
+    components: tuple[str, ...] = ()
+    if ends.old is not None:
+        start = BaseId.model_validate(base_id(ends.old))
+    else:
+        lineage = lineage_in(adapter)
+        start = lineage.base
+        components = tuple({name for group in lineage.updates for name in group.modules})
     graph = read_graph(folder)
     if not quiet:
         for error in graph.damaged:
             err.print(f"Left out: {error}", markup=False, soft_wrap=True)
     known = graph.bases()
-    way = find_way(graph, known.get(start.fingerprint, start), known.get(goal.fingerprint, goal), via)
+    found = recognise(start, known, components), recognise(goal, known, components)
+    way = find_way(graph, found[0].base, found[1].base, via)
     if not quiet:
+        for given, taken in zip((start, goal), found, strict=True):
+            if taken.how:
+                line = f"{called(given)} is taken as {called(taken.base)}: {taken.how}"
+                err.print(line, markup=False, soft_wrap=True)
         err.print(f"Way: {told(way)}", markup=False, soft_wrap=True)
     return along(way), way
 
@@ -82,8 +94,8 @@ def _checked(fingerprint: str | None) -> str:
     return fingerprint
 
 
-def base_of(adapter: Path) -> BaseId:
-    """The base that an adapter's lineage says it is for.
+def lineage_in(adapter: Path) -> Lineage:
+    """The lineage of an adapter file or folder.
 
     Raises:
         InputError: it has no lineage.
@@ -96,4 +108,4 @@ def base_of(adapter: Path) -> BaseId:
             file=file,
             remedy="Give the base with --from, or write it in once: `regraft lineage stamp ADAPTER --base OLD`.",
         )
-    return BaseId.model_validate(parse_lineage(text, file=file)["base"])
+    return Lineage.model_validate(parse_lineage(text, file=file))

@@ -19,6 +19,7 @@ Text = Annotated[str, Field(max_length=4096)]
 Word = Annotated[str, Field(min_length=1, max_length=256)]
 #: Compared as a string; `regraft.fingerprint` says how each is made.
 Fingerprint = Annotated[str, Field(pattern=r"^[!-~]{8,4096}$")]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -32,12 +33,13 @@ class Open(BaseModel):
 
 
 class BaseId(Open):
-    """One version of a base model.
+    """One version of a base model; `regraft.fingerprint` specifies the fingerprints.
 
     Attributes:
-        fingerprint: of its stored tensors, exact.
-        structure: of its names and shapes alone.
-        sketch: of its values, to be compared with a tolerance.
+        fingerprint: the short form, which tells any two bases apart.
+        structure: hash of its names and shapes alone.
+        sketch: the brief sketch of its values, to be compared with a tolerance.
+        components: the ``sample`` hash of each component.
         family: as the tool that wrote it calls it.
         name: for people, and for `base_model_name_or_path`: a hub id or a file's name, never a folder of a disk.
     """
@@ -45,6 +47,7 @@ class BaseId(Open):
     fingerprint: Fingerprint
     structure: Fingerprint | None = None
     sketch: Fingerprint | None = None
+    components: dict[Word, Hash] = Field(default_factory=dict)
     family: Word | None = None
     name: Text | None = None
 

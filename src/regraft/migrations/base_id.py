@@ -6,8 +6,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from regraft.base import Base
-from regraft.families import family_of_base
 from regraft.lineage.model import BaseId
+from regraft.migration import summarise
 from regraft.report.schema import BaseSummary
 
 
@@ -28,11 +28,7 @@ def public_name(path: str) -> str:
 
 def base_id(base: Base) -> dict[str, Any]:
     """The object that names a base on disk."""
-    return from_summary(
-        BaseSummary(
-            path=str(base.path), family=family_of_base(base), fingerprint=base.fingerprint, structure=base.structure
-        )
-    )
+    return from_summary(summarise(base))
 
 
 def from_summary(base: BaseSummary) -> dict[str, Any]:
@@ -40,6 +36,8 @@ def from_summary(base: BaseSummary) -> dict[str, Any]:
     named = {
         "fingerprint": base.fingerprint,
         "structure": base.structure,
+        "sketch": base.sketch,
+        "components": base.components,
         "family": base.family,
         "name": public_name(base.path),
     }
@@ -53,6 +51,8 @@ def to_summary(base: BaseId) -> BaseSummary:
         family=base.family,
         fingerprint=base.fingerprint,
         structure=base.structure or "",
+        sketch=base.sketch,
+        components=dict(base.components),
     )
 
 
