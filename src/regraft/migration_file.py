@@ -21,11 +21,13 @@ from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError, Refused, reading
 from regraft.lineage import check_major, dumped, told
+from regraft.lineage.model import BaseId
 from regraft.lineage.name_sets import compact, expand
 from regraft.lineage.strict_json import parse_object
 from regraft.migration import Entry, Migration
-from regraft.migrations.base_id import from_summary, to_summary
+from regraft.migrations.base_id import base_id, from_summary, to_summary
 from regraft.migrations.model import VERSION, Header, Map, Row
+from regraft.migrations.recognise import recognise
 from regraft.nearness import Nearness
 from regraft.output import check_writable, readable, whole
 from regraft.tensors import Shape, TensorRef, read_safetensors
@@ -104,13 +106,17 @@ def file_hash(path: Path) -> str:
 
 
 def check_fingerprints(migration: Migration, old: Base | None, new: Base | None) -> None:
-    """Refuse a migration that was made for other bases than those given.
+    """Refuse a migration that was made for other bases than those given; another precision is the same base.
 
     Raises:
         Refused: a fingerprint differs; the message says which.
     """
     for which, base, made_for in (("old", old, migration.source), ("new", new, migration.target)):
-        if base is not None and made_for is not None and base.fingerprint != made_for.fingerprint:
+        if base is None or made_for is None or base.fingerprint == made_for.fingerprint:
+            continue
+        wanted, given = BaseId.model_validate(from_summary(made_for)), BaseId.model_validate(base_id(base))
+        modules = migration.entries if which == "old" else [e.target for e in migration.entries.values() if e.target]
+        if recognise(given, {wanted.fingerprint: wanted}, {module.component for module in modules}).base is given:
             raise Refused(
                 f"the migration was made for another {which} base: fingerprint {made_for.fingerprint}, not "
                 f"{base.fingerprint} of {base.path}",

@@ -13,6 +13,7 @@ from torch import Tensor
 from regraft.errors import InputError, Refused, UsageError
 from regraft.migration import Entry, Migration
 from regraft.migrations.algebra import Products
+from regraft.migrations.base_id import public_name
 from regraft.migrations.model import MOST_TERMS
 from regraft.nearness import Nearness
 from regraft.report.schema import BaseSummary
@@ -81,7 +82,7 @@ def _check_meet(first: Migration, second: Migration) -> None:
 
 
 def _named(base: BaseSummary) -> str:
-    return f"{base.path} ({base.fingerprint})"
+    return f"{public_name(base.path)} ({base.fingerprint})"
 
 
 def _is_identity(migration: Migration) -> bool:
@@ -116,7 +117,7 @@ def _entry(entry: Entry, second: Migration, products: Products) -> Entry:
     if entry.transport is None or entry.target is None:
         return entry
     after = second.entries.get(entry.target)
-    step = f"on the way to {second.target.path}"
+    step = f"on the way to {public_name(second.target.path)}"
     if after is None:
         # A migration of the whole base has every module of it: this one was made for part of it.
         return _lost(entry, f"{step}: the migration has no module {entry.target}", uncovered=True)
