@@ -15,7 +15,7 @@ from regraft.migrations.compose import compose_all
 from regraft.migrations.model import Header
 
 # A folder of more files, and more ways to look at than these, is no folder of migrations that anybody keeps.
-_MOST_FILES, _MOST_WAYS = 10_000, 20_000
+_MOST_FILES, _MOST_WAYS = 10_000, 5_000
 # So many are listed when there are several.
 _LISTED = 4
 
@@ -254,7 +254,8 @@ def cycles(graph: Graph) -> list[list[BaseId]]:
             if state.get(there) == 1:
                 on_the_way = [name for name, _ in stack]
                 ring = on_the_way[on_the_way.index(there) :]
-                found.setdefault(frozenset(ring), [bases[name] for name in ring])
+                first = min(range(len(ring)), key=lambda i: (called(bases[ring[i]]), ring[i]))
+                found.setdefault(frozenset(ring), [bases[name] for name in ring[first:] + ring[:first]])
             elif state.get(there) is None:
                 state[there] = 1
                 stack.append((there, iter(graph.leaving(there))))
