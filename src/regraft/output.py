@@ -194,7 +194,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
                     shutil.copyfile(file, stage / name)
                 else:
                     (stage / name).write_text(file, encoding="utf-8", newline="")
-        _readable(stage)
+        readable(stage)
     if not folder:
         return [path]
     return [path / content.weights_name, *(path / name for name in content.files)]
@@ -236,11 +236,12 @@ def write_text(text: str, path: Path, *, overwrite: bool) -> Path:
     check_writable(path, overwrite=overwrite)
     with whole(path) as stage:
         stage.write_text(text, encoding="utf-8")
-        _readable(stage)
+        readable(stage)
     return path
 
 
-def _readable(path: Path) -> None:
+def readable(path: Path) -> None:
+    """Give a staged file or folder the permissions that the umask lets new files have."""
     # mkdtemp's privacy must not outlive the move: others may read what the umask lets them.
     mask = os.umask(0)
     os.umask(mask)

@@ -228,4 +228,8 @@ def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, ove
     writer = get_format(name).write
     if writer is None:
         raise UsageError(f"format {name!r} can be read, not written", remedy="Choose another with --format.")
-    return write_whole(writer(adapter), path, overwrite=overwrite, source=adapter.path)
+    from regraft.lineage.updates import restated
+
+    written = writer(adapter)
+    written = replace(written, metadata=restated(adapter, written))
+    return write_whole(written, path, overwrite=overwrite, source=adapter.path)
