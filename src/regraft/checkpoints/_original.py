@@ -14,6 +14,7 @@ from pathlib import Path
 from regraft.checkpoints._views import RowRanges
 from regraft.errors import InputError
 from regraft.families import CANONICAL, ORIGINAL, Family, Piece, Table, families
+from regraft.families._templates import kind_of
 from regraft.tensors import TensorRef, Transposed
 
 PREFIXES = ("model.diffusion_model.", "", "diffusion_model.", "model.model.", "module.", "transformer.")
@@ -76,13 +77,13 @@ def _names(table: Table, scheme: str) -> dict[str, tuple[Piece, ...]]:
 
 
 def _layouts(part: Mapping[str, TensorRef], prefix: str) -> Iterator[tuple[Family, Table, str]]:
-    heads = {name.partition(".")[0] for name in part}
+    kinds = {kind_of(name) for name in part}
     seen = set()
     for family in families().values():
         if family.main not in family.components or family.main.startswith("text_encoder"):
             continue
         table = family.table(family.main)
-        if table.name in seen or not heads & set(table.heads):
+        if table.name in seen or not any(kinds & table.kinds(scheme) for scheme in table.schemes):
             continue
         seen.add(table.name)
         for scheme in table.schemes:

@@ -16,6 +16,7 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.families import (
     CANONICAL,
+    Family,
     Piece,
     Recognition,
     family_of_modules,
