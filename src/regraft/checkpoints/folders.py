@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from regraft.adapter import MODEL
 from regraft.checkpoints import Checkpoint, Reader
 from regraft.checkpoints.shards import read_shards
-from regraft.errors import InputError, reading
+from regraft.errors import InputError
+from regraft.limits import read_json_object
 from regraft.tensors import TensorRef, read_tensor_file
 
 # Weights' names in the order in which the libraries themselves look for them.
@@ -44,9 +44,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         return {}
-    with reading(file):
-        config = json.loads(file.read_text(encoding="utf-8"))
-    return config if isinstance(config, dict) else {}
+    return read_json_object(file)
 
 
 def _detect(path: Path) -> bool:

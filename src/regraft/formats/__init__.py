@@ -6,7 +6,6 @@ A format file defines ``FORMAT = Format(...)``. The order of detection is by ``s
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from regraft.adapter import Adapter
-from regraft.errors import InputError, UsageError, reading
+from regraft.errors import InputError, UsageError
+from regraft.limits import read_json_object
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
 
@@ -140,10 +140,7 @@ def open_adapter_file(path: Path) -> AdapterFile:
     config_file, config = weights.parent / ADAPTER_CONFIG, None
     # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
     if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):
-        with reading(config_file):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise InputError("is not a JSON object", file=config_file)
+        config = read_json_object(config_file)
     beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
     sidecars = {f.name: f for f in beside if f.suffix not in _NOT_CARRIED and f.name != ADAPTER_CONFIG}
     left_behind = tuple(f.name for f in beside if f.suffix in _NOT_CARRIED and f.name != weights.name)
