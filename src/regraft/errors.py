@@ -100,6 +100,19 @@ def reading(file: str | Path, key: str | None = None) -> Iterator[None]:
         raise InputError(f"can't be read ({first_line(error)})", file=file, key=key) from error
 
 
+@contextmanager
+def understanding(kind: str, file: str | Path) -> Iterator[None]:
+    """The last net under a reader of ``kind``: a header may hold anything where a string or a number should be."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(
+            f"is a damaged {kind} ({type(error).__name__}: {first_line(error)})",
+            file=file,
+            remedy="Get it again, or save it again.",
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its class where it has none."""
     text = str(error).strip()

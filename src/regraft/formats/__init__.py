@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from regraft.adapter import Adapter
-from regraft.errors import InputError, UsageError
+from regraft.errors import InputError, UsageError, reading, understanding
 from regraft.limits import read_json_object
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
@@ -133,7 +133,8 @@ def open_adapter_file(path: Path) -> AdapterFile:
     Raises:
         InputError: it is missing, damaged or empty.
     """
-    weights = _weights_in(path) if path.is_dir() else path
+    with reading(path):
+        weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
         raise InputError("holds no tensors", file=weights)
@@ -141,10 +142,21 @@ def open_adapter_file(path: Path) -> AdapterFile:
     # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
     if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):
         config = read_json_object(config_file)
-    beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
-    sidecars = {f.name: f for f in beside if f.suffix not in _NOT_CARRIED and f.name != ADAPTER_CONFIG}
-    left_behind = tuple(f.name for f in beside if f.suffix in _NOT_CARRIED and f.name != weights.name)
+    with reading(path):
+        beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
+    others = [file for file in beside if file.name not in (ADAPTER_CONFIG, weights.name)]
+    sidecars = {file.name: file for file in others if file.suffix not in _NOT_CARRIED and _stays_inside(file)}
+    left_behind = tuple(file.name for file in others if file.name not in sidecars)
     return AdapterFile(path, content.tensors, content.metadata, config, sidecars, left_behind)
+
+
+def _stays_inside(file: Path) -> bool:
+    """Whether a file that may be a link lies in its own folder, or where the hub's cache keeps such a folder's files.
+
+    A stranger's folder with a link to a private file must not put a copy of it into what is published next.
+    """
+    true, folder = file.resolve(), file.parent.resolve()
+    return true.is_relative_to(folder) or true.parent == folder.parent.parent / "blobs"
 
 
 def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
@@ -159,8 +171,9 @@ def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter
     """
     file = open_adapter_file(Path(path).expanduser())
     for format in formats().values():
-        if format.detect(file):
-            return replace(format.read(file, names), left_behind=file.left_behind)
+        with understanding(f"{format.name} file", file.path):
+            if format.detect(file):
+                return replace(format.read(file, names), left_behind=file.left_behind)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",
