@@ -63,12 +63,17 @@ def check_zip(path: Path) -> None:
                     key=packed.filename,
                     remedy="PyTorch compresses no weights: save it again, or get another one.",
                 )
+            size = path.stat().st_size
+            longer = next((entry for entry in entries if entry.file_size > size), None)
+            if longer is not None:
+                what = f"claims {longer.file_size} bytes in an archive of {size}"
+                raise InputError(what, file=path, key=longer.filename, remedy="Download or copy it again.")
             names = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             for entry in names:
                 check_pickle(archive.read(entry), path)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         remedy = "Download or copy it again."
-        raise InputError(f"is a damaged zip archive ({error})", file=path, remedy=remedy) from None
+        raise InputError(f"is a damaged zip archive ({first_line(error)})", file=path, remedy=remedy) from None
 
 
 def check_legacy(path: Path) -> None:

@@ -23,6 +23,9 @@ from regraft.updates import Full, LowRank
 K = TypeVar("K", bound=Hashable)
 
 
+_SAVE_AGAIN = "The file is damaged: get another one."
+
+
 def stored(ref: TensorRef) -> Stored | None:
     """The reference into a file that ``ref`` is a view of, or None for a tensor in memory."""
     while isinstance(ref, Transposed | Reshaped):
@@ -47,12 +50,14 @@ def scalars(refs: Mapping[K, TensorRef], file: Path) -> dict[K, float]:
                 f"alpha must be one number, but has shape {list(ref.shape)}",
                 file=file,
                 key=key_of(ref, str(key)),
-                remedy="The file is damaged: get another one.",
+                remedy=_SAVE_AGAIN,
             )
+        if ref.dtype.is_complex:
+            raise InputError("alpha is a complex number", file=file, key=key_of(ref, str(key)), remedy=_SAVE_AGAIN)
     values = {key: float(tensor.reshape(()).item()) for key, tensor in load_many(refs).items()}
     for key, value in values.items():
         if not math.isfinite(value):
-            raise InputError("alpha is NaN or Inf", file=file, key=key_of(refs[key], str(key)))
+            raise InputError("alpha is NaN or Inf", file=file, key=key_of(refs[key], str(key)), remedy=_SAVE_AGAIN)
     return values
 
 

@@ -75,7 +75,8 @@ def check_config(config: Config, file: Path, prefix: str = "") -> None:
     """Make sure that rank and alpha can be read out of a LoRA config.
 
     Raises:
-        InputError: ``r`` or ``lora_alpha`` is missing or no number, or a pattern is no regular expression.
+        InputError: ``r`` or ``lora_alpha`` is missing or no number, a pattern is no regular expression, or a list of
+            names is none.
     """
     remedy = "Give the config that was saved with these weights."
     for name in ("r", "lora_alpha"):
@@ -83,6 +84,9 @@ def check_config(config: Config, file: Path, prefix: str = "") -> None:
         if not _is_number(value):
             what = "is missing" if value is None else f"must be a number, not {_told(value)}"
             raise InputError(what, file=file, key=f"{prefix}{name}", remedy=remedy)
+    wrapped = config.get("target_parameters")
+    if wrapped is not None and not (isinstance(wrapped, list) and all(isinstance(name, str) for name in wrapped)):
+        raise InputError("must be a list of names", file=file, key=f"{prefix}target_parameters", remedy=remedy)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         key = f"{prefix}{name}"
