@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from regraft.checkpoints._files import describe, kept_inside, read_plain
 from regraft.checkpoints.quantised import Plain
 from regraft.checkpoints.shards import read_plain_shards
 from regraft.checkpoints.single_file import split_components
-from regraft.errors import InputError, reading
+from regraft.errors import InputError
+from regraft.limits import read_json_object
 
 # Weights' names in the order in which the libraries themselves look for them.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -48,9 +48,7 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Plain, str] | Non
 def _table(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    with reading(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    return read_json_object(file)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,11 @@ from regraft.checkpoints import Checkpoint, Reader
 from regraft.checkpoints._files import container, describe, kept_inside
 from regraft.checkpoints.quantised import Plain, plain_weights
 from regraft.checkpoints.single_file import split_components
-from regraft.errors import InputError, reading
+from regraft.errors import InputError
+from regraft.limits import check_names, read_json_object
 from regraft.tensors import TensorRef, read_tensor_file
+
+_AGAIN = "Download or copy it again."
 
 
 def _detect(path: Path) -> bool:
@@ -29,10 +31,10 @@ def read_shards(index: Path) -> dict[str, TensorRef]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    with reading(index):
-        weight_map = json.loads(kept_inside(index, index.parent).read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json_object(kept_inside(index, index.parent)).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise InputError("weight_map is no table", file=index)
+        raise InputError("is missing, or no table of names to files", file=index, key="weight_map", remedy=_AGAIN)
+    check_names(weight_map, index)
     return {name: str(shard) for name, shard in weight_map.items()}
 
 
@@ -44,12 +46,13 @@ def _tensors(index: Path, weight_map: Mapping[str, str]) -> dict[str, TensorRef]
     for shard in sorted(held):
         # An index from a stranger must not lead the reader to other places on the disk.
         if Path(shard).name != shard:
-            raise InputError("names a shard outside of its folder", file=index, key=shard)
+            raise InputError("names a shard outside of its folder", file=index, key=shard, remedy=_AGAIN)
         file = kept_inside(index.parent / shard, index.parent)
         content = read_tensor_file(file).tensors
         for name in held[shard]:
             if name not in content:
-                raise InputError("the index names a tensor that is not in its shard", file=file, key=name)
+                what = "the index names a tensor that is not in its shard"
+                raise InputError(what, file=file, key=name, remedy=_AGAIN)
             tensors[name] = content[name]
     return tensors
 

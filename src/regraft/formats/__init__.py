@@ -6,7 +6,6 @@ A format file defines ``FORMAT = Format(...)``. The order of detection is by ``s
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from regraft.adapter import Adapter
-from regraft.errors import InputError, UsageError, reading
+from regraft.errors import InputError, UsageError, reading, understanding
 from regraft.hub import hub_id_of
+from regraft.limits import read_json_object
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
 
@@ -174,22 +174,31 @@ def open_adapter_file(path: Path, *, whole: bool = True) -> AdapterFile:
 
 
 def _open_local(path: Path) -> AdapterFile:
-    path = _adapter_in(path) if path.is_dir() else path
-    weights = _weights_in(path) if path.is_dir() else path
+    with reading(path):
+        path = _adapter_in(path) if path.is_dir() else path
+        weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
         raise InputError("holds no tensors", file=weights)
     config_file, config = weights.parent / ADAPTER_CONFIG, None
     # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
     if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):
-        with reading(config_file):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise InputError("is not a JSON object", file=config_file)
-    beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
-    sidecars = {f.name: f for f in beside if f.suffix not in _NOT_CARRIED and f.name != ADAPTER_CONFIG}
-    left_behind = tuple(f.name for f in beside if f.suffix in _NOT_CARRIED and f.name != weights.name)
+        config = read_json_object(config_file)
+    with reading(path):
+        beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
+    others = [file for file in beside if file.name not in (ADAPTER_CONFIG, weights.name)]
+    sidecars = {file.name: file for file in others if file.suffix not in _NOT_CARRIED and _stays_inside(file)}
+    left_behind = tuple(file.name for file in others if file.name not in sidecars)
     return AdapterFile(path, content.tensors, content.metadata, config, sidecars, left_behind)
+
+
+def _stays_inside(file: Path) -> bool:
+    """Whether a file that may be a link lies in its own folder, or where the hub's cache keeps such a folder's files.
+
+    A stranger's folder with a link to a private file must not put a copy of it into what is published next.
+    """
+    true, folder = file.resolve(), file.parent.resolve()
+    return true.is_relative_to(folder) or true.parent == folder.parent.parent / "blobs"
 
 
 def load_adapter(
@@ -212,8 +221,9 @@ def load_adapter(
     """
     file = replace(open_adapter_file(Path(path).expanduser(), whole=whole), base_config=base_config)
     for format in formats().values():
-        if format.detect(file):
-            return replace(format.read(file, names), left_behind=file.left_behind, base_config=base_config)
+        with understanding(f"{format.name} file", file.path):
+            if format.detect(file):
+                return replace(format.read(file, names), left_behind=file.left_behind, base_config=base_config)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",
