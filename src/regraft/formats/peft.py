@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,10 @@ def _write(adapter: Adapter) -> Written:
         _check_bare(paths)
         return Written(contiguous(tensors), metadata)
     config = _config(adapter, kind, low_rank, others, own=own)
-    files: dict[str, str | Path] = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n", **adapter.sidecars}
+    files: dict[str, str | Path | Callable[[Path], None]] = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n",
+        **adapter.sidecars,
+    }
     if CARD in files and own:
         old, new = adapter.layout.get("base_model"), config.get("base_model_name_or_path")
         files[CARD] = with_base(adapter.sidecars[CARD], old, new)

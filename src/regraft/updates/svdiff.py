@@ -16,7 +16,7 @@ from regraft.updates._kind import Kind, needed
 
 @dataclass(frozen=True)
 class SpectralShift(Kind):
-    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector, relu(W + scale · shift) each.
+    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector, relu(W + scale · shift) each, or its length alone.
 
     Attributes:
         shift: δ, (min(out, in · kh · kw),), largest singular value first.
@@ -50,6 +50,11 @@ class SpectralShift(Kind):
 
     def merged(self, weight: Tensor) -> Tensor:
         base, shift = weight.float(), self.scale * self.shift.load().float()
+        if base.dim() == 1 and shift.numel() == 1:
+            # svdiff-pytorch takes a norm's weight for a matrix of one row: one singular value, the weight's length.
+            length = base.norm()
+            scalar: Tensor = torch.relu(length + shift) * base / length
+            return scalar
         if base.dim() == 1:
             return torch.relu(base + shift)
         u, s, v = torch.linalg.svd(base.flatten(1), full_matrices=False)
