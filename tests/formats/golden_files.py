@@ -23,15 +23,20 @@ def golden(name: str) -> dict[str, Any]:
     raise FileNotFoundError(name)
 
 
+def _cut(size: int) -> int:
+    # Widths of transformers keep their proportions, so that fused weights still divide into their parts.
+    return size // 128 if size % 1024 == 0 else min(size, 16)
+
+
 def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
     """The golden list as a file (a folder where it has a config), its values all different; returns its path.
 
-    Dimensions are cut to at most 16, which keeps factors matching, unless ``whole_shapes``.
+    Dimensions are cut, all alike so that factors keep matching, unless ``whole_shapes``.
     """
     data = golden(name)
     tensors = {}
     for number, (key, about) in enumerate(data["tensors"].items()):
-        shape = about["shape"] if whole_shapes else [min(size, 16) for size in about["shape"]]
+        shape = about["shape"] if whole_shapes else [_cut(size) for size in about["shape"]]
         value = torch.full(shape, number % 97 + 1, dtype=DTYPES[about["dtype"]])
         if key.endswith(".alpha"):
             value = torch.full(shape, 4, dtype=DTYPES[about["dtype"]])

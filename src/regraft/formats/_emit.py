@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import OutputError
-from regraft.families import get_family
+from regraft.families import CANONICAL, ORIGINAL, Family, flattened, get_family, recognise
 from regraft.formats import Written
 from regraft.formats._common import alphas_of, chosen, component_for, contiguous, new_alpha, training_metadata
 from regraft.formats._factors import Reshaped, cannot_hold
 from regraft.formats._grammar import MAIN, Extra, Prefix, scaled_rows, turned
 from regraft.formats._hashes import with_true_hashes
-from regraft.formats._naming import CANONICAL, ORIGINAL, Table, flattened, needs_text_model, recognise, tables
+from regraft.formats._naming import Table, needs_text_model, tables
 from regraft.formats._suffixes import PARAMETERS, spelled, split_key
 from regraft.tensors import TensorRef
-from regraft.updates import Boft, Diff, Full, LowRank, Oft, Update
+from regraft.updates import Boft, Diff, Full, GLora, LoHa, LoKr, LowRank, Oft, Tucker, Update
 from regraft.updates._kind import is_per_column
 from regraft.updates.rows import Slice, empty, join_rows, take_rows
 
@@ -47,6 +49,10 @@ class Spelling:
     whole: bool = False
 
 
+#: Components that the prefix of the main model stands for.
+MAIN_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
+
+
 @dataclass
 class _Slot:
     """One name of the file and the updates that meet there, by their place in a fused weight."""
@@ -58,9 +64,7 @@ class _Slot:
     refs: list[ModuleRef] = field(default_factory=list)
 
 
-def tensors_of(
-    adapter: Adapter, spelling: Spelling, *, extra: Extra | None = None
-) -> dict[str, TensorRef]:
+def tensors_of(adapter: Adapter, spelling: Spelling, *, extra: Extra | None = None) -> dict[str, TensorRef]:
     """Key → tensor of an adapter in a format.
 
     Raises:
@@ -94,7 +98,9 @@ def joined(slot: _Slot) -> Update:
     if pieces[0].transposed:
         turned_ = turned(first)
         if turned_ is None:
-            raise OutputError(f"a {first.kind} update can't be written for the transposed weight", key=str(slot.refs[0]))
+            raise OutputError(
+                f"a {first.kind} update can't be written for the transposed weight", key=str(slot.refs[0])
+            )
         return turned_
     if pieces[0].rows is None:
         return first
@@ -115,7 +121,8 @@ def _nothing(like: Update, rows: int) -> Update:
     """The update of a part that an adapter leaves alone."""
     if isinstance(like, Diff):
         raise OutputError("a fused weight's change needs all of its parts", key=like.key)
-    return empty((rows, *like.shape[1:]), like.up.dtype if isinstance(like, LowRank) else like.dtype)
+    dtype = like.up.dtype if isinstance(like, LowRank) else torch.float32
+    return empty((rows, *like.shape[1:]), dtype)
 
 
 def _inverse(order: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -134,21 +141,29 @@ class _Writer:
         self.adapter, self.spelling, self.extra = adapter, spelling, extra
         self.own = adapter.format == spelling.format
         self.layout: Mapping[str, Any] = adapter.layout if self.own else {}
-        self.family = self.layout.get("family") or adapter.family or self._by_names()
-        known = get_family(self.family)
-        # Where a family's own tool trains on diffusers' names, kohya's grammar has those.
-        flat_canonical = known is not None and spelling.prefixes[0].flat and known.data.get("kohya") == "diffusers"
-        self.schemes = (CANONICAL,) if flat_canonical else spelling.schemes
+        mains = [name for name in adapter.components() if name in MAIN_COMPONENTS]
+        if len(mains) > 1:
+            remedy = "Write each into a file of its own: their keys would be the same."
+            raise cannot_hold(spelling.format, f"more than one main model ({', '.join(mains)})", mains[1], remedy)
+        known = get_family(adapter.family)
+        self.tables: Mapping[str, str] = self.layout.get("tables") or self._tables(known)
+        # kohya's grammar has diffusers' names where the family's own trainers have, and for U-Nets of no known family.
+        trained = known.data.get("kohya") if known is not None and known.components else None
+        canonical = trained == "diffusers" or (trained is None and "unet" in mains)
+        self.schemes = (CANONICAL,) if spelling.prefixes[0].flat and canonical else spelling.schemes
         self.prefixes = self._prefixes(known.data.get("prefixes", {}) if known else {})
         self.by_text = {prefix.text: prefix for prefix in spelling.prefixes}
 
-    def _by_names(self) -> str | None:
-        for component, updates in self.adapter.components().items():
-            if not component.startswith("text_encoder"):
-                paths = {path: u.shape for path, u in updates.items() if not u.by_parameter}
-                match = recognise(paths, flat=False)
-                return match.family if match else None
-        return None
+    def _tables(self, family: Family | None) -> dict[str, str]:
+        """Component → the families' table that names its modules."""
+        if family is not None and family.components:
+            return dict(family.components)
+        shapes = {
+            component: {path: u.shape for path, u in updates.items() if not u.by_parameter}
+            for component, updates in self.adapter.components().items()
+        }
+        found = recognise(shapes, schemes=(CANONICAL,))
+        return {match.component: match.table for match in found.matches.values() if match.table} if found else {}
 
     def _prefixes(self, preferred: Mapping[str, str]) -> dict[str, Prefix]:
         """Component → prefix for what no file has spelt before."""
@@ -157,7 +172,7 @@ class _Writer:
             found.setdefault(prefix.component, prefix)
         for prefix in self.spelling.prefixes:
             for component, text in preferred.items():
-                if prefix.text.rstrip("_.") == text:
+                if prefix.text[:-1] == text:
                     found[component] = prefix
         return found
 
@@ -166,7 +181,7 @@ class _Writer:
         text = chosen(self.layout.get("prefix", {}), component, ref.path, "")
         if text in self.by_text:
             return self.by_text[text]
-        role = component if component.startswith("text_encoder") else MAIN
+        role = MAIN if component in MAIN_COMPONENTS else component
         if role == "text_encoder_2" and ref.path.startswith(("encoder.block.", "shared")):
             # T5 stands second in Flux' pipeline, and has the prefix of the third encoder.
             return self.prefixes.get("text_encoder_3") or self.prefixes[role]
@@ -202,11 +217,7 @@ class _Writer:
     def _named(self, ref: ModuleRef, component: str, parameter: str) -> tuple[Table | None, str, int]:
         """The table that names a parameter, its name there, and its place in it."""
         text = component.startswith("text_encoder")
-        family, home = self.layout.get("texts", {}).get(component, (self.family, component)) if text else (
-            self.family,
-            component,
-        )
-        schemes = dict(tables(family, home)) if family else {}
+        schemes = dict(tables(self.tables[component])) if component in self.tables else {}
         if self.extra is not None and not text:
             schemes |= self.extra(schemes)
         wanted = (CANONICAL,) if text else self.schemes
@@ -226,12 +237,15 @@ class _Writer:
     def keys(self, slot: _Slot, update: Update) -> dict[str, TensorRef]:
         """Keys of an update that is kept by module, without alpha."""
         if isinstance(update, Slice):
-            raise OutputError("is a part of an update that can't be cut, and the rest is missing", key=str(slot.refs[0]))
+            raise OutputError(
+                "is a part of an update that can't be cut, and the rest is missing", key=str(slot.refs[0])
+            )
         ref = slot.refs[0]
         style = self._choice("style", ref, self.spelling.style)
         magnitude = self._choice("magnitude", ref, self.spelling.magnitude)
         if update.magnitude is not None:
-            update = replace(update, magnitude=self._magnitude(update))  # type: ignore[call-arg]
+            assert isinstance(update, LowRank | Tucker | LoHa | LoKr)
+            update = replace(update, magnitude=self._magnitude(update))
         return {slot.stem + suffix: tensor for suffix, tensor in spelled(update, style, magnitude).items()}
 
     def _choice(self, name: str, ref: ModuleRef, default: str) -> str:
@@ -268,14 +282,14 @@ class _Writer:
     def alphas(self, stems: Mapping[str, tuple[ModuleRef, Update]]) -> dict[str, TensorRef]:
         """Alpha of every update that needs or had one."""
         constraints = {stem: u.alpha for stem, (_, u) in stems.items() if isinstance(u, Oft | Boft) and u.alpha}
-        scaled = {stem: u for stem, (_, u) in stems.items() if hasattr(u, "scale") and u.kind != "svdiff"}
+        scaled = {stem: u for stem, (_, u) in stems.items() if isinstance(u, LowRank | Tucker | LoHa | LoKr | GLora)}
         found = alphas_of({stem: u for stem, u in scaled.items() if u.rank})
         for stem, update in scaled.items():
             if stem in found:
                 continue
             if update.alpha is not None:
                 found[stem] = update.alpha
-            elif update.rank and update.scale != 1.0 or (not self.own and self.spelling.always_alpha):
+            elif (update.rank and update.scale != 1.0) or (not self.own and self.spelling.always_alpha):
                 found[stem] = new_alpha(update)
         return {f"{stem}.alpha": ref for stem, ref in (found | constraints).items()}
 

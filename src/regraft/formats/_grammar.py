@@ -14,10 +14,10 @@ from typing import Any
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
-from regraft.families import Piece, family_of_modules, get_family, refine_by_hint
+from regraft.families import CANONICAL, Piece, Recognition, family_of_modules, recognise, refine_by_hint, table
 from regraft.formats import AdapterFile, BaseNames
 from regraft.formats._common import Choices, scalars, shapes_of
-from regraft.formats._naming import CANONICAL, Match, Table, own_table, recognise, tables, whole_shape
+from regraft.formats._naming import Table, own_table, tables, whole_shape
 from regraft.formats._suffixes import PARAMETERS, SUFFIXES, build, parameter, split_key
 from regraft.tensors import Shape, Transposed
 from regraft.updates import Boft, Diff, Full, Ia3, LoHa, LoKr, LowRank, Oft, Update
@@ -94,7 +94,7 @@ def read(
     reader = _Reader(file, names or {}, stems, extra)
     for stem in stems:
         unrecognised += reader.place(stem)
-    family = _family(reader.updates, reader.main, file.metadata)
+    family = _family(reader, file.metadata)
     return Adapter(
         reader.updates,
         format,
@@ -136,10 +136,9 @@ def _scales(stem: _Stem) -> bool:
     return ".alpha" in stem.keys and ".oft_blocks" not in stem.keys
 
 
-def _family(updates: Mapping[ModuleRef, Update], match: Match | None, metadata: Mapping[str, str]) -> str | None:
-    family = family_of_modules(shapes_of(updates))
-    if family is None and match is not None and match.shaped == match.named:
-        family = match.family
+def _family(reader: _Reader, metadata: Mapping[str, str]) -> str | None:
+    known = reader.known
+    family = known.family if known is not None and known.exact else family_of_modules(shapes_of(reader.updates))
     hint = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
     return refine_by_hint(family, hint)
 
@@ -147,64 +146,55 @@ def _family(updates: Mapping[ModuleRef, Update], match: Match | None, metadata: 
 class _Reader:
     """Places each name of a file on the canonical modules."""
 
-    def __init__(
-        self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None
-    ) -> None:
+    def __init__(self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None) -> None:
         self.file, self.names, self.extra = file, names, extra
-        self.main = _match(stems, MAIN)
+        self.known = _recognised(stems, file.metadata)
         self.updates: dict[ModuleRef, Update] = {}
-        self.known: dict[str, tuple[str, dict[str, Table], Mapping[str, Shape]]] = {}
-        self.prefixes = {stem.prefix.component for stem in stems}
-        self.texts = {component: _match(stems, component) for component in self.prefixes - {MAIN}}
+        self.tables: dict[str, str] = {}
+        self.looked_up: dict[str, tuple[str, dict[str, Table], Mapping[str, Shape]]] = {}
         self.choices = {name: Choices() for name in ("prefix", "scheme", "style", "magnitude")}
 
     def place(self, stem: _Stem) -> list[str]:
         """Note the stem's updates; returns the keys that are not understood."""
         component, schemes, shapes = self._names(stem.prefix)
-        for scheme, table in schemes.items():
-            module = table.modules.get(stem.name) if stem.prefix.flat else stem.name
-            whole = table.pieces.get(stem.name) if not stem.prefix.flat else None
-            if module is not None and (table.of(module) or table.of(module, "bias")):
-                return self._put(stem, component, scheme, table, module, shapes)
+        for scheme, names in schemes.items():
+            module = names.modules.get(stem.name) if stem.prefix.flat else stem.name
+            whole = names.pieces.get(stem.name) if not stem.prefix.flat else None
             if whole and "" in stem.keys:
                 return self._put_whole(stem, component, scheme, whole)
+            if module is not None and (names.of(module) or names.of(module, "bias")):
+                return self._put(stem, component, scheme, names, module, shapes)
         if stem.prefix.flat or stem.update is None or "" in stem.keys:
             return list(stem.keys.values())
         # Dotted names of a family that is in no table are the model's own.
-        table = Table({name: (Piece(name),) for name in (f"{stem.name}.weight", f"{stem.name}.bias")})
-        return self._put(stem, component, CANONICAL, table, stem.name, shapes)
+        own = Table({name: (Piece(name),) for name in (f"{stem.name}.weight", f"{stem.name}.bias")})
+        return self._put(stem, component, CANONICAL, own, stem.name, shapes)
 
     def _names(self, prefix: Prefix) -> tuple[str, dict[str, Table], Mapping[str, Shape]]:
-        if prefix.component not in self.known:
-            self.known[prefix.component] = self._look_up(prefix.component)
-        return self.known[prefix.component]
+        if prefix.component not in self.looked_up:
+            self.looked_up[prefix.component] = self._look_up(prefix.component)
+        return self.looked_up[prefix.component]
 
     def _look_up(self, component: str) -> tuple[str, dict[str, Table], Mapping[str, Shape]]:
-        match = self.main if component == MAIN else self.texts[component]
-        family = get_family(match.family) if match else None
-        if component == MAIN:
-            component = match.component if match else ""
-            if not component or component == MODEL:
-                component = "transformer" if "transformer" in self.names and "unet" not in self.names else "unet"
-        else:
-            component = self._text_component(component)
-        schemes = dict(tables(match.family, match.component)) if match else {}
-        shapes = family.parameters[match.component] if family and match else {}
+        """The component by its family's name, its schemes, and the shapes of its parameters."""
+        match = self.known.matches.get(component) if self.known else None
+        schemes: dict[str, Table] = {}
+        shapes: Mapping[str, Shape] = {}
+        if match is not None and match.table is not None:
+            schemes, shapes = dict(tables(match.table)), table(match.table).parameters
+            component = match.component
+            self.tables[component] = match.table
+        elif component == MAIN:
+            component = "transformer" if "transformer" in self.names and "unet" not in self.names else "unet"
         own = self.names.get(component)
         if own is None and set(self.names) == {MODEL}:
             own = self.names[MODEL]
         if own is not None:
-            base = own_table(own)
-            schemes[CANONICAL] = base if CANONICAL not in schemes else Table({**schemes[CANONICAL].pieces, **base.pieces})
+            pieces = schemes[CANONICAL].pieces if CANONICAL in schemes else {}
+            schemes[CANONICAL] = Table({**pieces, **own_table(own).pieces})
         if self.extra is not None and not component.startswith("text_encoder"):
             schemes |= self.extra(schemes)
         return component, schemes, shapes
-
-    def _text_component(self, component: str) -> str:
-        # T5 is Flux's second text encoder and SD 3's third, and sd-scripts calls it te3 in both.
-        third = component == "text_encoder_3" and "text_encoder_2" not in self.prefixes
-        main = get_family(self.main.family) if self.main else None
-        return "text_encoder_2" if third and (main is None or "text_encoder_3" not in main.parameters) else component
 
     def _put(
         self, stem: _Stem, component: str, scheme: str, table: Table, module: str, shapes: Mapping[str, Shape]
@@ -266,12 +256,9 @@ class _Reader:
 
     def layout(self) -> dict[str, Any]:
         """What the writer needs to give the same keys back."""
-        naming = self.main or next((match for match in self.texts.values() if match), None)
-        texts = {self._text_component(component): match for component, match in self.texts.items()}
         return {
             **{name: choices.to_layout() for name, choices in self.choices.items()},
-            "family": naming.family if naming else None,
-            "texts": {name: (match.family, match.component) for name, match in texts.items() if match},
+            "tables": self.tables,
         }
 
 
@@ -284,10 +271,17 @@ def _double(file: AdapterFile, ref: ModuleRef, stem: _Stem) -> None:
     )
 
 
-def _match(stems: Iterable[_Stem], component: str) -> Match | None:
-    mine = [stem for stem in stems if stem.prefix.component == component]
-    names = {stem.name: stem.shape for stem in mine}
-    return recognise(names, flat=mine[0].prefix.flat, text=component != MAIN) if mine else None
+def _recognised(stems: Iterable[_Stem], metadata: Mapping[str, str]) -> Recognition | None:
+    names: dict[str, dict[str, Shape | None]] = {}
+    for stem in stems:
+        names.setdefault(stem.prefix.component, {})[stem.name] = stem.shape
+    if MAIN in names:
+        # To the families, this stands for the main model whatever it is called.
+        names["transformer"] = names.pop(MAIN)
+    found = recognise(names, metadata)
+    if found is None or "transformer" not in found.matches:
+        return found
+    return replace(found, matches={**found.matches, MAIN: found.matches["transformer"]})
 
 
 def _with_shape(update: Update, shape: Shape | None) -> Update:

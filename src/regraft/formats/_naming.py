@@ -8,15 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from math import prod
 
-from regraft.families import Family, Piece, families, get_family, without_text_model
+from regraft.families import CANONICAL, ORIGINAL, Piece, flattened, recognise, without_text_model
+from regraft.families import table as families_table
 from regraft.tensors import Shape
-
-#: The names of diffusers and transformers, which adapters are kept by.
-CANONICAL = "canonical"
-#: The names of the model's own code.
-ORIGINAL = "original"
 
 _TEXT_ROOTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
 
@@ -24,15 +19,6 @@ _TEXT_ROOTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
 def needs_text_model(path: str) -> bool:
     """Whether a text encoder's path lacks the level ``text_model``, which trainers' files always have."""
     return path.startswith(_TEXT_ROOTS)
-
-
-# How many names decide which families are looked at closely.
-_SAMPLE = 16
-
-
-def flattened(path: str) -> str:
-    """A module's path as kohya's grammar writes it."""
-    return path.replace(".", "_")
 
 
 @dataclass(frozen=True)
@@ -61,22 +47,17 @@ class Table:
 
 
 @cache
-def tables(family: str, component: str) -> dict[str, Table]:
-    """Scheme → names of one family's component, the canonical ones first; empty where the family lists none."""
-    known = get_family(family)
-    parameters = known.parameters.get(component, {}) if known else {}
-    if known is None or not parameters:
-        return {}
-    canonical = {name: (Piece(name),) for name in parameters}
-    if component.startswith("text_encoder"):
-        # Both spellings of a text encoder's names occur in files, and each stays as the file has it.
-        canonical |= {bare: (Piece(bare),) for name in parameters if (bare := without_text_model(name)) != name}
+def tables(name: str) -> dict[str, Table]:
+    """Scheme → names, by one of the families' tables; the canonical ones first."""
+    known = families_table(name)
+    canonical = {parameter: (Piece(parameter),) for parameter in known.parameters}
+    # Both spellings of a CLIP text encoder's names occur in files, and each stays as the file has it.
+    canonical |= {bare: (Piece(bare),) for full in known.parameters if (bare := without_text_model(full)) != full}
     found = {CANONICAL: Table(canonical)}
-    original = known.original.get(component, {})
-    if original:
-        found[ORIGINAL] = Table(original)
-    for scheme, names in known.spellings.get(component, {}).items():
-        found[scheme] = Table({name: original.get(to) or (Piece(to),) for name, to in names.items()})
+    if known.original:
+        found[ORIGINAL] = Table(known.original)
+    for scheme, names in known.spellings.items():
+        found[scheme] = Table({n: known.original.get(to) or (Piece(to),) for n, to in names.items()})
     return found
 
 
@@ -106,80 +87,8 @@ def whole_shape(table: Table, shapes: Mapping[str, Shape], module: str) -> Shape
     return (sum(shape[0] for shape in known), *known[0][1:])
 
 
-def _alike(one: Shape, two: Shape) -> bool:
-    # Files flatten kernels, and keep 1 × 1 convolutions as linear layers.
-    return one[:1] == two[:1] and prod(one) == prod(two)
-
-
-@dataclass(frozen=True)
-class Match:
-    """How well a family's component explains a file's names.
-
-    Attributes:
-        family: its name.
-        component: the family's name of the component.
-        named: how many of the names it has, in whichever scheme.
-        shaped: how many of those have the right shape too.
-    """
-
-    family: str
-    component: str
-    named: int
-    shaped: int
-
-
-def recognise(names: Mapping[str, Shape | None], *, flat: bool, text: bool = False) -> Match | None:
-    """The family's component that has most of a file's names, by shapes first.
-
-    Args:
-        names: module's name as the file has it → shape of its weight, or None where the update doesn't tell it.
-        flat: whether the names are flattened.
-        text: whether a text encoder is looked for, or a family's main model.
-    """
-    best: Match | None = None
-    sample = list(names)[:: max(1, len(names) // _SAMPLE)]
-    for family in families().values():
-        for component in _components(family, text=text):
-            if not _count(family, component, dict.fromkeys(sample), flat=flat)[0]:
-                continue
-            named, shaped = _count(family, component, names, flat=flat)
-            match = Match(family.name, component, named, shaped)
-            if named and (best is None or (shaped, named) > (best.shaped, best.named)):
-                best = match
-    return best
-
-
-def _components(family: Family, *, text: bool) -> list[str]:
-    if text:
-        return [name for name in family.parameters if name.startswith("text_encoder") or family.main == name == "model"]
-    return [family.main] if family.main in family.parameters and not family.main.startswith("text_encoder") else []
-
-
-def _count(family: Family, component: str, names: Mapping[str, Shape | None], *, flat: bool) -> tuple[int, int]:
-    named = shaped = 0
-    shapes = family.parameters[component]
-    schemes = tables(family.name, component).values()
-    for name, shape in names.items():
-        for table in schemes:
-            module = table.modules.get(name) if flat else name
-            if module is None or table.of(module) is None:
-                continue
-            named += 1
-            expected = whole_shape(table, shapes, module)
-            varying = any(f"{path}.weight" == piece.name for path in family.varying for piece in table.of(module) or ())
-            shaped += varying or shape is None or (expected is not None and _alike(shape, expected))
-            break
-    return named, shaped
-
-
 def recognise_scheme(names: Sequence[str]) -> str | None:
-    """The scheme of dotted names, by the family that has most of a sample of them; canonical where both would do."""
-    sample = list(names)[:: max(1, len(names) // _SAMPLE)]
-    best, most = None, 0
-    for family in families().values():
-        for component in _components(family, text=False):
-            for scheme, table in tables(family.name, component).items():
-                found = sum(table.of(name) is not None for name in sample)
-                if found > most:
-                    best, most = scheme, found
-    return best if 2 * most > len(sample) else None
+    """The scheme of dotted module names without a component, or None where no family has most of them."""
+    found = recognise({"": dict.fromkeys(names)})
+    match = found.matches.get("") if found else None
+    return match.scheme if match else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -166,7 +167,10 @@ def _loha(held: Parts, file: AdapterFile, alpha: float | None) -> LoHa | None:
         raise _misfit(held, "w2_a", "the two halves have different sizes", file)
     outputs = roles["w1_a"].shape[1 if "t1" in roles else 0]
     return LoHa(
-        *(roles[name] for name in names),
+        roles["w1_a"],
+        roles["w1_b"],
+        roles["w2_a"],
+        roles["w2_b"],
         (alpha or rank) / rank,
         roles.get("t1"),
         roles.get("t2"),
@@ -193,10 +197,17 @@ def _lokr(held: Parts, file: AdapterFile, alpha: float | None) -> LoKr | None:
     # With both halves full, LyCORIS takes scale 1 whatever alpha says.
     scale = 1.0 if low is None else (alpha or low.shape[0]) / low.shape[0]
     update = LoKr(
-        scale, **{name: roles[name] for name in names if name in roles}, alpha=roles.get("alpha")  # type: ignore[arg-type]
+        scale,
+        roles.get("w1"),
+        roles.get("w1_a"),
+        roles.get("w1_b"),
+        roles.get("w2"),
+        roles.get("w2_a"),
+        roles.get("w2_b"),
+        roles.get("t2"),
+        roles.get("alpha"),
     )
-    magnitude = _magnitude(held, update.shape[0], file)
-    return update if magnitude is None else LoKr(**{**vars(update), "magnitude": magnitude})
+    return replace(update, magnitude=_magnitude(held, update.shape[0], file))
 
 
 def _rotation(held: Parts, file: AdapterFile) -> Oft | Boft | None:
@@ -221,7 +232,8 @@ def _glora(held: Parts, file: AdapterFile, alpha: float | None) -> GLora | None:
     rank = roles["a2"].shape[0]
     if not roles["a1"].shape[1] == rank == roles["b1"].shape[1] == roles["b2"].shape[0]:
         raise _misfit(held, "a2", "the factors' ranks differ", file)
-    return GLora(*(roles[name] for name in names), (alpha or rank) / rank, roles.get("bm"), roles.get("alpha"))
+    scale = (alpha or rank) / rank
+    return GLora(roles["a1"], roles["a2"], roles["b1"], roles["b2"], scale, roles.get("bm"), roles.get("alpha"))
 
 
 def _need(held: Parts, names: tuple[str, ...], file: AdapterFile) -> None:
@@ -248,12 +260,13 @@ def _misfit(held: Parts, role: str, what: str, file: AdapterFile) -> InputError:
     return InputError(what, file=file.path, key=held.keys[role], remedy=remedy)
 
 
-#: Field of an update → the suffix that every tool writes it with; the pair and the magnitude have spellings.
+# Field of an update → suffix, where kinds don't share the field's name.
 _FIELDS = {
-    **{role: suffix for suffix, role in _PARTS.items() if role not in ("alpha", "bias", "ia3")},
+    **{role: suffix for suffix, role in _PARTS.items() if not suffix.startswith((".hada_", ".lokr_"))},
     "bias": ".lora_B.bias",
     "weight": ".weight",
 }
+_OWN = {"loha": ".hada_", "lokr": ".lokr_"}
 
 
 def spelled(update: Update, style: str = "lora_down", magnitude: str = ".dora_scale") -> dict[str, TensorRef]:
@@ -270,6 +283,6 @@ def spelled(update: Update, style: str = "lora_down", magnitude: str = ".dora_sc
         if role == "alpha":
             continue
         known = {"down": down, "up": up, "magnitude": magnitude}
-        suffixes[known.get(role) or _FIELDS[role]] = ref
+        own = f"{_OWN[update.kind]}{role}" if update.kind in _OWN else _FIELDS.get(role, "")
+        suffixes[known.get(role) or own] = ref
     return suffixes
-

@@ -17,10 +17,11 @@ Facts (ComfyUI 0.3.64; facts alone, it is GPL):
 from __future__ import annotations
 
 from regraft.adapter import Adapter
+from regraft.families import ORIGINAL
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats._grammar import MAIN, Prefix, read
-from regraft.formats._naming import ORIGINAL, recognise_scheme
+from regraft.formats._naming import recognise_scheme
 from regraft.formats._suffixes import split_key
 from regraft.formats.lycoris import KINDS
 
@@ -31,9 +32,7 @@ PREFIXES = (
     Prefix("text_encoders.clip_g.transformer.", "text_encoder_2", flat=False),
     Prefix("text_encoders.t5xxl.transformer.", "text_encoder_3", flat=False),
 )
-_SPELLING = Spelling(
-    "comfyui", PREFIXES, schemes=("comfy", ORIGINAL), style="lora_A", always_alpha=False, kinds=KINDS
-)
+_SPELLING = Spelling("comfyui", PREFIXES, schemes=("comfy", ORIGINAL), style="lora_A", always_alpha=False, kinds=KINDS)
 _SURE = ("diffusion_model.", "text_encoders.")
 
 
@@ -54,4 +53,6 @@ def _write(adapter: Adapter) -> Written:
     return write(adapter, _SPELLING, {})
 
 
-FORMAT = Format("comfyui", "ComfyUI's own names (diffusion_model.…); AI-Toolkit, diffusion-pipe", 84, _detect, _read, _write)
+FORMAT = Format(
+    "comfyui", "ComfyUI's own names (diffusion_model.…); AI-Toolkit, diffusion-pipe", 84, _detect, _read, _write
+)

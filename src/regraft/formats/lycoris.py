@@ -20,9 +20,7 @@ from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats.kohya import PREFIXES, is_flat, read_flat, stated
 
-KINDS = frozenset(
-    {"lora", "dora", "tucker", "loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "full"}
-)
+KINDS = frozenset({"lora", "dora", "tucker", "loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "full"})
 _SPELLING = Spelling("lycoris", PREFIXES, kinds=KINDS)
 _SUFFIX = re.compile(
     r"\.(hada_w1_a|lokr_w[12](_a)?|lora_mid\.weight|oft_blocks|on_input|a1\.weight|diff|diff_b|w_norm|b_norm)$"
@@ -32,7 +30,9 @@ _SUFFIX = re.compile(
 def _detect(file: AdapterFile) -> bool:
     if not is_flat(file):
         return False
-    named = "lycoris" in file.metadata.get("ss_network_module", "") or any(k.startswith("lycoris_") for k in file.tensors)
+    named = "lycoris" in file.metadata.get("ss_network_module", "") or any(
+        k.startswith("lycoris_") for k in file.tensors
+    )
     return named or any(_SUFFIX.search(key) for key in file.tensors)
 
 

@@ -14,11 +14,11 @@ import re
 from collections.abc import Mapping
 
 from regraft.adapter import Adapter
-from regraft.families import Piece
+from regraft.families import ORIGINAL, Piece
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats._grammar import MAIN, Prefix, read
-from regraft.formats._naming import ORIGINAL, Table
+from regraft.formats._naming import Table
 
 PREFIXES = (
     Prefix("unet.", MAIN, flat=False),

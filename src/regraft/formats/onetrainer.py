@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from regraft.adapter import Adapter
+from regraft.families import CANONICAL
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
-from regraft.formats._naming import CANONICAL
 from regraft.formats.kohya import PREFIXES, is_flat, read_flat
 
 _TRANSFORMER = tuple(prefix for prefix in PREFIXES if prefix.text == "lora_transformer_")

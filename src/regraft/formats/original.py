@@ -10,10 +10,11 @@ Facts (black-forest-labs' Canny and Depth LoRA; OneTrainer 23df3832):
 from __future__ import annotations
 
 from regraft.adapter import Adapter
+from regraft.families import ORIGINAL
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats._grammar import MAIN, Prefix, read
-from regraft.formats._naming import ORIGINAL, recognise_scheme
+from regraft.formats._naming import recognise_scheme
 from regraft.formats._suffixes import split_key
 
 PREFIXES = (Prefix("", MAIN, flat=False),)
@@ -41,4 +42,6 @@ def _write(adapter: Adapter) -> Written:
     return write(adapter, _SPELLING, {})
 
 
-FORMAT = Format("original", "names of the model's own code (BFL control, OneTrainer original)", 50, _detect, _read, _write)
+FORMAT = Format(
+    "original", "names of the model's own code (BFL control, OneTrainer original)", 50, _detect, _read, _write
+)

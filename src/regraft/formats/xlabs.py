@@ -14,11 +14,11 @@ import re
 from collections.abc import Mapping
 
 from regraft.adapter import Adapter
-from regraft.families import Piece
+from regraft.families import CANONICAL, Piece
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats._grammar import MAIN, Prefix, read
-from regraft.formats._naming import CANONICAL, Table
+from regraft.formats._naming import Table
 
 # Canonical block → (name of the processor's part without "_lora…", suffix of it, modules it holds).
 _PARTS = {
@@ -38,9 +38,10 @@ _KEY = re.compile(r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?
 
 
 def _processors(schemes: Mapping[str, Table]) -> dict[str, Table]:
-    blocks = {found[1:] for name in schemes.get(CANONICAL, Table({})).pieces if (found := _BLOCK.match(name))}
+    known = schemes.get(CANONICAL, Table({})).pieces
+    blocks = {(found[1], found[2]) for name in known if (found := _BLOCK.match(name))}
     pieces: dict[str, tuple[Piece, ...]] = {}
-    for kind, number in {(match[0], match[1]) for match in blocks}:
+    for kind, number in sorted(blocks):
         for original, part, modules in _PARTS[kind]:
             names = [f"{kind}.{number}.{module}.weight" for module in modules]
             # Equal parts: the rows are scaled to the weight's own.
