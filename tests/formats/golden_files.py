@@ -25,7 +25,7 @@ def golden(name: str) -> dict[str, Any]:
 
 def _cut(size: int) -> int:
     # Widths of transformers keep their proportions, so that fused weights still divide into their parts.
-    return size // 128 if size % 1024 == 0 else min(size, 16)
+    return size // 128 if size % 1024 == 0 else min(size, 32)
 
 
 def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
@@ -52,7 +52,7 @@ def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
     config = data["adapter_config"]
     if not whole_shapes:
         # Ranks above the cut are cut in the tensors too.
-        config = {**config, "r": min(config["r"], 16)}
-        config["rank_pattern"] = {k: min(v, 16) for k, v in (config.get("rank_pattern") or {}).items()}
+        config = {**config, "r": min(config["r"], 32)}
+        config["rank_pattern"] = {k: min(v, 32) for k, v in (config.get("rank_pattern") or {}).items()}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path

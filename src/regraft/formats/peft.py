@@ -88,13 +88,13 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     config = file.config
     prefix = PREFIX if any(key.startswith(PREFIX) for key in file.tensors) else ""
     stated = None if config is None else str(config.get("peft_type") or "LORA").upper()
+    keys = _sorted_keys(file, prefix, stated)
     if config is not None:
         where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
         if stated == "LORA":
             check_config(config, where)
-        else:
+        elif keys.kinds:
             check_kind_config(config, str(stated), where)
-    keys = _sorted_keys(file, prefix, stated)
     updates: dict[ModuleRef, Update] = {
         ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in keys.lora.items()
     }
