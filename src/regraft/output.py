@@ -218,6 +218,8 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
             for name, file in content.files.items():
                 if isinstance(file, Path):
                     shutil.copyfile(file, stage / name)
+                elif callable(file):
+                    file(stage / name)
                 else:
                     (stage / name).write_text(file, encoding="utf-8", newline="")
         readable(stage)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,13 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     config = file.config
     prefix = PREFIX if any(key.startswith(PREFIX) for key in file.tensors) else ""
     stated = None if config is None else str(config.get("peft_type") or "LORA").upper()
+    keys = _sorted_keys(file, prefix, stated)
     if config is not None:
         where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
         if stated == "LORA":
             check_config(config, where)
-        else:
+        elif keys.kinds:
             check_kind_config(config, str(stated), where)
-    keys = _sorted_keys(file, prefix, stated)
     updates: dict[ModuleRef, Update] = {
         ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in keys.lora.items()
     }
@@ -249,7 +249,10 @@ def _write(adapter: Adapter) -> Written:
         _check_bare(paths)
         return Written(contiguous(tensors), metadata)
     config = _config(adapter, kind, low_rank, others, own=own)
-    files: dict[str, str | Path] = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n", **adapter.sidecars}
+    files: dict[str, str | Path | Callable[[Path], None]] = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n",
+        **adapter.sidecars,
+    }
     if CARD in files and own:
         old, new = adapter.layout.get("base_model"), config.get("base_model_name_or_path")
         files[CARD] = with_base(adapter.sidecars[CARD], old, new)
