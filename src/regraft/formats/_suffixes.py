@@ -36,7 +36,6 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "lora_A bare": (".lora_A", ".lora_B"),
     "lora.down": (".lora.down.weight", ".lora.up.weight"),
     "lora_linear_layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    "_lora.down": ("_lora.down.weight", "_lora.up.weight"),
     "bare": (".down.weight", ".up.weight"),
 }
 _MAGNITUDES = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
