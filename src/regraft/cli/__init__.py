@@ -30,6 +30,7 @@ VERBS = (
     "extract",
     "diff",
     "methods",
+    "pairs",
     "lineage",
     "migration",
     "cache",

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
 from regraft.report.identify_schema import IdentifyReport
+from regraft.report.pairs_schema import PairInfo
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -33,6 +34,7 @@ RECORDS: dict[str, Any] = {
     "port": PortReport,
     "verify": VerifyReport,
     "methods": list[MethodInfo],
+    "pairs": list[PairInfo],
     "demo": DemoReport,
 }
 

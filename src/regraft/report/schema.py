@@ -113,6 +113,9 @@ class CheckReport(VersionedRecord):
     modules: list[CheckedModule]
     source: BaseSummary | None = Field(alias="from")
     target: BaseSummary = Field(alias="to")
+    warnings: list[str] = Field(
+        default_factory=list, description="what the weights don't show, such as another target of prediction"
+    )
 
 
 class PortedModule(Record):
