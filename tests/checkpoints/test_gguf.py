@@ -185,7 +185,7 @@ def test_values_are_those_of_ggufs_own_reader(tmp_path: Path, kind: str) -> None
     assert ref.load().dtype == ref.dtype
     assert torch.equal(ref.load().float(), wanted)
     assert torch.equal(read_rows(ref, [range(1, 3), range(4, 9)]).float(), torch.cat([wanted[1:3], wanted[4:]]))
-    assert base.description == f"gguf {kind}"
+    assert base.description == f"gguf {kind}, names as stored (architecture 'made-up')"
     assert read_gguf(file).fields["general.architecture"] == "made-up"
 
 

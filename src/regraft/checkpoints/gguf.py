@@ -109,6 +109,8 @@ def _read(path: Path) -> Checkpoint:
         shown, left_out = model
         return Checkpoint({MODEL: shown}, {MODEL: _config(file.fields, arch, file.tensors)}, description, left_out)
     components, rest = split_components(_shaped(file))
+    if MODEL in components:
+        description = f"{description}, names as stored (architecture {arch[:64] or 'not stated'!r})"
     return Checkpoint(components, {}, description, rest)
 
 

@@ -18,6 +18,9 @@ from regraft.tensors import TensorRef
 
 __all__ = ["Plain", "Scheme", "plain_weights", "schemes"]
 
+# ``quant_method`` of configs whose weights the schemes here know; a config may also ask to quantise while loading.
+_READ = ("bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors")
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -57,7 +60,9 @@ def plain_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
     owner = {f"{module}{suffix}": module for module, weight in found.items() for suffix in weight.used}
     markers = {marker for scheme in schemes() for marker in scheme.markers}
     if not found and not any(name.rpartition(".")[2] in markers for name in tensors):
-        return Plain(tensors)
+        method = settings.get("quant_method")
+        unread = isinstance(method, str) and method not in _READ
+        return Plain(tensors, (f"{method} (as stored)",) if unread else ())
     shown: dict[str, TensorRef] = {}
     left_out = []
     for name, ref in tensors.items():
