@@ -122,13 +122,26 @@ def family_of_base(base: Base) -> str | None:
     named = [family for family in families().values() if kind and kind in family.rules.get("config", [])]
     for family in families().values():
         if main in (MODEL, family.main) and not family.descends and _holds(tensors, family):
-            return family.name
+            return _of_more_components(family, base).name
     if named:
         return named[0].name
     for family in families().values():
         if "base" in family.rules and fits_names(family.rules["base"], list(tensors), every=False):
             return family.name
     return None
+
+
+def _of_more_components(family: Family, base: Base) -> Family:
+    """Of the families of one table, the one that the other components speak of: Wan 2.2 has two transformers."""
+    for other in families().values():
+        wanted = other.rules.get("components")
+        if (
+            wanted
+            and other.components[other.main] == family.components[family.main]
+            and base.components.keys() >= {*wanted}
+        ):
+            return other
+    return family
 
 
 def _holds(tensors: Mapping[str, Any], family: Family) -> bool:
