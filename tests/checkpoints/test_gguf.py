@@ -16,7 +16,7 @@ from regraft import open_base  # noqa: E402
 from regraft.adapter import MODEL  # noqa: E402
 from regraft.checkpoints._gguf_file import read_gguf  # noqa: E402
 from regraft.checkpoints._gguf_names import ARCHITECTURES, transformers_names  # noqa: E402
-from regraft.checkpoints._views import stored_names  # noqa: E402
+from regraft.checkpoints._views import leaves  # noqa: E402
 from regraft.tensors import InMemory, read_rows  # noqa: E402
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q6_K", "Q4_K", "Q2_K", "IQ4_XS"]
@@ -177,7 +177,7 @@ def test_experts_are_shown_one_by_one_and_rotary_factors_are_left_out(tmp_path: 
     assert set(shown) == names | {"blk.0.odd.weight"}
     assert torch.equal(shown["model.layers.0.block_sparse_moe.experts.1.w3.weight"].load(), experts[1])
     assert base.left_out == ("rope_freqs.weight",)
-    assert {name for ref in shown.values() for name in stored_names(ref)} | set(base.left_out) == set(tensors)
+    assert {leaf.name for ref in shown.values() for leaf in leaves(ref)} | set(base.left_out) == set(tensors)
 
 
 def stored(path: Path, kind: str, shape: tuple[int, ...]) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import InputError, open_base
-from regraft.checkpoints._views import stored_names
+from regraft.checkpoints._views import leaves
 from regraft.checkpoints.single_file import split_components
 from regraft.families import ORIGINAL, family_of_base, get_family
 from regraft.tensors import InMemory, TensorRef, read_rows
@@ -120,7 +120,7 @@ def test_a_fused_weight_is_read_in_part(tmp_path: Path) -> None:
     save_file(state, tmp_path / "flux.safetensors")
     base = open_base(tmp_path / "flux.safetensors")
     key = base.components["transformer"]["transformer_blocks.0.attn.to_k.weight"]
-    assert list(stored_names(key)) == ["double_blocks.0.img_attn.qkv.weight"]
+    assert [leaf.name for leaf in leaves(key)] == ["double_blocks.0.img_attn.qkv.weight"]
     fused = state["double_blocks.0.img_attn.qkv.weight"]
     assert torch.equal(read_rows(key, [range(10, 12), range(3070, 9999)]), fused[[3082, 3083, 6142, 6143]])
     swapped = base.components["transformer"]["norm_out.linear.weight"]

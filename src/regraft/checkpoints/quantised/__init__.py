@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from regraft.checkpoints._views import stored_names
+from regraft.checkpoints._views import leaves
 from regraft.checkpoints.quantised._common import Found, Scheme
 from regraft.tensors import TensorRef
 
@@ -73,8 +73,8 @@ def plain_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
         else:
             shown[name] = ref
     for module, weight in found.items():
-        behind = set(stored_names(weight.weight))
-        left_out += [name for suffix in weight.used if (name := f"{module}{suffix}") not in behind]
+        behind = {id(ref) for ref in leaves(weight.weight)}
+        left_out += [name for suffix in weight.used if id(tensors[name := f"{module}{suffix}"]) not in behind]
     kinds = dict.fromkeys(weight.kind for weight in found.values() if weight.kind)
     return Plain(shown, tuple(kinds), tuple(left_out))
 
