@@ -40,7 +40,11 @@ def original(family: str, blocks: int | None = None) -> dict[str, Tensor]:
 
 
 def shown(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, TensorRef]], tuple[str, ...]]:
-    components, left_out = split_components({name: InMemory(tensor) for name, tensor in state.items()})
+    refs = {name: InMemory(tensor) for name, tensor in state.items()}
+    components, left_out = split_components(refs)
+    held = {id(leaf) for part in components.values() for ref in part.values() for leaf in leaves(ref)}
+    # Each stored tensor is in a shown one, or said to be left out; none is both.
+    assert {name for name, ref in refs.items() if id(ref) not in held} == set(left_out)
     return {name: dict(part) for name, part in components.items()}, left_out
 
 
