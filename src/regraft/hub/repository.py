@@ -24,7 +24,7 @@ from regraft.hub import HubId
 from regraft.hub.access import Unreachable, asking, cache_folder, endpoint, forbidden, is_offline, patiently
 from regraft.hub.ranges import RemoteFile
 from regraft.hub.remote import read_remote_safetensors
-from regraft.tensors import STAND_INS, TORCH_SUFFIXES, TensorFile, read_torch
+from regraft.tensors import STAND_INS, TORCH_SUFFIXES, TensorFile, read_tensor_file, read_torch
 
 T = TypeVar("T")
 
@@ -179,6 +179,9 @@ class _Repository:
 
     def download(self, name: str) -> Path:
         """The file in the hub's cache; an interrupted download goes on where it broke off."""
+        here = self.downloaded(name)
+        if here is not None:
+            return here
         with asking(self.label(name)):
             file = patiently(
                 lambda: hf_hub_download(
@@ -191,6 +194,11 @@ class _Repository:
                 )
             )
         return Path(file)
+
+    def downloaded(self, name: str) -> Path | None:
+        """The file in the hub's cache, if it is there."""
+        file = _repository_folder(self.id.repo) / "snapshots" / self.commit / name
+        return file if file.is_file() else None
 
     def remember(self) -> None:
         """Note the branch's commit as the hub's own tools do, so that it is found again without a network."""
@@ -245,6 +253,11 @@ class _View:
         """The files that matter for what the id names."""
         files, wanted = self.repository.files, self.id.file
         if wanted is None:
+            gguf = [name for name in files if name.lower().endswith(".gguf")]
+            if gguf and not any(name.lower().endswith(_WEIGHTS) for name in files):
+                # Mostly one model in many quantisations.
+                remedy = f"Name one of them, as {HubId(self.id.repo, self.id.revision, gguf[0])}."
+                raise InputError(f"the repository holds {len(gguf)} GGUF files", file=str(self.id), remedy=remedy)
             return list(files)
         if wanted in files:
             # A shard index needs the files beside it, an adapter its config.
@@ -278,6 +291,9 @@ class _View:
 
     def _open(self, name: str) -> TensorFile:
         self.opened[name] = None
+        here = self.repository.downloaded(name)
+        if here is not None:
+            return read_tensor_file(here)
         if not name.lower().endswith(".safetensors"):
             # A pickle has no header to read in part.
             return read_torch(self.repository.download(name))
