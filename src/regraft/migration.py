@@ -142,7 +142,7 @@ def summarise(base: Base) -> BaseSummary:
 
 
 # Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
-_ROW_RUNS, _ROWS_OF_RUN = 4, 8
+_ROW_RUNS, _ROWS_OF_RUN = 2, 16
 
 
 class _Pairs:

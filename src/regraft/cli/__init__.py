@@ -21,6 +21,7 @@ VERBS = (
     "demo",
     "inspect",
     "identify",
+    "fingerprint",
     "check",
     "port",
     "verify",

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
-from regraft.report.identify_schema import IdentifyReport
+from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.pairs_schema import PairInfo
 from regraft.report.schema import (
     SCHEMA_VERSION,
@@ -30,6 +30,7 @@ from regraft.report.schema import (
 RECORDS: dict[str, Any] = {
     "inspect": InspectReport,
     "identify": IdentifyReport,
+    "fingerprint": FingerprintReport,
     "check": CheckReport,
     "port": PortReport,
     "verify": VerifyReport,
