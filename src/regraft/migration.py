@@ -127,9 +127,9 @@ class Migration:
         return save_migration(self, Path(path), overwrite=overwrite)
 
 
-def summarise(base: Base) -> BaseSummary:
-    """Path, family and fingerprints of a base."""
-    prints = base.prints
+def summarise(base: Base, *, exact: bool = False) -> BaseSummary:
+    """Path, family and fingerprints of a base; ``exact`` reads all of it, for the hash of every stored byte."""
+    prints = base.exact_prints() if exact else base.prints
     return BaseSummary(
         path=str(base.path),
         family=family_of_base(base),
@@ -137,6 +137,7 @@ def summarise(base: Base) -> BaseSummary:
         structure=base.structure,
         sketch=prints.brief(),
         components={name: part.sample for name, part in prints.components.items()},
+        content={name: part.content for name, part in prints.components.items() if part.content is not None},
     )
 
 
