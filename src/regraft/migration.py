@@ -43,7 +43,7 @@ class Entry:
         uncovered: the module changed its shape in a way that the method can't carry: not a planned skip.
         row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
             between weights of one shape.
-        bound: whether similarity and distance are bounds out of several steps (`regraft.migrations.compose`), not
+        derived: whether similarity and distance are derived from several steps (`regraft.migrations.compose`), not
             measured.
     """
 
@@ -55,7 +55,7 @@ class Entry:
     nearness: Nearness = field(default_factory=Nearness)
     uncovered: bool = False
     row_norms: Tensor | None = None
-    bound: bool = False
+    derived: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -224,8 +224,8 @@ class _Encoder:
         # A drift from zero has no ratio.
         if near.distance is not None and near.distance != float("inf"):
             row["distance"] = near.distance
-        if entry.bound:
-            row["bound"] = True
+        if entry.derived:
+            row["derived"] = True
         if transport is None or entry.target is None:
             return {**row, "planned": not entry.uncovered}
         row |= {"target": list(entry.target), "target_shape": list(entry.shape_new or entry.shape_old)}
@@ -333,7 +333,7 @@ class _Decoder:
             nearness=Nearness(row.similarity, row.distance),
             uncovered=row.transport == "skipped" and not row.planned,
             row_norms=norms,
-            bound=row.bound,
+            derived=row.derived,
         )
 
     def _transport(self, row: Row) -> Transport | None:
