@@ -20,6 +20,7 @@ from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError, Refused, reading
+from regraft.hub import hub_id_of
 from regraft.lineage import check_major, dumped, told
 from regraft.lineage.model import BaseId
 from regraft.lineage.name_sets import compact, expand
@@ -81,12 +82,20 @@ def read_header(path: Path) -> tuple[Header, Mapping[str, TensorRef]]:
 
 
 def load_migration(path: str | Path) -> Migration:
-    """Read a migration; the maps are read with it.
+    """Read a migration; the maps are read with it. One on the hub is downloaded (``org/name:file``).
 
     Raises:
         InputError: it is no migration, damaged, or of another major version.
     """
-    path = Path(path).expanduser()
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return _load_local(Path(path).expanduser())
+    from regraft.hub.repository import read_from_hub
+
+    return read_from_hub(hub_id, _load_local, whole=True)[0]
+
+
+def _load_local(path: Path) -> Migration:
     header, tensors = read_header(path)
     with reading(path, KEY):
         return _Decoder(path, header, tensors).decode()

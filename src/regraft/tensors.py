@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from math import prod
@@ -225,12 +225,18 @@ _HEADER_REMEDIES = {
 }
 
 
+#: Empty files on disk that stand for files elsewhere (see `regraft.hub`) → what opens those.
+STAND_INS: dict[Path, Callable[[], TensorFile]] = {}
+
+
 def read_safetensors(path: Path) -> TensorFile:
     """Names, shapes, dtypes and metadata of a safetensors file, from its header alone.
 
     Raises:
         InputError: the file is missing, truncated or no safetensors file.
     """
+    if path in STAND_INS:
+        return STAND_INS[path]()
     with reading(path):
         try:
             with safe_open(path, framework="pt") as handle:
@@ -272,6 +278,8 @@ def read_torch(path: Path) -> TensorFile:
     Raises:
         InputError: the file is missing, damaged, or holds more than tensors.
     """
+    if path in STAND_INS:
+        return STAND_INS[path]()
     with reading(path):
         if not path.is_file():
             raise FileNotFoundError(path)

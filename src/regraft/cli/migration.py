@@ -17,6 +17,7 @@ from regraft.cli._sink import emit, progress
 from regraft.cli._ways import LARGE, say_size
 from regraft.cli.lineage import Checked, finish
 from regraft.errors import InputError, UsageError
+from regraft.hub import hub_id_of
 from regraft.migration import Migration, fit_migration, summarise
 from regraft.migration_file import load_migration, read_header, save_migration
 from regraft.migrations.base_id import called
@@ -133,7 +134,8 @@ def show(
 ) -> None:
     """Print what migrations lead from where to where, by their headers."""
     path = path.expanduser()
-    if not path.is_dir():
+    hub_id = hub_id_of(path)
+    if not path.is_dir() and (hub_id is None or str(path).endswith(".safetensors")):
         listing = MigrationListing(migrations=[summary(path, read_header(path)[0])])
     else:
         graph = read_graph(path)

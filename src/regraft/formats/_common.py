@@ -18,6 +18,7 @@ from regraft.errors import InputError, OutputError, reading
 from regraft.families import get_family
 from regraft.formats._factors import Reshaped
 from regraft.formats._hashes import KEYS as HASHES
+from regraft.hub import fetch_ahead
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
 from regraft.updates import Full, LowRank
 
@@ -33,6 +34,7 @@ def stored(ref: TensorRef) -> Stored | None:
 
 def load_many(refs: Mapping[K, TensorRef]) -> dict[K, Tensor]:
     """Every tensor, each file opened once: an SDXL adapter has 3000 tensors behind one long header."""
+    fetch_ahead(refs.values())
     loaded: dict[K, Tensor] = {}
     by_file: dict[Path, list[K]] = {}
     for key, ref in refs.items():

@@ -92,12 +92,12 @@ def with_measured(lineage: dict[str, Any], record: Path) -> dict[str, Any]:
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """The safetensors metadata of an adapter file or folder.
+    """The safetensors metadata of an adapter file or folder, or of one on the hub; no other kind of file has any.
 
     Raises:
         InputError: it can't be read.
     """
-    return read_safetensors(weights_file(path)).metadata
+    return open_adapter_file(path, whole=False).metadata
 
 
 def weights_file(path: Path) -> Path:
