@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft.tensors import InMemory, Shape, TensorRef
+from regraft.updates._kind import is_per_column
 from regraft.updates._views import padded_to
 from regraft.updates.diff import Diff
 from regraft.updates.loha import LoHa
@@ -61,6 +62,14 @@ def as_lowrank(update: Update, *, dense: bool = False) -> LowRank | None:
         # Magnitudes of columns take every row: such a part stays a slice.
         return part if isinstance(part, LowRank) else None
     return None
+
+
+def is_factored(update: Update) -> bool:
+    """Whether `as_lowrank` gives a LoRA of it; told without reading a tensor."""
+    if isinstance(update, Slice):
+        per_column = update.magnitude is not None and is_per_column(update.magnitude.shape)
+        return is_factored(update.of) and not per_column
+    return isinstance(update, LowRank | Tucker | LoHa | LoKr)
 
 
 def _tucker(update: Tucker) -> LowRank:
