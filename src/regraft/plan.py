@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
@@ -12,6 +13,7 @@ from regraft.errors import InputError, Refused
 from regraft.families import family_of_base
 from regraft.names import resolve_names
 from regraft.pairing import Named, find_component
+from regraft.tensors import Shape
 from regraft.updates import Update
 
 
@@ -93,6 +95,11 @@ def source_modules(adapter: Adapter, old: Base) -> dict[ModuleRef, Update]:
     return {home: adapter.updates[ref] for ref, home in locate(adapter, old, "old").modules.items()}
 
 
+def same_matrix(a: Shape, b: Shape) -> bool:
+    """Whether two shapes are one matrix: a 1 × 1 convolution is a linear layer."""
+    return a == b or (a[:2] == b[:2] and prod(a) == prod(b) == a[0] * a[1])
+
+
 def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
     """Refuse an adapter that was made for another family than its old base.
 
@@ -100,9 +107,15 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
         InputError: the adapter has no update that regraft understands.
         Refused: fewer than half of the adapter's modules fit the old base; both families are named.
     """
+    if adapter.tokens and not adapter.updates and not adapter.unrecognised:
+        what = "holds embeddings of added tokens alone: no method maps those"
+        remedy = "Bases with the same text encoder take the file as it is."
+        raise InputError(what, file=adapter.path, key=str(next(iter(adapter.tokens))), remedy=remedy)
     if not adapter.updates:
         key = adapter.unrecognised[0] if adapter.unrecognised else None
+        other = adapter.layout.get("unsupported")
         what = f"this {adapter.format} file has no update of a kind that regraft carries (LoRA, DoRA)"
+        what += f", it is one of {other}" if other else ""
         raise InputError(what, file=adapter.path, key=key, remedy="`regraft inspect` lists what it holds.")
     base, which = (old, "old") if old is not None else (new, "new")
     located = locate(adapter, base, which)

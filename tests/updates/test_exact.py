@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from samples import ADDITIVE, IN, OUT, SAMPLES, lora, positive, ref, weight_for
+from update_samples import ADDITIVE, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 
 from regraft.tensors import InMemory
 from regraft.updates import LoHa, LowRank, Slice, Tucker
