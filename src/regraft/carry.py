@@ -20,9 +20,11 @@ from regraft.report.schema import PortedModule, Status
 from regraft.tensors import InMemory, Shape, check_finite
 from regraft.transport import Transport
 from regraft.updates import Diff, Full, LoHa, LoKr, LowRank, Slice, Tucker, Update
+from regraft.updates.columns import widen
 from regraft.updates.exact import as_lowrank
 from regraft.updates.lowrank import is_per_column
 from regraft.wholes import changed, respelled
+from regraft.widening import widens
 
 
 def matches(glob: str, ref: ModuleRef, family: str | None) -> bool:
@@ -158,7 +160,10 @@ class Carrier:
         row = self._row(ref, update, "ported", whole.reason, target=whole.target)
         strength = self.settings.strength_of(ref, self.adapter.family)
         if isinstance(update, Diff):
-            return row, whole.target, update.scaled(strength)
+            wide = whole.after is not None and widens(update.shape, whole.after.shape)
+            carried = widen(update, whole.after.shape[1]) if whole.after is not None and wide else update
+            assert carried is not None
+            return row, whole.target, carried.scaled(strength)
         if whole.fate == "own":
             return row, whole.target, update
         return row, whole.target, changed(update, whole, strength)

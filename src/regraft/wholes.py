@@ -15,6 +15,7 @@ from regraft.names import resolve_names
 from regraft.pairing import Pairing, find_component, pair_bases
 from regraft.tensors import TensorRef
 from regraft.updates import Diff, Full
+from regraft.widening import widens
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,14 @@ def _difference(
     target = _counterpart(home, answers, new)
     if isinstance(target, str):
         return Whole("skip", target)
-    for base, place in ((old, home), (new, target)):
-        there = base.parameter(place) if base is not None else None
+    before = old.parameter(home) if old is not None else None
+    after = new.parameter(target) if new is not None else None
+    wide = after is not None and widens(update.shape, after.shape)
+    for there in (before, None if wide else after):
         if there is not None and not update.fits(there.shape):
             return Whole("problem", f"changes {list(update.shape)}, a base's parameter is {list(there.shape)}")
-    return Whole("change", "its change, as it is", respelled(ref, target))
+    reason = "its change, as it is" + ("; the inputs that the new base added stay its own" if wide else "")
+    return Whole("change", reason, respelled(ref, target), before, after)
 
 
 def _counterpart(
