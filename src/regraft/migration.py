@@ -22,6 +22,7 @@ from regraft.sketch import spread_runs
 from regraft.tensors import InMemory, Shape, n_bytes
 from regraft.transport import Transport
 from regraft.updates import LowRank
+from regraft.widening import widened, widens
 
 if TYPE_CHECKING:
     from regraft.carry import Settings
@@ -335,6 +336,9 @@ def _fit(
 
 def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mapping[str, Any]) -> Outcome:
     """One module by a per-module method, or a `Skip` where the method can't carry this change of shape."""
+    wide = widened(old, new) if old is not None and old.shape != new.shape and not method.resizes else None
+    if wide is not None:
+        return wide
     if old is not None and old.shape != new.shape and not method.resizes:
         sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
         return Skip(f"{method.name} carries equal sizes only: {sizes}", planned=False)
@@ -351,6 +355,11 @@ def _entry(
     target = pairs.targets[module]
     nearness = as_carried(nearness, outcome, aligned)
     row_norms = pairs.row_norms(module)
+    if widens(shape_old, pairs.new.shape(target)) and not outcome.rotates:
+        before, after = pairs.load(module)
+        nearness = compare(before, after[:, : before.shape[1]], pairs.updates.get(module))
+        row_norms = torch.stack([before.norm(dim=1), after.norm(dim=1)])
+        reason += "; the inputs that the new base added stay its own"
     return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
 
 
