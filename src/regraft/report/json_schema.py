@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
+from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -32,6 +33,11 @@ RECORDS: dict[str, Any] = {
     "verify": VerifyReport,
     "methods": list[MethodInfo],
     "demo": DemoReport,
+    "convert": ConvertReport,
+    "resize": ResizeReport,
+    "merge": MergeReport,
+    "extract": ExtractReport,
+    "diff": DiffReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)

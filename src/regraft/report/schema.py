@@ -155,6 +155,7 @@ class PortReport(VersionedRecord):
     migration_bytes: int | None = Field(default=None, description="its size")
     tokens: list[str] = Field(default_factory=list, description="added tokens, carried as they are")
     left_behind: list[str] = Field(default_factory=list, description="other weights files that lay beside it")
+    removed: list[str] = Field(default_factory=list, description="header entries taken out by --strip-private")
     seconds: float
     peak_mb: float
 
