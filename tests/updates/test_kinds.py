@@ -11,7 +11,7 @@ from samples import ADDITIVE, CONV, IN, OUT, SAMPLES, lora, positive, ref, weigh
 from torch import Tensor
 
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Full, Kind, LoHa, LoKr, LowRank, Slice, Update, scale_of
+from regraft.updates import Diff, Full, Kind, LoHa, LoKr, LowRank, Slice, SpectralShift, Update, scale_of
 
 KINDS = {"lora", "dora", "tucker", "loha", "lokr", "diff", "full", "ia3", "oft", "boft", "glora", "svdiff"}
 
@@ -29,6 +29,26 @@ def test_parts_are_every_tensor_and_only_these(name: str) -> None:
     assert update.parts().keys() == held
     for attribute in ("alpha", "magnitude"):
         assert (getattr(update, attribute) is not None) == (attribute in held)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_update_fits_its_weight_and_no_other(name: str) -> None:
+    update, shape = SAMPLES[name], tuple(weight_for(SAMPLES[name]).shape)
+    assert update.fits(shape)
+    assert update.rows in (OUT, None)
+    assert not update.fits((shape[0] + 2, shape[1] + 2, *shape[2:]))
+    if update.rows is not None:
+        assert not update.fits((shape[0] + 12, *shape[1:]))
+    assert update.shaped(shape).shape == shape or update.kind in ("ia3", "full")
+
+
+def test_flattened_kernels_fit_and_take_the_kernels_shape() -> None:
+    for name in ("loha conv", "lokr conv"):
+        flat = SAMPLES[name].shaped((OUT, IN * 9))
+        assert flat.fits(CONV)
+        assert flat.fits((OUT, IN * 9, 1, 1))
+        assert flat.shaped(CONV).delta().shape == CONV
+        torch.testing.assert_close(flat.merged(torch.zeros(CONV)), SAMPLES[name].delta())
 
 
 @pytest.mark.parametrize("name", ADDITIVE)
@@ -121,21 +141,21 @@ def test_dora_gives_every_row_or_column_its_magnitude(kind: str, magnitude: tupl
     assert not update.additive
 
 
-def test_svdiff_moves_the_singular_values_alone() -> None:
-    update = SAMPLES["svdiff conv"]
-    weight = ref(*CONV, seed=3).load()
-    before = torch.linalg.svdvals(weight.flatten(1))
-    after = torch.linalg.svdvals(update.merged(weight).flatten(1))
-    wanted = torch.relu(before + update.parts()["shift"].load())
-    torch.testing.assert_close(after, wanted.sort(descending=True).values)
+@pytest.mark.parametrize("name", ["svdiff", "svdiff conv"])
+def test_svdiff_moves_the_singular_values_alone(name: str) -> None:
+    update, weight = SAMPLES[name].scaled(20.0), weight_for(SAMPLES[name])
+    u, before, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    seen = u.T @ update.merged(weight).flatten(1) @ v.T
+    wanted = torch.relu(before + 20.0 * update.parts()["shift"].load())
+    assert (wanted == 0).any()
+    torch.testing.assert_close(seen, torch.diag(wanted), rtol=1e-4, atol=1e-5)
 
 
-def test_svdiff_on_a_vector_shifts_each_number() -> None:
-    shift = ref(OUT)
-    from regraft.updates import SpectralShift
-
+def test_svdiff_on_a_vector_moves_its_norm_or_each_number() -> None:
     weight = ref(OUT, seed=2).load()
-    torch.testing.assert_close(SpectralShift(shift).merged(weight), torch.relu(weight + shift.load()))
+    longer = SpectralShift(InMemory(torch.tensor([0.5]))).merged(weight)
+    torch.testing.assert_close(longer, weight * (1 + 0.5 / weight.norm()))
+    torch.testing.assert_close(SpectralShift(ref(OUT), 2.0).merged(weight), weight + 2.0 * ref(OUT).load())
 
 
 def test_a_half_of_a_lokr_given_twice_or_not_at_all_is_an_error() -> None:

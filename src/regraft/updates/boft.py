@@ -10,6 +10,7 @@ Stage i mixes neighbours that lie 2ⁱ · b / 2 apart, by the Cayley transforms 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -48,6 +49,22 @@ class Boft(Kind):
     def shape(self) -> Shape:
         """Shape of ΔW where it is known, else the one axis that the blocks tell."""
         return self.weight_shape or (self.blocks.shape[1] * self.blocks.shape[2],)
+
+    @property
+    def rows(self) -> int | None:
+        if self.weight_shape is not None:
+            return self.weight_shape[0]
+        if self.convention == "peft":
+            return None if self.rescale is None else prod(self.rescale.shape)
+        return self.shape[0]
+
+    def fits(self, weight_shape: Shape) -> bool:
+        size = self.blocks.shape[1] * self.blocks.shape[2]
+        if len(weight_shape) < 2:
+            return False
+        if self.convention == "lycoris":
+            return weight_shape[0] == size
+        return prod(weight_shape[1:]) == size and self.rows in (None, weight_shape[0])
 
     @property
     def additive(self) -> bool:
