@@ -188,16 +188,17 @@ def strip_private(adapter: Adapter) -> tuple[Adapter, list[str]]:
     """
     removed: list[str] = []
     metadata: dict[str, str] = {}
-    for key, value in adapter.metadata.items():
+    for key, value in sorted(adapter.metadata.items()):
         kept = _public_value(key, value)
         if kept is not None:
             metadata[key] = kept
         if kept != value:
             removed.append(key if kept is None else f"{key} (shortened)")
-    config = adapter.config
-    if config is not None:
-        config = {key: _public_leaf(value) for key, value in config.items()}
-        removed += [f"adapter_config.json: {key} (shortened)" for key in config if config[key] != adapter.config[key]]  # type: ignore[index]
+    before = adapter.config
+    config = None if before is None else {key: _public_leaf(value) for key, value in before.items()}
+    if config is not None and before is not None:
+        changed = sorted(key for key in config if config[key] != before[key])
+        removed += [f"adapter_config.json: {key} (shortened)" for key in changed]
     sidecars = {name: file for name, file in adapter.sidecars.items() if _NEEDED_FILES.fullmatch(name)}
     removed += sorted(adapter.sidecars.keys() - sidecars.keys())
     return replace(adapter, metadata=metadata, config=config, sidecars=sidecars), removed
