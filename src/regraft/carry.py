@@ -45,6 +45,7 @@ class Settings:
         save_dtype: of the output's tensors; None for the input's own.
         allow_partial: carry on where a key or shape is not understood.
         force: carry on where the verdict is a refusal.
+        private: keep paths, names, prompts and tag lists of the header.
     """
 
     selection: Selection = Selection()
@@ -54,6 +55,7 @@ class Settings:
     save_dtype: torch.dtype | None = None
     allow_partial: bool = False
     force: bool = False
+    private: bool = True
 
     def strength_of(self, ref: ModuleRef, family: str | None) -> float:
         """The factor on one module's update."""

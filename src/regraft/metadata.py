@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,11 @@ class BaseName:
     family: str | None
 
     @classmethod
-    def of(cls, path: str, family: str | None) -> BaseName:
-        """From a path or hub id, as a base's record has it."""
+    def of(cls, path: str, family: str | None, name: str | None = None) -> BaseName:
+        """From a path or hub id, as a base's record has it; by another ``name`` where there is one."""
         place = Path(path).expanduser()
-        return cls(place.name if place.exists() else path, place if place.exists() else None, family)
+        here = place.exists()
+        return cls(name or (place.name if here else path), place if here else None, family)
 
 
 def with_base(metadata: Mapping[str, str], base: BaseName, *, old_family: str | None) -> dict[str, str]:
@@ -121,7 +122,17 @@ def with_base(metadata: Mapping[str, str], base: BaseName, *, old_family: str | 
             result[key] = value
         elif key in result and not same:
             del result[key]
+    if DIFFUSERS_CONFIGS in result:
+        result[DIFFUSERS_CONFIGS] = _with_base_name(result[DIFFUSERS_CONFIGS], base.name)
     return result
+
+
+def _with_base_name(text: str, name: str) -> str:
+    """diffusers' config entries, with the new base's name where they had one."""
+    entries = _object(text) or {}
+    old = {key for key, value in entries.items() if key.endswith("base_model_name_or_path") and value}
+    renamed = {**entries, **dict.fromkeys(old, name)}
+    return text if renamed == entries else json.dumps(renamed, indent=2, sort_keys=True)
 
 
 def base_hashes(file: Path) -> dict[str, str]:
@@ -144,18 +155,30 @@ def with_ranks(metadata: Mapping[str, str], updates: Iterable[Update]) -> dict[s
     linear = [update for update in low_rank if not any(size != 1 for size in update.shape[2:])] or kernels
     result = dict(metadata)
     if linear:
-        result["ss_network_dim"] = _common({str(update.rank) for update in linear})
-        result["ss_network_alpha"] = _common({f"{update.scale * update.rank:.6g}" for update in linear})
+        result |= _stated(result, "ss_network_dim", "ss_network_alpha", linear)
     arguments = _object(metadata.get("ss_network_args"))
     if kernels and arguments and "conv_dim" in arguments:
-        arguments["conv_dim"] = _common({str(update.rank) for update in kernels})
-        arguments["conv_alpha"] = _common({f"{update.scale * update.rank:.6g}" for update in kernels})
+        arguments |= _stated(arguments, "conv_dim", "conv_alpha", kernels)
         result["ss_network_args"] = json.dumps(arguments)
     return result
 
 
-def _common(values: set[str]) -> str:
-    return next(iter(values)) if len(values) == 1 else DYNAMIC
+def _stated(before: Mapping[str, Any], rank: str, alpha: str, updates: Sequence[LowRank]) -> dict[str, str]:
+    """What is to be stated of these updates, in the old words where they are true."""
+    values = {rank: {float(u.rank) for u in updates}, alpha: {float(f"{u.scale * u.rank:.6g}") for u in updates}}
+    return {
+        key: (
+            DYNAMIC if len(found) > 1 else str(before[key]) if _number(before.get(key)) in found else f"{min(found):g}"
+        )
+        for key, found in values.items()
+    }
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def strip_private(adapter: Adapter) -> tuple[Adapter, list[str]]:
@@ -165,16 +188,17 @@ def strip_private(adapter: Adapter) -> tuple[Adapter, list[str]]:
     """
     removed: list[str] = []
     metadata: dict[str, str] = {}
-    for key, value in adapter.metadata.items():
+    for key, value in sorted(adapter.metadata.items()):
         kept = _public_value(key, value)
         if kept is not None:
             metadata[key] = kept
         if kept != value:
             removed.append(key if kept is None else f"{key} (shortened)")
-    config = adapter.config
-    if config is not None:
-        config = {key: _public_leaf(value) for key, value in config.items()}
-        removed += [f"adapter_config.json: {key} (shortened)" for key in config if config[key] != adapter.config[key]]  # type: ignore[index]
+    before = adapter.config
+    config = None if before is None else {key: _public_leaf(value) for key, value in before.items()}
+    if config is not None and before is not None:
+        changed = sorted(key for key in config if config[key] != before[key])
+        removed += [f"adapter_config.json: {key} (shortened)" for key in changed]
     sidecars = {name: file for name, file in adapter.sidecars.items() if _NEEDED_FILES.fullmatch(name)}
     removed += sorted(adapter.sidecars.keys() - sidecars.keys())
     return replace(adapter, metadata=metadata, config=config, sidecars=sidecars), removed

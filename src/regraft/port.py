@@ -19,6 +19,7 @@ from regraft.forecast import Judgement
 from regraft.lineage import with_port
 from regraft.lineage.port_entry import port_entry
 from regraft.memory import peak_mb
+from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Skip, get_method
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
 from regraft.plan import Selection, check_families, locate
@@ -186,7 +187,18 @@ def apply_migration(
         unrecognised=(),
         base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
+    metadata = with_base(ported.metadata, _told(migration), old_family=adapter.family)
+    ported = replace(ported, metadata=metadata if settings.rank is None else with_ranks(metadata, updates.values()))
+    if not settings.private:
+        ported, removed = strip_private(ported)
+        report = report.model_copy(update={"removed": removed})
     return PortResult(ported, report)
+
+
+def _told(migration: Migration) -> BaseName:
+    path = migration.target.path
+    name, _ = base_name(path)
+    return BaseName.of(path, migration.target.family, name if name != path else None)
 
 
 def port(

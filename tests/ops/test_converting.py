@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapters_made import close, factors, noise, unet_lora, with_magnitude
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -260,6 +260,41 @@ def test_a_change_stored_whole_is_refactored_only_when_asked(
     assert close(asked.adapter.updates[REF].delta(), noise(24, 24))
     value = _planned(adapter, ("full",), monkeypatch, ops.open_base(base)).adapter.updates[ref]
     assert torch.allclose(value.merged(weights[ref.path]), weights[ref.path] + noise(24, 24), atol=1e-6)
+
+
+def test_pefts_ia3_takes_the_layers_bias_along(tmp_path: Path, convert: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"query": nn.Linear(8, 6)})
+    model.forward = lambda x: model["query"](x)  # type: ignore[method-assign]
+    save_base({name: t.detach().clone() for name, t in model.state_dict().items()}, tmp_path / "base.safetensors")
+    plain = copy.deepcopy(model)
+    tuned = get_peft_model(model, IA3Config(target_modules=["query"], feedforward_modules=[]))
+    factor = noise(6, 1) * 10 + 1
+    for parameter in (p for name, p in tuned.named_parameters() if "ia3" in name):
+        parameter.data = factor.clone()
+    meant = tuned.merge_and_unload()
+    update = Ia3(InMemory(factor), InMemory(torch.tensor(0)), "peft")
+    back, _ = convert(
+        _alone(update, ModuleRef("model", "query")), "peft", base=tmp_path / "base.safetensors", energy=1.0
+    )
+    found = back.updates[ModuleRef("model", "query")]
+    assert close(found.merged(plain["query"].weight.detach()), meant["query"].weight.detach())
+    assert found.bias is not None
+    bias = plain["query"].bias.detach() + found.scale * found.bias.load()
+    assert close(bias, meant["query"].bias.detach())
+
+
+def test_a_kernel_that_a_loha_flattens_becomes_a_convolutions_lora(convert: Any, tmp_path: Path) -> None:
+    ref = ModuleRef("model", "net.conv")
+    adapter = Adapter({ref: _loha(6, 4 * 9)}, "lycoris")
+    with pytest.raises(OutputError, match="--base"):
+        convert(adapter, "peft")
+    base = save_base({"net.conv.weight": noise(6, 4, 3, 3)}, tmp_path / "base.safetensors")
+    back, _ = convert(adapter, "peft", base=base)
+    found = back.updates[ref]
+    if found.kind == "lora":
+        assert found.shape == (6, 4, 3, 3)
+    assert close(found.delta().flatten(), adapter.updates[ref].delta().flatten())
 
 
 def test_tokens_that_would_be_lost_are_named(convert: Any) -> None:

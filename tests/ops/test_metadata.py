@@ -150,3 +150,11 @@ def test_diffusers_own_entries_stay_readable() -> None:
 def test_added_tokens_keep_their_names() -> None:
     adapter = replace(unet_lora(), metadata={"<my prompt>": "<embed>"})
     assert strip_private(adapter)[0].metadata == {"<my prompt>": "<embed>"}
+
+
+def test_diffusers_entries_name_the_new_base() -> None:
+    entries = {"unet.r": 4, "unet.base_model_name_or_path": "old/base", "text_encoder.base_model_name_or_path": None}
+    told = with_base(
+        {"lora_adapter_metadata": json.dumps(entries)}, BaseName("new/base", None, "sd15"), old_family="sd15"
+    )
+    assert json.loads(told["lora_adapter_metadata"]) == {**entries, "unet.base_model_name_or_path": "new/base"}

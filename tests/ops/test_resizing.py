@@ -86,7 +86,7 @@ def test_metadata_tells_the_new_rank_and_dynamic_where_it_varies(tmp_path: Path)
 
 def _loha(path: str = "x") -> Adapter:
     parts = [InMemory(noise(*shape, seed=i)) for i, shape in enumerate([(12, 2), (2, 10), (12, 2), (2, 10)])]
-    return Adapter({ModuleRef("model", path): LoHa(*parts, scale=0.5)}, "peft")
+    return Adapter({ModuleRef("model", path): LoHa(*parts, scale=0.5)}, "peft", family="llama")
 
 
 def test_a_loha_is_resized_only_as_the_lora_that_it_equals() -> None:

@@ -48,6 +48,9 @@ def port(
     rank: Annotated[str | None, typer.Option("--rank", metavar="N|SHARE|keep", help="Rank of the output.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
     save_dtype: Annotated[str | None, typer.Option("--save-dtype", help="Of the output's tensors.")] = None,
+    strip_private: Annotated[
+        bool, typer.Option("--strip-private", help="Leave out paths, names, prompts and tag lists; lists them.")
+    ] = False,
     include: o.Include = None,
     exclude: o.Exclude = None,
     components: o.Components = None,
@@ -122,6 +125,7 @@ def port(
         save_dtype=o.dtype(save_dtype, "--save-dtype") if save_dtype is not None else None,
         allow_partial=allow_partial,
         force=force,
+        private=not strip_private,
     )
     if not allow_partial and loaded.updates:
         check_understood(loaded, named, which, settings.selection)

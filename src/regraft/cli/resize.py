@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from regraft.base import open_base
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
 from regraft.errors import UsageError
-from regraft.ops._common import names_in
 from regraft.ops.resize import Sizes, resize_adapter
 from regraft.report.ops_tables import resize_table
 
@@ -29,7 +27,9 @@ def resize(
     to_lora: Annotated[
         bool, typer.Option("--to-lora", help="Turn LoHa, LoKr and Tucker modules into the LoRA that they equal.")
     ] = False,
-    base: Annotated[Path | None, typer.Option("--base", metavar="BASE", help="For its module names alone.")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="BASE", help="For names and shapes that regraft has no table of.")
+    ] = None,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
     save_dtype: Annotated[str | None, typer.Option("--save-dtype", help="Of the output's tensors.")] = None,
     overwrite: o.Overwrite = False,
@@ -45,7 +45,7 @@ def resize(
             to_lora=to_lora,
             format=format,
             save_dtype=o.dtype(save_dtype, "--save-dtype") if save_dtype is not None else None,
-            names=names_in(open_base(base)) if base is not None else None,
+            base=base,
             overwrite=overwrite,
             tick=tick,
         )

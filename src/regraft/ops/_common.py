@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError, OutputError
 from regraft.families import get_family, without_text_model
-from regraft.formats import BaseNames, load_adapter
+from regraft.formats import load_adapter
 from regraft.formats._common import check_values
 from regraft.names import resolve_names
 from regraft.pairing import find_component
 from regraft.tensors import TensorRef
-from regraft.updates import LowRank, Update
+from regraft.updates import LoHa, LoKr, LowRank, Update
 from regraft.updates.exact import as_lowrank, refactor
 
 #: Called with (modules done, modules in all, module's name).
@@ -30,19 +31,18 @@ def no_ticker(done: int, total: int, what: str) -> None:
     """Of a caller that wants to hear nothing."""
 
 
-def read_whole(path: str | Path, base: Base | None = None, *, names: BaseNames | None = None) -> Adapter:
+def read_whole(path: str | Path, base: Base | None = None) -> Adapter:
     """An adapter of which every key is understood and every value is a number.
 
     Args:
         path: of it.
         base: its names un-flatten underscored ones, its config says how GGUF orders rows.
-        names: those alone, where there is no more of the base.
 
     Raises:
         InputError: it can't be read, or holds NaN or Inf.
         OutputError: keys are not understood, which a result would lose.
     """
-    names = names_in(base) if base is not None else names
+    names = names_in(base) if base is not None else None
     adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
     if adapter.unrecognised:
         count = len(adapter.unrecognised)
@@ -114,9 +114,25 @@ def parameter_of(path: str, update: Update) -> str:
     return path if update.by_parameter else f"{path}.weight"
 
 
-def low_rank(update: Update) -> LowRank | None:
-    """The same change as factors, exactly and without a base, or None."""
-    return update if isinstance(update, LowRank) else as_lowrank(update)
+class Factors:
+    """Updates of an adapter as the LoRA that they equal.
+
+    LoHa and LoKr files flatten a convolution's kernel: what shape its factors are to have, the family's table has told,
+    or the base tells. An adapter of unknown family without a base has no such LoRA.
+    """
+
+    def __init__(self, adapter: Adapter, base: BaseWeights | None = None) -> None:
+        self.adapter, self.base = adapter, base
+
+    def of(self, ref: ModuleRef, update: Update) -> LowRank | None:
+        """The same change as factors, or None where there are none."""
+        if isinstance(update, LoHa | LoKr) and update.weight_shape is None:
+            found = self.base.find(ref) if self.base is not None else None
+            if found is not None and prod(found.shape) == prod(update.shape):
+                update = replace(update, weight_shape=found.shape)
+            elif self.adapter.family is None and len(update.shape) == 2:
+                return None
+        return as_lowrank(update)
 
 
 def change_on(base: BaseWeights, ref: ModuleRef, update: Update) -> Tensor:

@@ -13,6 +13,7 @@ from math import isclose
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
@@ -23,20 +24,20 @@ from regraft.formats.peft import PREFIX
 from regraft.metadata import strip_private, with_ranks
 from regraft.ops._common import (
     BaseWeights,
+    Factors,
     Ticker,
     aligned_names,
     cast,
     change_on,
     factored,
     for_target,
-    low_rank,
     no_ticker,
     read_whole,
 )
 from regraft.output import ADAPTER_CONFIG, check_writable, write_whole
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Full, LowRank, Update
+from regraft.updates import Diff, Full, Ia3, LowRank, Update
 
 #: Share of ‖ΔW‖² that a refactored change keeps, unless told otherwise.
 ENERGY = 0.999
@@ -198,11 +199,12 @@ class _Forms:
 
     def __init__(self, adapter: Adapter, base: Base | None, energy: float | None, *, dry_run: bool) -> None:
         self.base = BaseWeights(base, adapter) if base is not None else None
+        self.factors = Factors(adapter, self.base)
         self.energy, self.dry_run = energy, dry_run
 
     def of(self, ref: ModuleRef, update: Update) -> Iterator[Form]:
         """The forms, each made only when the ones before it were refused."""
-        exact = low_rank(update) if not update.by_parameter else None
+        exact = self.factors.of(ref, update) if not update.by_parameter else None
         if exact is not None and exact is not update:
             reason = f"a {update.kind} equals a LoRA of rank {exact.rank}"
             yield Form({ref: exact}, "rewritten", reason)
@@ -246,7 +248,23 @@ class _Forms:
         full = min(change.shape[0], change[0].numel())
         reason = f"rank {found.rank} of {full}" + (", close to full" if found.rank > _CLOSE_TO_FULL * full else "")
         whole = "its change on this base" if base is not None else "its change"
-        yield Form({home: found}, "merged", f"{whole}, as a LoRA of {reason}", kept)
+        said = f"{whole}, as a LoRA of {reason}"
+        bias = self._bias_change(ref, update)
+        if bias is None:
+            yield Form({home: found}, "merged", said, kept)
+            return
+        path = f"{home.path}.bias"
+        yield Form({home: replace(found, bias=InMemory(bias))}, "merged", said, kept)
+        yield Form({home: found, ModuleRef(home.component, path): Diff(InMemory(bias), path)}, "merged", said, kept)
+
+    def _bias_change(self, ref: ModuleRef, update: Update) -> Tensor | None:
+        """What PEFT's IA3 does to the layer's bias on the base, (out,), or None."""
+        found = self.base.bias(ref) if self.base is not None and isinstance(update, Ia3) else None
+        if found is None or not isinstance(update, Ia3):
+            return None
+        bias = found.load().float()
+        change = update.merged_bias(bias) - bias
+        return change if bool(change.any()) else None
 
 
 def _stub(shape: tuple[int, ...]) -> LowRank:

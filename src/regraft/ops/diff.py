@@ -12,9 +12,10 @@ from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
 from regraft.formats import BaseNames, load_adapter
 from regraft.formats._common import check_values
-from regraft.ops._common import Ticker, aligned_names, low_rank, no_ticker, same_tensors
+from regraft.ops._common import Ticker, aligned_names, no_ticker, same_tensors
 from regraft.report.ops_schema import ComparedModule, DiffReport
 from regraft.updates import Full, Update
+from regraft.updates.exact import as_lowrank
 
 
 def diff_adapters(
@@ -121,7 +122,7 @@ def _norm(update: Update) -> float | None:
 
 def _inner(one: Update, two: Update) -> float:
     """⟨ΔW, ΔW'⟩ in float64."""
-    first, second = low_rank(one), low_rank(two)
+    first, second = as_lowrank(one), as_lowrank(two)
     if first is None or second is None:
         return float((one.delta().double().flatten() * two.delta().double().flatten()).sum())
     up, down = (factor.double() for factor in first.factors())

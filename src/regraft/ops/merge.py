@@ -24,13 +24,13 @@ from regraft.formats import get_format
 from regraft.metadata import with_ranks
 from regraft.ops._common import (
     BaseWeights,
+    Factors,
     Ticker,
     aligned_names,
     cast,
     change_on,
     factored,
     for_target,
-    low_rank,
     no_ticker,
     read_whole,
     same_tensors,
@@ -158,6 +158,7 @@ class _Merger:
     def __init__(self, adapters: Sequence[Adapter], settings: Settings, base: Base | None) -> None:
         self.adapters, self.settings = adapters, settings
         self.bases = [BaseWeights(base, adapter) for adapter in adapters] if base is not None else None
+        self.factors = [Factors(adapter, self.bases[i] if self.bases else None) for i, adapter in enumerate(adapters)]
 
     def merge(self, name: ModuleRef, parts: list[_Part]) -> tuple[Update, MergedModule]:
         """One module's change from all inputs that have one."""
@@ -198,7 +199,7 @@ class _Merger:
 
     def _sum(self, parts: list[_Part]) -> tuple[str, Update, float | None]:
         """Σ weight · ΔW of parts that need no base."""
-        factors = [low_rank(part.update) for part in parts]
+        factors = [self.factors[part.index].of(part.ref, part.update) for part in parts]
         known = [factor for factor in factors if factor is not None]
         if len(known) == len(parts):
             merged = concatenated(known, [part.weight for part in parts])

@@ -13,11 +13,12 @@ import torch
 
 from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base, open_base
 from regraft.carry import matches
 from regraft.errors import OutputError, UsageError
-from regraft.formats import BaseNames, get_format
+from regraft.formats import get_format
 from regraft.metadata import with_ranks
-from regraft.ops._common import Ticker, cast, for_target, low_rank, no_ticker, read_whole
+from regraft.ops._common import BaseWeights, Factors, Ticker, cast, for_target, no_ticker, read_whole
 from regraft.output import check_writable
 from regraft.report.ops_schema import ResizedModule, ResizeReport
 from regraft.transport import Transport
@@ -45,7 +46,12 @@ class Sizes:
 
 
 def resize(
-    adapter: Adapter, sizes: Sizes, *, to_lora: bool = False, tick: Ticker = no_ticker
+    adapter: Adapter,
+    sizes: Sizes,
+    *,
+    to_lora: bool = False,
+    base: Base | None = None,
+    tick: Ticker = no_ticker,
 ) -> tuple[Adapter, list[ResizedModule], float]:
     """The resized adapter, what became of each module, and the share of the whole ‖ΔW‖² that was kept.
 
@@ -53,15 +59,17 @@ def resize(
         adapter: any.
         sizes: what is wanted.
         to_lora: write LoHa, LoKr and Tucker modules as the LoRA that they equal, and resize that.
+        base: tells the shapes of kernels that such files flatten, for families that regraft has no table of.
         tick: called before each module.
     """
     updates: dict[ModuleRef, Update] = {}
     rows: list[ResizedModule] = []
     before = after = 0.0
+    equal = Factors(adapter, BaseWeights(base, adapter) if base is not None else None)
     for done, (ref, update) in enumerate(adapter.updates.items()):
         tick(done, len(adapter.updates), str(ref))
         wanted = sizes.of(ref, adapter.family)
-        factors = low_rank(update) if to_lora else update
+        factors = equal.of(ref, update) if to_lora else update
         if not isinstance(factors, LowRank):
             reason = _why_not(update)
             updates[ref], row = update, _row(ref, update, update, None, reason)
@@ -119,7 +127,7 @@ def resize_adapter(
     to_lora: bool = False,
     format: str | None = None,
     save_dtype: torch.dtype | None = None,
-    names: BaseNames | None = None,
+    base: str | Path | None = None,
     overwrite: bool = False,
     tick: Ticker = no_ticker,
 ) -> ResizeReport:
@@ -132,7 +140,7 @@ def resize_adapter(
         to_lora: write LoHa, LoKr and Tucker modules as the LoRA that they equal.
         format: of the output; by default the input's.
         save_dtype: of the output's tensors; by default the input's.
-        names: component → names of the base, for underscored names of unknown families.
+        base: names and shapes of families that regraft has no table of; no weight of it is read.
         overwrite: replace what is there.
         tick: called before each module.
 
@@ -146,8 +154,9 @@ def resize_adapter(
         get_format(format)
     target = Path(target).expanduser()
     check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
-    adapter = read_whole(source, names=names)
-    resized, rows, kept = resize(adapter, sizes, to_lora=to_lora, tick=tick)
+    opened = open_base(base) if base is not None else None
+    adapter = read_whole(source, opened)
+    resized, rows, kept = resize(adapter, sizes, to_lora=to_lora, base=opened, tick=tick)
     if not any(isinstance(update, LowRank) for update in resized.updates.values()):
         raise OutputError("no module of this file has factors to resize", file=source, remedy=_remedy(rows, to_lora))
     into = format or adapter.format

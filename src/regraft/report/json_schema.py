@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
+from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
 from regraft.report.pairs_schema import PairInfo
 from regraft.report.schema import (
     SCHEMA_VERSION,
@@ -37,6 +38,11 @@ RECORDS: dict[str, Any] = {
     "methods": list[MethodInfo],
     "pairs": list[PairInfo],
     "demo": DemoReport,
+    "convert": ConvertReport,
+    "resize": ResizeReport,
+    "merge": MergeReport,
+    "extract": ExtractReport,
+    "diff": DiffReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)

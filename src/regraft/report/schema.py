@@ -164,6 +164,7 @@ class PortReport(VersionedRecord):
     path: list[str] = Field(default_factory=list, description="migration files of `--migrations`, in order")
     tokens: list[str] = Field(default_factory=list, description="added tokens, carried as they are")
     left_behind: list[str] = Field(default_factory=list, description="other weights files that lay beside it")
+    removed: list[str] = Field(default_factory=list, description="header entries taken out by --strip-private")
     seconds: float
     peak_mb: float
 

@@ -94,6 +94,7 @@ def port_table(report: PortReport, console: Console) -> None:
         ("written", escape(", ".join(report.outputs)) or "nothing"),
     ]
     rows += [("migration", escape(report.migration))] if report.migration else []
+    rows += [("taken out", escape(", ".join(report.removed)))] if report.removed else []
     rows += [("took", f"{report.seconds:.1f} s, {report.peak_mb:.0f} MB at most")]
     _facts(console, rows)
     _left_out(console, report.modules)
