@@ -90,7 +90,7 @@ ADAPTERS = [
     ("sdxl", {"unet": {"mid_block.attentions.0.transformer_blocks.9.attn2.to_k": (1280, 2048)}}),
     ("sd15", {"model": {"down_blocks.0.attentions.0.proj_in": (320, 320)}}),
     ("unet", {"unet": {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (64, 32)}}),
-    ("unet", {"unet": {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 1024)}}),
+    ("sd2", {"unet": {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 1024)}}),
     ("clip-l", {"text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}}),
     ("clip-text", {"text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj": (64, 64)}}),
     ("clip-l", {"text_encoder": {"encoder.layers.0.mlp.fc1": (3072, 768)}}),

@@ -87,7 +87,8 @@ def test_original_names_cover_every_parameter_exactly_once(name: str) -> None:
             covered[piece.name] = covered.get(piece.name, 0) + 1
             if piece.rows is not None:
                 assert sum(stop - start for start, stop in piece.rows) == one.parameters[piece.name][0]
-    assert covered == dict.fromkeys(one.parameters, 1)
+    # A second name of a tensor may be left out.
+    assert covered == {name: 1 for name in one.parameters if name in covered or name not in one.tied}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -16,7 +16,7 @@ import torch
 import transformers
 from tools.make_families.compact import compact
 from tools.make_families.models import MODELS, Model
-from tools.make_families.trace import believed, traced
+from tools.make_families.trace import assembled, believed, traced
 
 from regraft.families._tables import fill
 from regraft.families._templates import expand
@@ -44,9 +44,13 @@ def table(model: Model) -> dict[str, Any]:
     content["parameters"] = packed({name: list(shape) for name, shape in shapes.items()})
     if model.tied:
         content["tied"] = dict(model.tied)
-    if model.rules is not None and model.convert is not None:
-        belief = believed(model.rules(list(shapes)) if callable(model.rules) else model.rules, shapes)
-        original = traced(model.convert, belief, shapes)
+    if model.rules is not None:
+        named = {name: shape for name, shape in shapes.items() if name not in model.tied}
+        belief = believed(model.rules(list(named)) if callable(model.rules) else model.rules, named)
+        if model.convert is not None:
+            original = traced(model.convert, belief, named)
+        else:
+            original = assembled(belief, named, model.chunks, model.swapped)
         content["original"] = packed(original)
         if model.spellings:
             content["spellings"] = {

@@ -98,6 +98,43 @@ def traced(convert: Converter, belief: Mapping[str, tuple[str, ...]], parameters
     return result
 
 
+def assembled(
+    belief: Mapping[str, tuple[str, ...]],
+    parameters: Shapes,
+    chunks: Mapping[str, tuple[int, ...]],
+    swapped: tuple[str, ...],
+) -> dict[str, Any]:
+    """The same as `traced` where diffusers has no converter to run: parts lie one after the other.
+
+    Args:
+        belief: original parameter → its parts.
+        parameters: canonical shapes.
+        chunks: end of a part's module name → which equal chunks of the original are the part.
+        swapped: modules of which the original has the halves the other way round.
+    """
+    result: dict[str, Any] = {}
+    for name, targets in belief.items():
+        if len(targets) == 1:
+            only, rows = targets[0], parameters[targets[0]][0]
+            swap = only.rpartition(".")[0] in swapped
+            result[name] = {only: [[rows // 2, rows], [0, rows // 2]]} if swap else only
+            continue
+        end, parts = 0, {}
+        total = sum(parameters[target][0] for target in targets)
+        count = sum(len(which) for which in chunks.values())
+        for target in targets:
+            rows = parameters[target][0]
+            which = next((c for ending, c in chunks.items() if target.rpartition(".")[0].endswith(ending)), None)
+            parts[target] = [[end, end + rows]] if which is None else _chunks(which, total // count)
+            end += rows
+        result[name] = parts
+    return result
+
+
+def _chunks(which: tuple[int, ...], size: int) -> list[list[int]]:
+    return _ranges([row for chunk in which for row in range(chunk * size, (chunk + 1) * size)])
+
+
 def _tags(number: int, parameters: Shapes, targets: tuple[str, ...]) -> torch.Tensor:
     shapes = [parameters[target] for target in targets]
     rows = sum(shape[0] if shape else 1 for shape in shapes)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adapter import MODEL
 from regraft.families._family import Family, families, get_family
+from regraft.families._gguf import Renames, gguf_architecture, gguf_families, gguf_names, gguf_values
 from regraft.families._recognise import (
+    GGUF,
     Match,
     Recognition,
     alike,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CANONICAL",
+    "GGUF",
     "ORIGINAL",
     "Family",
     "Match",
@@ -36,6 +39,7 @@ __all__ = [
     "Named",
     "Piece",
     "Recognition",
+    "Renames",
     "Table",
     "aliases",
     "block_names",
@@ -46,6 +50,10 @@ __all__ = [
     "find_shape",
     "flattened",
     "get_family",
+    "gguf_architecture",
+    "gguf_families",
+    "gguf_names",
+    "gguf_values",
     "module_names",
     "recognise",
     "refine_by_hint",
@@ -122,13 +130,26 @@ def family_of_base(base: Base) -> str | None:
     named = [family for family in families().values() if kind and kind in family.rules.get("config", [])]
     for family in families().values():
         if main in (MODEL, family.main) and not family.descends and _holds(tensors, family):
-            return family.name
+            return _of_more_components(family, base).name
     if named:
         return named[0].name
     for family in families().values():
         if "base" in family.rules and fits_names(family.rules["base"], list(tensors), every=False):
             return family.name
     return None
+
+
+def _of_more_components(family: Family, base: Base) -> Family:
+    """Of the families of one table, the one that the other components speak of: Wan 2.2 has two transformers."""
+    for other in families().values():
+        wanted = other.rules.get("components")
+        if (
+            wanted
+            and other.components[other.main] == family.components[family.main]
+            and base.components.keys() >= {*wanted}
+        ):
+            return other
+    return family
 
 
 def _holds(tensors: Mapping[str, Any], family: Family) -> bool:

@@ -6,14 +6,17 @@ Shapes decide where they tell families apart; metadata where they don't; else th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from regraft.adapter import MODEL
-from regraft.families._family import Family, families, get_family
+from regraft.families._family import Family, families
+from regraft.families._gguf import gguf_families, gguf_names
 from regraft.families._tables import CANONICAL, Named, Table, table
+from regraft.families._templates import kind_of
 from regraft.tensors import Shape
 
 #: Component (or "" where it isn't known) → module or parameter → shape of its change; None where that isn't known.
@@ -21,9 +24,10 @@ Names = Mapping[str, Mapping[str, "Shape | None"]]
 
 # Share of an adapter's modules that must be in a family's table; the rest may be extras such as a new input layer.
 ENOUGH = 0.9
+#: llama.cpp's names of language models; see `gguf_names`.
+GGUF = "gguf"
+_GGUF_BEGINNINGS = ("blk.", "enc.blk.", "dec.blk.", "token_embd", "output", "position_embd", "token_types")
 _MAIN = ("unet", "transformer", "prior", MODEL)
-# As many names as tell whether a table is worth a closer look.
-_SAMPLE = 32
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Match:
 
     Attributes:
         component: of the family.
-        scheme: ``canonical``, ``original``, or one of the family's spellings.
+        scheme: ``canonical``, ``original``, one of the family's spellings, or ``gguf`` (see `gguf_names`).
         flat: whether the names are flattened (``_`` for ``.``).
         coverage: share of the given names that the scheme has.
         table: whose names they are; None for families that are told by patterns.
@@ -80,11 +84,13 @@ def recognise(
     Args:
         names: component → name → shape of ΔW, (out, in) or (out, in, kh, kw), or of the whole parameter. The component
             is what the file says: a family's own (``text_encoder_2``), ``unet`` or ``transformer`` for the main model
-            whatever it is, or ``""`` (or ``model``) where the file does not say. A name is a module or a whole parameter, in
-            diffusers' or transformers' names, the original code's, or another tool's spelling; flattened names
-            (kohya's ``double_blocks_0_img_attn_qkv``) are modules. All names of a component are of one scheme.
-        metadata: what a file says of its base: ``ss_base_model_version``, ``modelspec.architecture``, a config's class
-            or path. It tells families of the same names and shapes apart, and never overrules shapes.
+            whatever it is, or ``""`` (or ``model``) where the file does not say. A name is a module or a whole
+            parameter, in diffusers' or transformers' names, the original code's, or another tool's spelling;
+            flattened names (kohya's ``double_blocks_0_img_attn_qkv``) are modules. All names of a component are of
+            one scheme.
+        metadata: what a file says of its base: ``ss_base_model_version``, ``modelspec.architecture``,
+            ``general.architecture``; under ``config`` a class, path or hub id. It tells families of the same names
+            and shapes apart, and never overrules shapes.
         schemes: only these; all by default.
         minimum: least share of the names that must be known.
 
@@ -95,18 +101,45 @@ def recognise(
     if not total:
         return None
     wanted = frozenset(schemes) if schemes is not None else None
-    best: tuple[Any, ...] | None = None
-    answer: Recognition | None = None
-    for family, matches, known, alike in _candidates(names, metadata or {}, wanted):
-        if known < minimum * total:
-            continue
-        exact = alike == known
-        rank = (exact and known >= ENOUGH * total, known, alike, _hinted(family, metadata or {}), -family.priority)
-        if best is None or rank > best:
-            best, answer = rank, Recognition(_named(family, exact), matches, known / total, exact)
-    if answer is not None and answer.exact:
-        return answer
-    return answer or _by_patterns(names, metadata or {})
+    ranked: list[tuple[tuple[bool, int, int], Family, dict[str, Match]]] = []
+    for family, matches, known, same in _candidates(names, metadata or {}, wanted):
+        if known >= minimum * total:
+            ranked.append(((same == known and known >= ENOUGH * total, known, same), family, matches))
+    if not ranked:
+        return _by_patterns(names, metadata or {})
+    best = max(rank for rank, _, _ in ranked)
+    drawn = [(family, matches) for rank, family, matches in ranked if rank == best]
+    family, matches = drawn[0] if len(drawn) == 1 else _of_a_draw(drawn, names, metadata or {})
+    _, known, same = best
+    return Recognition(_named(family, same == known), matches, known / total, same == known)
+
+
+def _of_a_draw(
+    drawn: list[tuple[Family, dict[str, Match]]], names: Names, metadata: Mapping[str, str]
+) -> tuple[Family, dict[str, Match]]:
+    """Of families that hold all the names alike: the one of which the file has all modules of its kinds.
+
+    SSD-1B's modules are some of SDXL's: a file that has all of them and none besides is for SSD-1B.
+    """
+    whole: dict[str | None, bool] = {}
+    for family, matches in drawn:
+        main = family.components[family.main]
+        for key, match in matches.items():
+            if match.table == main and main not in whole:
+                whole[main] = _is_whole(match, names[key])
+
+    def rank(one: tuple[Family, dict[str, Match]]) -> tuple[bool, bool, int, int]:
+        family = one[0]
+        whole_ = whole.get(family.components[family.main], False)
+        # A descendant is here only because the metadata names it.
+        return whole_, family.descends is not None, _hinted(family, metadata), -family.priority
+
+    return max(drawn, key=rank)
+
+
+def _is_whole(match: Match, names: Mapping[str, Shape | None]) -> bool:
+    kinds = {kind_of(name) for name in names}
+    return all(name in names for name in match.named if kind_of(name) in kinds)
 
 
 def _named(family: Family, exact: bool) -> str:
@@ -117,7 +150,7 @@ def _named(family: Family, exact: bool) -> str:
 def _candidates(
     names: Names, metadata: Mapping[str, str], schemes: frozenset[str] | None
 ) -> Iterator[tuple[Family, dict[str, Match], int, int]]:
-    samples = {key: list(paths)[:: max(1, len(paths) // _SAMPLE)] for key, paths in names.items()}
+    kinds = {key: Counter(kind_of(name) for name in paths) for key, paths in names.items()}
     counted: dict[tuple[str, str], tuple[Match, int, int]] = {}
     for family in families().values():
         hinted = _hinted(family, metadata)
@@ -129,10 +162,11 @@ def _candidates(
             found: list[tuple[Match, int, int]] = []
             for component in _components(family, key):
                 one = family.table(component)
-                if not any(name.startswith(one.heads) for name in samples[key]):
-                    continue
                 if (key, one.name) not in counted:
-                    counted[key, one.name] = _count(one, component, paths, schemes, family.varying)
+                    schemes_of = [scheme for scheme in one.schemes if schemes is None or scheme in schemes]
+                    # A look at the kinds of names spares most tables from being expanded.
+                    likely = [scheme for scheme in schemes_of if _share(kinds[key], one.kinds(scheme)) >= 0.5]
+                    counted[key, one.name] = _count(one, component, paths, likely, family.varying)
                 match, hits, same = counted[key, one.name]
                 found.append((Match(component, match.scheme, match.flat, match.coverage, match.table), hits, same))
             if found:
@@ -142,6 +176,10 @@ def _candidates(
         # A text encoder alone is of no family of pipelines, unless the file says of which.
         if matches and (hinted or any(match.component == family.main for match in matches.values())):
             yield family, matches, known, alike
+
+
+def _share(kinds: Counter[str], known: frozenset[str]) -> float:
+    return sum(count for kind, count in kinds.items() if kind in known) / kinds.total()
 
 
 def _components(family: Family, key: str) -> list[str]:
@@ -158,16 +196,13 @@ def _count(
     one: Table,
     component: str,
     paths: Mapping[str, Shape | None],
-    schemes: frozenset[str] | None,
+    schemes: list[str],
     varying: tuple[str, ...],
 ) -> tuple[Match, int, int]:
     best = Match(component, CANONICAL, False, 0.0, one.name), 0, 0
-    for flat in (False, True):
-        if flat != all("." not in name for name in paths) and not (not flat and any("." not in n for n in paths)):
-            continue
-        for scheme in one.schemes:
-            if schemes is not None and scheme not in schemes:
-                continue
+    # A flattened name has no dot; a dotted one may have none either (``x_embedder``).
+    for flat in (False, True) if all("." not in name for name in paths) else (False,):
+        for scheme in schemes:
             named = one.named(scheme, flat=flat)
             common = paths.keys() & named.keys()
             if len(common) <= best[1]:
@@ -191,6 +226,8 @@ def alike(one: Shape, two: Shape) -> bool:
 def _hinted(family: Family, metadata: Mapping[str, str]) -> int:
     """How many of the family's hints the metadata holds."""
     hints: Mapping[str, str] = family.data.get("hints", {})
+    if not hints and "hint" in family.rules:
+        hints = {"config": family.rules["hint"]}
     return sum(
         bool(re.search(pattern, metadata[key], re.IGNORECASE)) for key, pattern in hints.items() if key in metadata
     )
@@ -216,18 +253,20 @@ def _by_patterns(names: Names, metadata: Mapping[str, str]) -> Recognition | Non
     main = main_of(names)
     if main is None:
         return None
-    paths = list(names[main])
+    paths = [name.removesuffix(".weight").removesuffix(".bias") for name in names[main]]
+    share = len(paths) / sum(len(others) for others in names.values())
+    if all(path.startswith(_GGUF_BEGINNINGS) for path in paths):
+        known = [name for name in gguf_families() if all(gguf_names(name).canonical(path) for path in paths)]
+        said = [name for name in gguf_families(metadata.get("general.architecture")) if name in known]
+        if known:
+            spoken = max(said or known, key=lambda name: _hinted(families()[name], metadata))
+            return Recognition(spoken, {main: Match(families()[spoken].main, GGUF, False, 1.0)}, share, False)
     for family in families().values():
         if "adapter" in family.rules and fits_names(family.rules["adapter"], paths, every=True):
-            chosen = max(_of_naming(family), key=lambda other: (_hinted(other, metadata), other is family))
-            match = Match(chosen.main, CANONICAL, False, 1.0)
-            total = sum(len(others) for others in names.values())
-            return Recognition(chosen.name, {main: match}, len(paths) / total, False)
+            others = [one for one in families().values() if one.naming == family.naming and not one.components]
+            chosen = max([family, *others], key=lambda one: (_hinted(one, metadata), one is family))
+            return Recognition(chosen.name, {main: Match(chosen.main, CANONICAL, False, 1.0)}, share, False)
     return None
-
-
-def _of_naming(family: Family) -> list[Family]:
-    return [other for other in families().values() if other.naming == family.naming and not other.components]
 
 
 def family_of_modules(modules: Mapping[str, Mapping[str, Shape]]) -> str | None:
@@ -240,6 +279,4 @@ def family_of_modules(modules: Mapping[str, Mapping[str, Shape]]) -> str | None:
         modules: component → module path → shape of ΔW: (out, in) or (out, in, kh, kw).
     """
     found = recognise(modules, schemes=(CANONICAL,), minimum=ENOUGH)
-    if found is not None and (found.exact or get_family(found.family) is not None):
-        return found.family
-    return None
+    return found.family if found is not None else None

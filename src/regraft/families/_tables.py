@@ -13,8 +13,11 @@ from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
-from regraft.families._templates import expand, first_level
+from regraft.families._templates import expand, kind_of
 from regraft.tensors import Shape
+
+# transformers 5 leaves this level out of CLIPTextModel.
+_OPTIONAL = "text_model."
 
 CANONICAL = "canonical"
 ORIGINAL = "original"
@@ -79,6 +82,7 @@ class Table:
         self.name = name
         self.data = data
         self._named: dict[tuple[str, bool], dict[str, Named]] = {}
+        self._kinds: dict[str, frozenset[str]] = {}
 
     @cached_property
     def parameters(self) -> dict[str, Shape]:
@@ -115,12 +119,16 @@ class Table:
         own = (ORIGINAL,) if self.data.get("original", "same") != "same" else ()
         return (CANONICAL, *own, *self.data.get("spellings", {}))
 
-    @cached_property
-    def heads(self) -> tuple[str, ...]:
-        """First segments of its names in any scheme: what a quick look at a file's names compares."""
-        parts = [self.data["parameters"], self.data.get("original", {}), *self.data.get("spellings", {}).values()]
-        names = {head for part in parts if isinstance(part, Mapping) for head in first_level(part)}
-        return tuple(sorted(names | ({"encoder", "embeddings"} if "text_model" in names else set())))
+    def kinds(self, scheme: str) -> frozenset[str]:
+        """Kinds of its names in one scheme, dotted and flattened: what a quick look compares."""
+        if scheme not in self._kinds:
+            source = {CANONICAL: "parameters", ORIGINAL: "original"}.get(scheme)
+            rows = self.data[source] if source else self.data["spellings"][scheme]
+            names = {kind_of(template) for template in rows}
+            names |= {name.removesuffix(".weight") for name in names}
+            names |= {name.removeprefix(_OPTIONAL) for name in names}
+            self._kinds[scheme] = frozenset(names | {flattened(name) for name in names})
+        return self._kinds[scheme]
 
     def pieces(self, scheme: str) -> Iterator[tuple[str, tuple[Piece, ...]]]:
         """Parameter of the scheme → canonical pieces."""
@@ -143,9 +151,8 @@ class Table:
         for name, pieces in self.pieces(scheme):
             entry = Named(name, pieces, self._shape(pieces))
             spelled = [entry]
-            # transformers 5 leaves this level out of CLIPTextModel.
-            if name.startswith("text_model."):
-                spelled.append(Named(name.removeprefix("text_model."), pieces, entry.shape))
+            if name.startswith(_OPTIONAL):
+                spelled.append(Named(name.removeprefix(_OPTIONAL), pieces, entry.shape))
             for one in spelled:
                 yield one.name, one
                 if one.name.endswith(".weight"):
@@ -161,8 +168,8 @@ class Table:
 
     def _shape(self, pieces: tuple[Piece, ...]) -> Shape:
         first = self.parameters[pieces[0].name]
-        if pieces[0].transposed:
-            return first[::-1]
+        if len(pieces) == 1:
+            return first[::-1] if pieces[0].transposed else first
         return (sum(self.parameters[piece.name][0] for piece in pieces), *first[1:])
 
 

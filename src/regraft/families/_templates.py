@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TypeVar
 
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
+_NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
 
 T = TypeVar("T")
 
@@ -45,10 +46,12 @@ def _beginning(row: tuple[str, T]) -> str:
     return row[0][: found.end()] if found else ""
 
 
-def first_level(templates: Iterable[str]) -> frozenset[str]:
-    """The first segments of the names that templates stand for.
+def kind_of(name: str) -> str:
+    """A name (or template) without its numbers: names of one kind differ by their blocks alone.
 
-    >>> sorted(first_level(["h.{0-1}.a", "wte.weight"]))
-    ['h', 'wte']
+    >>> kind_of("blocks.{0-39}.attn1.to_out.0.weight")
+    'blocks.#.attn1.to_out.#.weight'
+    >>> kind_of("blocks_7_attn1_to_out_0")
+    'blocks_#_attn1_to_out_#'
     """
-    return frozenset(template.partition(".")[0] for template in templates)
+    return _NUMBER.sub("#", _RANGE.sub("#", name))
