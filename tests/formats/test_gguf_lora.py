@@ -17,10 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter  # noqa: E402
+from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter, open_base, port  # noqa: E402
 from regraft.adapter import MODEL  # noqa: E402
 from regraft.formats._gguf_write import write_gguf  # noqa: E402
 from regraft.inspection import convert_adapter, inspect_adapter  # noqa: E402
+from regraft.lineage import ports_of  # noqa: E402
 from regraft.tensors import InMemory  # noqa: E402
 from regraft.updates import Full, LowRank  # noqa: E402
 
@@ -286,6 +287,27 @@ def test_experts_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
     assert set(load_adapter(tmp_path / "a.gguf").unrecognised) == {"blk.0.ffn_up_exps.weight.lora_a", "odd.weight"}
     write_gguf(tmp_path / "b.gguf", "made-up", {"general.type": "adapter"}, tensors)
     assert set(load_adapter(tmp_path / "b.gguf").unrecognised) == set(tensors)
+
+
+def test_a_port_between_equal_bases_gives_the_same_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config_for("llama"))
+    base.save_pretrained(tmp_path / "base")
+    tensors = {
+        f"blk.{i}.{module}.weight.lora_{half}": torch.randn(shape)
+        for i in (0, 1)
+        for module, out, width in (("attn_q", 32, 32), ("attn_k", 16, 32), ("ffn_down", 32, 48))
+        for half, shape in (("a", (2, width)), ("b", (out, 2)))
+    }
+    fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    write_gguf(tmp_path / "in.gguf", "llama", fields, tensors)
+    opened = open_base(tmp_path / "base")
+    adapter = load_adapter(tmp_path / "in.gguf", base_config=opened.configs[MODEL])
+    port(adapter, opened, opened, "copy").save(tmp_path / "out.gguf")
+    after = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert set(after) == set(tensors)
+    assert all(torch.equal(after[name], value) for name, value in tensors.items())
+    assert len(ports_of(load_adapter(tmp_path / "out.gguf"))) == 1
 
 
 def test_a_converted_file_carries_its_heads_for_the_way_back(tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     for module, part in parts.items():
         named, update = _low_rank(arch, module, part, float(alpha), fields, file.path)
         updates[named] = update
-    told = {k: str(v) for k, v in content.items() if k.startswith("general.") and k not in (*_OWN, *_PRIVATE)}
+    private = (*_OWN, *_PRIVATE)
+    told = {k: str(v) for k, v in content.items() if not k.startswith(("adapter.", f"{arch}.")) and k not in private}
     kept = {k: v for k, v in content.items() if k not in _OWN and v is not None}
     family = family_of_modules(shapes_of(updates))
     if arch in ARCHITECTURES:
@@ -206,7 +207,8 @@ def _write(adapter: Adapter) -> Written:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise cannot_hold("GGUF LoRA", f"dtype {dtype}", key, "Save it as float32, float16 or bfloat16.")
     pairs: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", ALPHA: alpha} | fields
-    pairs |= {key: value for key, value in training_metadata(adapter.metadata).items() if key not in fields}
+    told = training_metadata(adapter.metadata)
+    pairs |= {key: value for key, value in told.items() if key not in fields or str(fields[key]) != value}
     pairs.setdefault("general.file_type", _file_type(loaded))
     notes = [f"{folded} modules' own scales are multiplied into B: a GGUF LoRA has one alpha"] if folded else []
     notes += [f"PEFT's copy of the base's own {module} is left out: the base has it" for module in copies]
