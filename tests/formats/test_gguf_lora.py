@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,15 +279,46 @@ def test_a_broken_file_is_named(fields: dict[str, Any], tensors: dict[str, Tenso
         load_adapter(tmp_path / "bad.gguf")
 
 
-def test_experts_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
-    tensors = pair("blk.0.ffn_up") | {
-        "blk.0.ffn_up_exps.weight.lora_a": torch.ones(3, 2, 4),
-        "odd.weight": torch.ones(2),
-    }
+def test_unknown_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = pair("blk.0.ffn_up") | {"odd.weight": torch.ones(2), "blk.0.ffn_up_exps.weight.lora_a": torch.ones(2, 2)}
     write_gguf(tmp_path / "a.gguf", "qwen2", {"general.type": "adapter"}, tensors)
     assert set(load_adapter(tmp_path / "a.gguf").unrecognised) == {"blk.0.ffn_up_exps.weight.lora_a", "odd.weight"}
     write_gguf(tmp_path / "b.gguf", "made-up", {"general.type": "adapter"}, tensors)
     assert set(load_adapter(tmp_path / "b.gguf").unrecognised) == set(tensors)
+
+
+def test_experts_are_one_pair_there_and_a_pair_each_here(tmp_path: Path) -> None:
+    stacked = {
+        "blk.1.ffn_up_exps.weight.lora_a": torch.randn(3, 2, 16),
+        "blk.1.ffn_up_exps.weight.lora_b": torch.randn(3, 8, 2),
+    }
+    write_gguf(tmp_path / "a.gguf", "qwen3moe", {"general.type": "adapter", "adapter.lora.alpha": 4.0}, stacked)
+    adapter = load_adapter(tmp_path / "a.gguf")
+    assert adapter.unrecognised == ()
+    names = {f"model.layers.1.mlp.experts.{i}.up_proj" for i in range(3)}
+    assert {module.path for module in adapter.updates} == names
+    a, b = stacked.values()
+    for i, update in enumerate(adapter.updates.values()):
+        assert torch.allclose(update.delta(), 2 * b[i] @ a[i], atol=1e-6)
+
+    convert_adapter(tmp_path / "a.gguf", tmp_path / "peft", "peft")
+    base_config = {"model_type": "qwen3_moe", "num_experts": 3}
+    back = load_adapter(tmp_path / "peft", base_config=base_config)
+    for source in (adapter, back):
+        source.save(tmp_path / "b.gguf", format="gguf-lora", overwrite=True)
+        again = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+        assert set(again) == set(stacked)
+        assert all(torch.equal(again[name], value) for name, value in stacked.items())
+    for changes, says in (({"num_experts": 4}, "all 4 experts"), ({"num_experts": None}, "how many experts.*--base")):
+        with pytest.raises(OutputError, match=says):
+            replace(back, base_config=base_config | changes).save(tmp_path / "c.gguf", format="gguf-lora")
+
+
+def test_the_tokens_that_invoke_an_alora_are_kept(tmp_path: Path) -> None:
+    adapter = replace(qwen2(mlp__up_proj=low_rank(1.0)), config={"alora_invocation_tokens": [5, 7]})
+    adapter.save(tmp_path / "a.gguf", format="gguf-lora")
+    convert_adapter(tmp_path / "a.gguf", tmp_path / "peft", "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 7]
 
 
 def test_a_port_between_equal_bases_gives_the_same_tensors(tmp_path: Path) -> None:
