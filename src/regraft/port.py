@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
 from regraft.forecast import Judgement
 from regraft.lineage import with_port
+from regraft.lineage.port_entry import port_entry
 from regraft.memory import peak_mb
 from regraft.methods import Skip, get_method
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
@@ -178,7 +180,7 @@ def apply_migration(
     ported = replace(
         adapter,
         updates=updates,
-        metadata=with_port(adapter, _lineage(report, settings)),
+        metadata=with_port(adapter, port_entry(report, settings, migration, adapter)),
         config=config,
         tokens=tokens,
         unrecognised=(),
@@ -209,6 +211,10 @@ def base_name(path: str) -> tuple[str, str | None]:
     >>> base_name("/cache/models--org--name/snapshots/abc123")
     ('org/name', 'abc123')
     """
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})", path)
+    if hub is not None:
+        # As a migration names a base.
+        return hub[1], hub[2]
     parts = Path(path).parts
     for i, part in enumerate(parts[:-2]):
         if part.startswith("models--") and parts[i + 1] == "snapshots":
@@ -236,22 +242,3 @@ def _after(judgement: Judgement, method: str, rows: list[PortedModule]) -> Judge
         summary="The new base is near, but the method left much of the update behind: measure it with `verify`.",
         reasons=(lost, *judgement.reasons),
     )
-
-
-def _lineage(report: PortReport, settings: Settings) -> dict[str, Any]:
-    # No clock and no paths: the same inputs give the same bytes, and nobody's folders travel with the file.
-    return {
-        "from": report.source.fingerprint if report.source else None,
-        "to": report.target.fingerprint if report.target else None,
-        "family": report.target.family if report.target else None,
-        "method": report.method,
-        "options": report.options,
-        "strength": settings.strength,
-        "block_strength": list(map(list, settings.block_strength)),
-        "rank": settings.rank,
-        "ported": report.counts.ported,
-        "skipped": {row.name: row.reason for row in report.modules if row.status != "ported"},
-        "forced": report.forced,
-        "verdict": report.verdict,
-        "regraft": report.regraft_version,
-    }

@@ -15,7 +15,8 @@ from regraft import InputError, ModuleRef, OutputError, load_adapter
 from regraft.adapter import TokenRef
 from regraft.families import module_names
 from regraft.formats.cloneofsimo import module_order
-from regraft.inspection import convert_adapter, inspect_adapter
+from regraft.inspection import inspect_adapter
+from regraft.ops.convert import convert_adapter
 from regraft.tensors import InMemory, read_safetensors
 
 REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"

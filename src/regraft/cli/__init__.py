@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import signal
+import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,7 +17,23 @@ from regraft.cli._sink import fail, prepare_terminal
 from regraft.errors import RegraftError, first_line
 
 #: In the order in which ``--help`` lists them; each is a module of this package with a function of the same name.
-VERBS = ("demo", "inspect", "check", "port", "verify", "convert", "methods", "cache")
+VERBS = (
+    "demo",
+    "inspect",
+    "identify",
+    "check",
+    "port",
+    "verify",
+    "convert",
+    "resize",
+    "merge",
+    "extract",
+    "diff",
+    "methods",
+    "lineage",
+    "migration",
+    "cache",
+)
 
 app = typer.Typer(
     name="regraft",
@@ -93,6 +111,9 @@ def main() -> None:
     """Console script: run the app; an error becomes one line and its exit code, never a traceback."""
     prepare_terminal()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not sys.warnoptions:
+        # Libraries warn their callers, not the user; `python -W default -m regraft` shows what they say.
+        warnings.simplefilter("ignore")
     try:
         register()()
     except RegraftError as error:

@@ -20,10 +20,16 @@ from regraft.methods import get_method
 from regraft.pairing import Named
 from regraft.plan import Selection
 
-AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, or a PEFT folder.")]
+AdapterArgument = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, a PEFT folder, or its hub id.")
+]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="OLD", help="The base that it was trained on: file, shard index or folder."),
+    typer.Option(
+        "--from",
+        metavar="OLD",
+        help="The base that it was trained on: file, index, folder, or hub id (org/name[@revision][:file]).",
+    ),
 ]
 To = Annotated[Path | None, typer.Option("--to", metavar="NEW", help="The base that it is to run on.")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="See `regraft methods`.")]
@@ -144,15 +150,15 @@ def _that_match(given: tuple[tuple[str, float], ...], adapter: Adapter) -> tuple
     return given
 
 
-def open_bases(old: Path | None, new: Path | None) -> tuple[Base | None, Base]:
-    """Both bases from ``--from`` and ``--to``.
+def open_bases(old: Path | None, new: Path | None, *, whole: bool = True) -> tuple[Base | None, Base]:
+    """Both bases from ``--from`` and ``--to``; those on the hub downloaded (``whole``), or to be read in part.
 
     Raises:
         UsageError: ``--to`` is missing.
     """
     if new is None:
         raise UsageError("--to is missing", remedy="Give the base that the adapter is to run on.")
-    return (open_base(old) if old is not None else None), open_base(new)
+    return (open_base(old, whole=whole) if old is not None else None), open_base(new, whole=whole)
 
 
 def names_of(named: Named) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""What several formats share: checked pairs, remembered spellings, many tensors read through one open file."""
+"""What several formats share: checked pairs, remembered spellings, many tensors read at once."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
-from regraft.errors import InputError, OutputError, reading
+from regraft.errors import InputError, OutputError
 from regraft.families import get_family
 from regraft.formats._factors import Reshaped
 from regraft.formats._hashes import KEYS as HASHES
+from regraft.hub import fetch_ahead
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
 from regraft.updates import GLora, LoHa, LoKr, LowRank, Tucker, Update
 
 K = TypeVar("K", bound=Hashable)
 #: Kinds whose scale is alpha / rank.
 Scaled = LowRank | Tucker | LoHa | LoKr | GLora
+
+
+_SAVE_AGAIN = "The file is damaged: get another one."
 
 
 def stored(ref: TensorRef) -> Stored | None:
@@ -34,30 +37,9 @@ def stored(ref: TensorRef) -> Stored | None:
 
 
 def load_many(refs: Mapping[K, TensorRef]) -> dict[K, Tensor]:
-    """Every tensor, each file opened once: an SDXL adapter has 3000 tensors behind one long header."""
-    loaded: dict[K, Tensor] = {}
-    by_file: dict[Path, list[K]] = {}
-    for key, ref in refs.items():
-        inner = stored(ref)
-        if inner is not None:
-            by_file.setdefault(inner.file, []).append(key)
-        else:
-            loaded[key] = ref.load()
-    for file, keys in by_file.items():
-        with reading(file), safe_open(file, framework="pt") as handle:
-            for key in keys:
-                loaded[key] = _view(refs[key], handle)
-    return {key: loaded[key] for key in refs}
-
-
-def _view(ref: TensorRef, handle: Any) -> Tensor:
-    if isinstance(ref, Transposed):
-        return _view(ref.of, handle).T.contiguous()
-    if isinstance(ref, Reshaped):
-        return _view(ref.of, handle).reshape(ref.shape)
-    assert isinstance(ref, Stored)
-    tensor: Tensor = handle.get_tensor(ref.name)
-    return tensor
+    """Every tensor, read at its offset, so that a file that changed in between is noticed and none is mapped."""
+    fetch_ahead(refs.values())
+    return {key: ref.load() for key, ref in refs.items()}
 
 
 def scalars(refs: Mapping[K, TensorRef], file: Path) -> dict[K, float]:
@@ -72,12 +54,14 @@ def scalars(refs: Mapping[K, TensorRef], file: Path) -> dict[K, float]:
                 f"alpha must be one number, but has shape {list(ref.shape)}",
                 file=file,
                 key=key_of(ref, str(key)),
-                remedy="The file is damaged: get another one.",
+                remedy=_SAVE_AGAIN,
             )
+        if ref.dtype.is_complex:
+            raise InputError("alpha is a complex number", file=file, key=key_of(ref, str(key)), remedy=_SAVE_AGAIN)
     values = {key: float(tensor.reshape(()).item()) for key, tensor in load_many(refs).items()}
     for key, value in values.items():
         if not math.isfinite(value):
-            raise InputError("alpha is NaN or Inf", file=file, key=key_of(refs[key], str(key)))
+            raise InputError("alpha is NaN or Inf", file=file, key=key_of(refs[key], str(key)), remedy=_SAVE_AGAIN)
     return values
 
 
@@ -105,8 +89,10 @@ def new_alpha(update: Scaled, dtype: torch.dtype = torch.float32) -> TensorRef:
 
 def key_of(ref: TensorRef, otherwise: str) -> str:
     """The file's own key of a tensor."""
-    inner = stored(ref)
-    return inner.name if inner is not None else otherwise
+    # Views of several kinds lie over a file's tensor.
+    while hasattr(ref, "of"):
+        ref = ref.of
+    return ref.name if isinstance(ref, Stored) else otherwise
 
 
 @dataclass

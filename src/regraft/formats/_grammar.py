@@ -14,7 +14,17 @@ from typing import Any
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
-from regraft.families import CANONICAL, Piece, Recognition, family_of_modules, recognise, refine_by_hint, table
+from regraft.families import (
+    CANONICAL,
+    Family,
+    Piece,
+    Recognition,
+    family_of_modules,
+    get_family,
+    recognise,
+    refine_by_hint,
+    table,
+)
 from regraft.formats import AdapterFile, BaseNames
 from regraft.formats._common import Choices, scalars, shapes_of
 from regraft.formats._naming import Table, own_table, tables, whole_shape
@@ -77,6 +87,7 @@ def read(
     prefixes: Sequence[Prefix],
     *,
     extra: Extra | None = None,
+    home: str | None = None,
 ) -> Adapter:
     """Keys → adapter.
 
@@ -86,12 +97,13 @@ def read(
         format: name of the format.
         prefixes: of its components.
         extra: the format's own naming schemes, made of the main model's others.
+        home: the family of all such files, where the format has one.
 
     Raises:
         InputError: an update is incomplete, or its tensors don't fit each other.
     """
     stems, unrecognised = _stems(file, prefixes)
-    reader = _Reader(file, names or {}, stems, extra)
+    reader = _Reader(file, names or {}, stems, extra, get_family(home))
     for stem in stems:
         unrecognised += reader.place(stem)
     family = _family(reader, file.metadata)
@@ -146,8 +158,10 @@ def _family(reader: _Reader, metadata: Mapping[str, str]) -> str | None:
 class _Reader:
     """Places each name of a file on the canonical modules."""
 
-    def __init__(self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None) -> None:
-        self.file, self.names, self.extra = file, names, extra
+    def __init__(
+        self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None, home: Family | None
+    ) -> None:
+        self.file, self.names, self.extra, self.home = file, names, extra, home
         self.known = _recognised(stems, file.metadata)
         self.updates: dict[ModuleRef, Update] = {}
         self.tables: dict[str, str] = {}
@@ -184,6 +198,10 @@ class _Reader:
             schemes, shapes = dict(tables(match.table)), table(match.table).parameters
             component = match.component
             self.tables[component] = match.table
+        elif component == MAIN and self.home is not None:
+            component = self.home.main
+            self.tables[component] = self.home.components[component]
+            schemes, shapes = dict(tables(self.tables[component])), self.home.parameters[component]
         elif component == MAIN:
             component = "transformer" if "transformer" in self.names and "unet" not in self.names else "unet"
         own = self.names.get(component)

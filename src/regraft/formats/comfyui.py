@@ -2,8 +2,8 @@
 
 Facts (ComfyUI 0.3.64; facts alone, it is GPL):
 
-- Key: ``diffusion_model.`` + the module's name in ComfyUI's code + ``lora_A/lora_B``, ``lora_down/lora_up`` or one of the
-  other spellings of the pair; text encoders as ``text_encoders.clip_l.transformer.`` and the like.
+- Key: ``diffusion_model.`` + the module's name in ComfyUI's code + ``lora_A/lora_B``, ``lora_down/lora_up`` or one of
+  the other spellings of the pair; text encoders as ``text_encoders.clip_l.transformer.`` and the like.
 - Scale = alpha / rank where there is ``.alpha``, else 1. ``.dora_scale``, ``.lora_mid.weight`` are siblings.
 - ``.diff`` and ``.diff_b`` are the change of a weight and of a bias, ``.set_weight`` a new value.
 - "Extract and Save Lora": ``lora_up/lora_down`` without alpha, norms as ``.diff``, biases as ``.diff_b``.

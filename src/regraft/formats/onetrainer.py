@@ -2,8 +2,8 @@
 
 Facts (OneTrainer 23df3832; facts alone, it is AGPL):
 
-- Prefixes ``lora_unet`` or ``lora_transformer``, ``lora_te1``, ``lora_te2``, ``lora_te3``; flattened diffusers names with
-  split q, k, v; ``lora_down``, ``lora_up``, ``alpha``, ``dora_scale`` (per input column by default).
+- Prefixes ``lora_unet`` or ``lora_transformer``, ``lora_te1``, ``lora_te2``, ``lora_te3``; flattened diffusers names
+  with split q, k, v; ``lora_down``, ``lora_up``, ``alpha``, ``dora_scale`` (per input column by default).
 - Text encoders are wrapped whole, so ``lora_te2_text_projection`` occurs. Flux' T5 is ``lora_te2``.
 - Placeholders of bundled embeddings: ``bundle_emb.<name>.clip_l`` and the like.
 - Its other exports are of other formats: KOHYA (`kohya`), DIFFUSERS (`diffusers`), COMFY (`comfyui`), ORIGINAL

@@ -60,7 +60,7 @@ def _detect(file: AdapterFile) -> bool:
 
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
-    return read(file, names, "xlabs", PREFIXES, extra=_processors)
+    return read(file, names, "xlabs", PREFIXES, extra=_processors, home="flux")
 
 
 def _write(adapter: Adapter) -> Written:

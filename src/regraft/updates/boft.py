@@ -10,6 +10,7 @@ Stage i mixes neighbours that lie 2ⁱ · b / 2 apart, by the Cayley transforms 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -46,8 +47,24 @@ class Boft(Kind):
 
     @property
     def shape(self) -> Shape:
-        """Shape of ΔW where it is known, else (out,)."""
+        """Shape of ΔW where it is known, else the one axis that the blocks tell."""
         return self.weight_shape or (self.blocks.shape[1] * self.blocks.shape[2],)
+
+    @property
+    def rows(self) -> int | None:
+        if self.weight_shape is not None:
+            return self.weight_shape[0]
+        if self.convention == "peft":
+            return None if self.rescale is None else prod(self.rescale.shape)
+        return self.shape[0]
+
+    def fits(self, weight_shape: Shape) -> bool:
+        size = self.blocks.shape[1] * self.blocks.shape[2]
+        if len(weight_shape) < 2:
+            return False
+        if self.convention == "lycoris":
+            return weight_shape[0] == size
+        return prod(weight_shape[1:]) == size and self.rows in (None, weight_shape[0])
 
     @property
     def additive(self) -> bool:
@@ -76,6 +93,9 @@ class Boft(Kind):
         half, width = rotation.shape[-1] // 2, rows.shape[1]
         # LyCORIS pairs single rows half a block times the stride apart; PEFT sorts chunks of half a block.
         grid = (2, stride * half, 1) if self.convention == "lycoris" else (2, stride, half)
+        if self.convention == "peft" and stride == 1:
+            # One chunk after the other as they are: a block of one stage may be odd.
+            grid = (1, 1, 1)
         paired = rows.reshape(-1, *grid, width).transpose(1, 2).reshape(len(rotation), -1, width)
         turned = torch.einsum("nij,njk->nik", rotation, paired)
         return turned.reshape(-1, grid[1], grid[0], grid[2], width).transpose(1, 2).reshape(rows.shape)

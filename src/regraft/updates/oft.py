@@ -10,6 +10,7 @@ OFT (Qiu et al. 2023, arXiv 2306.07280). The rotation of a block is the Cayley t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -53,6 +54,22 @@ class Oft(Kind):
         return self.weight_shape or (self.blocks.shape[0] * self.block_size,)
 
     @property
+    def rows(self) -> int | None:
+        if self.weight_shape is not None:
+            return self.weight_shape[0]
+        return self.shape[0] if self.convention == "lycoris" else None
+
+    def fits(self, weight_shape: Shape) -> bool:
+        size = self.blocks.shape[0] * self.block_size
+        if len(weight_shape) < 2:
+            return False
+        if self.convention == "lycoris":
+            return weight_shape[0] == size
+        # One block may serve all columns (PEFT's block_share).
+        columns = prod(weight_shape[1:])
+        return columns == size or (self.blocks.shape[0] == 1 and columns % size == 0)
+
+    @property
     def additive(self) -> bool:
         return False
 
@@ -84,7 +101,6 @@ class Oft(Kind):
         rotation = self.strength * rotation + (1 - self.strength) * torch.eye(size)
         if self.convention == "peft":
             columns = base.reshape(len(base), -1, size)
-            # One block may serve all columns (PEFT's block_share).
             shared = rotation.expand(columns.shape[1], size, size)
             return torch.einsum("onk,njk->onj", columns, shared).reshape(base.shape) - base
         moved = torch.einsum("nij,ni...->nj...", rotation, base.reshape(n, size, *base.shape[1:])).reshape(base.shape)
