@@ -35,6 +35,7 @@ class Spelling:
         style: of the pair (`regraft.formats._suffixes.PAIRS`).
         magnitude: suffix of DoRA's magnitude.
         always_alpha: whether alpha is written where the scale is 1 too.
+        homes: main component → its prefix, where it isn't the first.
         kinds: of update that the format has a place for.
         whole: whether a parameter's new value stands under its own name.
     """
@@ -45,6 +46,7 @@ class Spelling:
     style: str = "lora_down"
     magnitude: str = ".dora_scale"
     always_alpha: bool = True
+    homes: Mapping[str, str] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset({"lora", "dora"})
     whole: bool = False
 
@@ -174,12 +176,15 @@ class _Writer:
             for component, text in preferred.items():
                 if prefix.text[:-1] == text:
                     found[component] = prefix
+            for component, text in self.spelling.homes.items():
+                if prefix.text == text:
+                    found[component] = prefix
         return found
 
     def prefix(self, ref: ModuleRef) -> Prefix:
         component = component_for(self.adapter, ref.component, self.spelling.format)
-        text = chosen(self.layout.get("prefix", {}), component, ref.path, "")
-        if text in self.by_text:
+        spelt = self.layout.get("prefix", {})
+        if component in spelt and (text := chosen(spelt, component, ref.path, "")) in self.by_text:
             return self.by_text[text]
         role = MAIN if component in MAIN_COMPONENTS else component
         if role == "text_encoder_2" and ref.path.startswith(("encoder.block.", "shared")):

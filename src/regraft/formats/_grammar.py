@@ -88,6 +88,7 @@ def read(
     *,
     extra: Extra | None = None,
     home: str | None = None,
+    whole: Callable[[str], str] = lambda name: name,
 ) -> Adapter:
     """Keys → adapter.
 
@@ -98,12 +99,14 @@ def read(
         prefixes: of its components.
         extra: the format's own naming schemes, made of the main model's others.
         home: the family of all such files, where the format has one.
+        whole: a name as the families' tables have it, where the format names parts of a fused weight.
 
     Raises:
         InputError: an update is incomplete, or its tensors don't fit each other.
     """
     stems, unrecognised = _stems(file, prefixes)
-    reader = _Reader(file, names or {}, stems, extra, get_family(home))
+    known = _recognised(stems, file.metadata, whole)
+    reader = _Reader(file, names or {}, known, extra, get_family(home))
     for stem in stems:
         unrecognised += reader.place(stem)
     family = _family(reader, file.metadata)
@@ -159,10 +162,15 @@ class _Reader:
     """Places each name of a file on the canonical modules."""
 
     def __init__(
-        self, file: AdapterFile, names: BaseNames, stems: Sequence[_Stem], extra: Extra | None, home: Family | None
+        self,
+        file: AdapterFile,
+        names: BaseNames,
+        known: Recognition | None,
+        extra: Extra | None,
+        home: Family | None,
     ) -> None:
         self.file, self.names, self.extra, self.home = file, names, extra, home
-        self.known = _recognised(stems, file.metadata)
+        self.known = known
         self.updates: dict[ModuleRef, Update] = {}
         self.tables: dict[str, str] = {}
         self.looked_up: dict[str, tuple[str, dict[str, Table], Mapping[str, Shape]]] = {}
@@ -289,10 +297,11 @@ def _double(file: AdapterFile, ref: ModuleRef, stem: _Stem) -> None:
     )
 
 
-def _recognised(stems: Iterable[_Stem], metadata: Mapping[str, str]) -> Recognition | None:
+def _recognised(stems: Iterable[_Stem], metadata: Mapping[str, str], whole: Callable[[str], str]) -> Recognition | None:
     names: dict[str, dict[str, Shape | None]] = {}
     for stem in stems:
-        names.setdefault(stem.prefix.component, {})[stem.name] = stem.shape
+        name = whole(stem.name)
+        names.setdefault(stem.prefix.component, {})[name] = stem.shape if name == stem.name else None
     if MAIN in names:
         # To the families, this stands for the main model whatever it is called.
         names["transformer"] = names.pop(MAIN)

@@ -27,11 +27,15 @@ PREFIXES = (
     Prefix("clip_g.", "text_encoder_2", flat=False),
     Prefix("t5.", "text_encoder_3", flat=False),
 )
-_SPELLING = Spelling("omi", PREFIXES, schemes=("omi",))
+_SPELLING = Spelling("omi", PREFIXES, schemes=("omi",), homes={"transformer": "transformer."})
 _KEY = re.compile(
     r"(clip_[lg]|t5)\..+\.lora_down\.weight"
-    r"|(unet|transformer)\.(input_blocks|middle_block|output_blocks|double_blocks|single_blocks)\..+\.lora_down\.weight"
+    r"|(unet|transformer)\.(input_blocks|middle_block|output_blocks|double_blocks|single_blocks|joint_blocks|blocks)\..+\.lora_down\.weight"
 )
+
+
+# The number of a part behind a fused projection's name.
+_PART = re.compile(r"(?<=qkv|ar1)\.\d$")
 
 
 def _parts(schemes: Mapping[str, Table]) -> dict[str, Table]:
@@ -50,7 +54,7 @@ def _detect(file: AdapterFile) -> bool:
 
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
-    return read(file, names, "omi", PREFIXES, extra=_parts)
+    return read(file, names, "omi", PREFIXES, extra=_parts, whole=lambda name: _PART.sub("", name))
 
 
 def _write(adapter: Adapter) -> Written:

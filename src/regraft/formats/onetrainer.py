@@ -12,20 +12,17 @@ Facts (OneTrainer 23df3832; facts alone, it is AGPL):
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from regraft.adapter import Adapter
 from regraft.families import CANONICAL
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats.kohya import PREFIXES, is_flat, read_flat
 
-_TRANSFORMER = tuple(prefix for prefix in PREFIXES if prefix.text == "lora_transformer_")
-_UNET = tuple(prefix for prefix in PREFIXES if prefix.text in ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_"))
 _SPELLING = Spelling(
     "onetrainer",
-    _UNET + _TRANSFORMER,
+    PREFIXES,
     schemes=(CANONICAL,),
+    homes={"transformer": "lora_transformer_", "text_encoder": "lora_te1_"},
     kinds=frozenset({"lora", "dora", "loha"}),
 )
 
@@ -41,10 +38,7 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
 
 
 def _write(adapter: Adapter) -> Written:
-    spelling = _SPELLING
-    if "transformer" in adapter.components() or adapter.layout.get("main") == "transformer":
-        spelling = replace(spelling, prefixes=(*_TRANSFORMER, *_UNET))
-    return write(adapter, spelling, {"modelspec.implementation": "https://github.com/huggingface/diffusers"})
+    return write(adapter, _SPELLING, {"modelspec.implementation": "https://github.com/huggingface/diffusers"})
 
 
 FORMAT = Format("onetrainer", "OneTrainer (legacy: flattened diffusers names)", 68, _detect, _read, _write)
