@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def _cut(size: int) -> int:
     return size // 128 if size % 1024 == 0 else min(size, 32)
 
 
+def _cut_shape(key: str, tensors: dict[str, Any]) -> list[int]:
+    shape = [_cut(size) for size in tensors[key]["shape"]]
+    stem, _, last = key.rpartition(".")
+    halves = [f"{stem}.{half}" for half in ("lokr_w1", "lokr_w2", "lokr_w2_a") if f"{stem}.{half}" in tensors]
+    if last == "dora_scale" and halves:
+        # A magnitude runs along the rows of the Kronecker product of the halves as they are cut.
+        shape[0] = prod(_cut(tensors[half]["shape"][0]) for half in halves)
+    return shape
+
+
 def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
     """The golden list as a file (a folder where it has a config), its values all different; returns its path.
 
@@ -36,7 +47,7 @@ def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
     data = golden(name)
     tensors = {}
     for number, (key, about) in enumerate(data["tensors"].items()):
-        shape = about["shape"] if whole_shapes else [_cut(size) for size in about["shape"]]
+        shape = about["shape"] if whole_shapes else _cut_shape(key, data["tensors"])
         value = torch.full(shape, number % 97 + 1, dtype=DTYPES[about["dtype"]])
         if key.endswith(".alpha"):
             value = torch.full(shape, 4, dtype=DTYPES[about["dtype"]])
