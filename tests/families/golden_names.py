@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 from truth import GOLDEN, read
@@ -47,6 +48,7 @@ _DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_l
 _UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight", "up.weight")
 
 
+@cache
 def names_of(golden: str) -> tuple[dict[str, dict[str, Shape | None]], dict[str, str]]:
     """(component → name → shape of ΔW, metadata) of a golden list."""
     data = read(GOLDEN, golden)

@@ -77,6 +77,22 @@ def test_a_single_file_checkpoint_is_told_by_the_original_names() -> None:
     assert family_of_base(base("model", xl)) == "sdxl"
 
 
+SAME = {"wan22": "wan", "pony": "sdxl", "illustrious": "sdxl", "noobai": "sdxl", "flux-kontext": "flux"}
+
+
+@pytest.mark.parametrize("name", [name for name, family in families().items() if family.components])
+def test_the_parameters_of_a_family_make_a_base_of_it(name: str) -> None:
+    family = families()[name]
+    weights = base(family.main, dict(family.tables[family.main]))
+    assert family_of_base(weights) == SAME.get(name, name)
+
+
+def test_two_experts_make_wan_22_of_what_one_would_make_wan_21() -> None:
+    one = base("transformer", module_names("wan", "transformer"))
+    two = Base(Path("base"), {**one.components, "transformer_2": one.components["transformer"]}, {})
+    assert (family_of_base(one), family_of_base(two)) == ("wan", "wan22")
+
+
 LLAMA = {"model.layers.0.self_attn.o_proj": (8, 8), "model.layers.0.mlp.gate_proj": (8, 8)}
 
 

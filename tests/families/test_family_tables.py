@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from truth import listed
 
-from regraft.families import Piece, families, get_family, table
+from regraft.families import Family, Piece, families, get_family, table
 from regraft.families._templates import expand
 
 LISTS = [
@@ -117,3 +117,53 @@ def test_a_family_gives_parameters_originals_and_spellings_by_component() -> Non
     assert [piece.name for piece in fused] == [f"transformer_blocks.18.attn.to_{x}.bias" for x in "qkv"]
     assert [piece.rows for piece in fused] == [((0, 3072),), ((3072, 6144),), ((6144, 9216),)]
     assert flux.spellings["transformer"] == {}
+
+
+def test_fused_weights_are_known_by_their_parts() -> None:
+    block = "single_transformer_blocks.37"
+    parts = (*(f"{block}.attn.to_{x}" for x in "qkv"), f"{block}.proj_mlp")
+    assert table("flux-dev").fused["single_blocks.37.linear1"] == parts
+    assert len(table("flux-dev").fused) == 2 * 19 + 38
+    assert len(table("clip-big-g").fused) == 32
+    assert not table("wan-14b").fused
+
+
+def test_blocks_have_the_order_in_which_they_run() -> None:
+    for name, paths in {
+        "flux": (
+            "transformer_blocks.0.attn.to_q",
+            "transformer_blocks.18.ff.net.2",
+            "single_transformer_blocks.0.proj_mlp",
+        ),
+        "sdxl": (
+            "down_blocks.2.attentions.1.proj_in",
+            "mid_block.attentions.0.proj_in",
+            "up_blocks.0.attentions.0.proj_in",
+        ),
+        "z-image": ("noise_refiner.1.attention.to_q", "context_refiner.0.attention.to_q", "layers.29.attention.to_q"),
+    }.items():
+        family = get_family(name)
+        assert family is not None
+        places = [family.position(path) or () for path in paths]
+        assert places == sorted(places)
+        assert all(places)
+    assert get_family("flux").position("x_embedder") is None
+
+
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)
+def test_every_stack_of_a_family_is_in_its_main_model(family: Family) -> None:
+    if family.components:
+        names = family.tables[family.main]
+        assert family.depth
+        assert all(any(path.startswith(f"{stack}.") for path in names) for stack in family.depth)
+
+
+def test_no_table_is_read_before_it_is_asked_for() -> None:
+    table.cache_clear()
+    families.cache_clear()
+    try:
+        assert get_family("flux").components["transformer"] == "flux-dev"
+        assert "unet" not in get_family("flux").tables
+        assert table.cache_info().currsize == 0
+    finally:
+        families.cache_clear()

@@ -23,3 +23,13 @@ def test_the_tool_writes_the_files_that_ship(tmp_path: Path, monkeypatch: pytest
         made = (tmp_path / f"{name}.json").read_text(encoding="utf-8")
         assert json.loads(made)["parameters"]
         assert made == (ROOT / "src/regraft/families/tables" / f"{name}.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_tool_writes_the_gguf_names_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    tool = importlib.import_module("tools.make_families.gguf_names")
+    monkeypatch.setattr(tool, "FILE", tmp_path / "_gguf.json")
+    tool.main()
+    made = (tmp_path / "_gguf.json").read_text(encoding="utf-8")
+    assert made == (ROOT / "src/regraft/families/_gguf.json").read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from golden_names import names_of
 
@@ -329,9 +331,20 @@ def test_a_family_recognises_its_own_main_model(name: str) -> None:
     family = get_family(name)
     assert family is not None
     own = table(family.components[family.main])
-    for scheme in own.schemes:
-        shapes = {path: entry.shape for path, entry in own.named(scheme, flat=True).items()}
+    for scheme, flat in product(own.schemes, (DOTTED, FLAT)):
+        shapes = {path: entry.shape for path, entry in own.named(scheme, flat=flat).items()}
         found = recognise({family.main: shapes}, {"config": name})
         assert found is not None
         assert found.exact
         assert table(get_family(found.family).components[found.matches[family.main].component]) is own
+
+
+def test_an_encoder_is_known_under_any_number() -> None:
+    names = {
+        "encoder_block_0_layer_1_DenseReluDense_wi_0": (10240, 4096),
+        "encoder_block_3_layer_0_SelfAttention_q": None,
+    }
+    for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        found = recognise({component: names})
+        assert found is not None
+        assert found.family == "t5-xxl"

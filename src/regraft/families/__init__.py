@@ -24,6 +24,7 @@ from regraft.families._recognise import (
     recognise,
 )
 from regraft.families._tables import CANONICAL, ORIGINAL, Named, Piece, Table, flattened, table
+from regraft.families._templates import kind_of
 from regraft.tensors import Shape
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "gguf_families",
     "gguf_names",
     "gguf_values",
+    "kind_of",
     "module_names",
     "recognise",
     "refine_by_hint",
@@ -128,9 +130,10 @@ def family_of_base(base: Base) -> str | None:
     config = base.configs.get(main, {})
     kind = str(config.get("model_type") or config.get("_class_name") or "")
     named = [family for family in families().values() if kind and kind in family.rules.get("config", [])]
-    for family in families().values():
-        if main in (MODEL, family.main) and not family.descends and _holds(tensors, family):
-            return _of_more_components(family, base).name
+    listed = [f for f in families().values() if main in (MODEL, f.main) and not f.descends and _holds(tensors, f)]
+    if listed:
+        # FramePack has all that HunyuanVideo has, and more.
+        return _of_more_components(max(listed, key=lambda f: len(f.tables[f.main])), base).name
     if named:
         return named[0].name
     for family in families().values():
@@ -157,8 +160,9 @@ def _holds(tensors: Mapping[str, Any], family: Family) -> bool:
     if family.main not in family.components:
         return False
     one = family.table(family.main)
-    first = next(iter(one.data["parameters"]))
-    if "{" in first or first in tensors or f"{first}.weight" in tensors:
+    # Most families are told apart by any weight outside of their blocks.
+    first = next((name for name in one.data["parameters"] if name.endswith(".weight") and "{" not in name), None)
+    if first is None or first in tensors:
         fixed = {path: shape for path, shape in one.modules.items() if path not in family.varying}
         if all(_has(tensors, f"{path}.weight", shape) for path, shape in fixed.items()):
             return True

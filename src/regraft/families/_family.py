@@ -53,6 +53,7 @@ class Family:
             usual first; ``""`` where a file holds nothing else.
         varying: modules whose shape differs between variants of one family (inpainting's first convolution).
         descends: the family that this one is a fine-tune of: same tables, told apart by metadata alone.
+        depth: the numbered stacks of the main model in the order in which they run.
         rules: the patterns by which names are recognised.
         data: everything else in the file.
     """
@@ -66,6 +67,7 @@ class Family:
     roots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     varying: tuple[str, ...] = ()
     descends: str | None = None
+    depth: tuple[str, ...] = ()
     rules: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,6 +96,17 @@ class Family:
         """``unet`` → canonical module → its name in the original (sgm) code."""
         unets = {name: one for name, one in self.components.items() if name == "unet"}
         return _Lazy(unets, _module_names)
+
+    def position(self, path: str) -> tuple[int, ...] | None:
+        """Where a module of the main model runs: its stack, then its numbers; None outside of the numbered stacks.
+
+        >>> get_family("flux").position("single_transformer_blocks.3.proj_out")
+        (1, 3)
+        """
+        for number, stack in enumerate(self.depth):
+            if path == stack or path.startswith(f"{stack}."):
+                return number, *(int(part) for part in path[len(stack) :].split(".") if part.isdigit())
+        return None
 
     def table(self, component: str) -> Table:
         """The component's table; KeyError if the family has none."""
@@ -130,6 +143,7 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         {component: tuple(roots) for component, roots in data.get("roots", {}).items()},
         tuple(data.get("varying", ())),
         data.get("descends"),
+        tuple(data.get("depth", ())),
         data.get("recognise", {}),
         data,
     )

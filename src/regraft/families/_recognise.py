@@ -189,6 +189,9 @@ def _components(family: Family, key: str) -> list[str]:
         return list(family.components)
     if key in _MAIN:
         return [family.main] if family.main in family.components else []
+    if len(family.components) == 1 and family.main.startswith("text_encoder"):
+        # Pipelines number their encoders differently: CLIP ViT-L is the second one of HunyuanVideo.
+        return [family.main]
     return [component for component in family.components if component != family.main]
 
 

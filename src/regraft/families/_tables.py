@@ -113,6 +113,21 @@ class Table:
         """Canonical module → its weight's shape."""
         return {n.removesuffix(".weight"): shape for n, shape in self.parameters.items() if n.endswith(".weight")}
 
+    @cached_property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Original module → the canonical modules that it holds, where they are several."""
+        return {
+            name.removesuffix(".weight"): tuple(piece.name.removesuffix(".weight") for piece in pieces)
+            for name, pieces in self.original.items()
+            if len(pieces) > 1 and all(piece.name.endswith(".weight") for piece in pieces)
+        }
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration that makes this model: widths, heads, depths."""
+        config: Mapping[str, Any] = self.data["config"]
+        return config
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """Names of the schemes that this table knows, canonical first."""

@@ -47,7 +47,7 @@ def _beginning(row: tuple[str, T]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """A name (or template) without its numbers: names of one kind differ by their blocks alone.
+    """A name (or template) without its numbers: names of one kind have one role, and differ by their blocks alone.
 
     >>> kind_of("blocks.{0-39}.attn1.to_out.0.weight")
     'blocks.#.attn1.to_out.#.weight'
