@@ -137,6 +137,20 @@ def test_one_changed_module_is_seen_and_its_share_is_told() -> None:
     assert found.touched == pytest.approx(state["lm_head.weight"].numel() / sum(t.numel() for t in state.values()))
 
 
+def test_an_edit_between_the_sampled_elements_is_seen_by_the_exact_hash_alone(tmp_path: Path) -> None:
+    state = model()
+    sampled = {i for run in sample_runs(tuple(state["lm_head.weight"].shape)) for i in run}
+    edited = state["lm_head.weight"].clone()
+    edited.view(-1)[next(i for i in range(edited.numel()) if i not in sampled)] += 1
+    paths = {"old": state, "new": {**state, "lm_head.weight": edited}}
+    old, new = (open_base(save_base(tensors, tmp_path / f"{name}.safetensors")) for name, tensors in paths.items())
+    assert old.fingerprint == new.fingerprint
+    assert compare_fingerprints(old.prints, new.prints)["model"].verdict == "identical"
+    found = compare_fingerprints(old.exact_prints(), new.exact_prints())["model"]
+    assert (found.verdict, found.basis) == ("drifted", "content")
+    assert str(found) == "another version, by hash; no sampled value differs"
+
+
 def test_weights_trained_from_another_start_are_unrelated() -> None:
     found = compare_components(print_of(model(0)), print_of(model(1)))
     assert found.verdict == "unrelated"

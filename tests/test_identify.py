@@ -14,7 +14,7 @@ from running import Run
 from safetensors.torch import save_file
 
 import regraft.filehash
-from regraft import Adapter, InputError, UsageError, load_adapter, open_base, port
+from regraft import Adapter, InputError, ModuleRef, UsageError, load_adapter, open_base, port
 from regraft.filehash import file_hashes, legacy_hash
 from regraft.identify import clues_of, identify_base
 from regraft.lineage import KEY
@@ -206,3 +206,25 @@ def test_no_candidate_or_a_folder_without_a_base_is_an_error(state: StateDict, t
         identify_base(lora(state), [])
     with pytest.raises(InputError, match="holds no base"):
         identify_base(lora(state), [tmp_path])
+
+
+def test_an_adapter_of_one_component_fits_every_base_that_has_it(state: StateDict, tmp_path: Path) -> None:
+    def pipeline(name: str, unet: StateDict, text: StateDict) -> Path:
+        save_base(unet, tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        save_base(text, tmp_path / name / "text_encoder" / "model.safetensors")
+        return tmp_path / name
+
+    moved = drifted(state, 0.1)
+    made_for = open_base(pipeline("made_for", state, llama(1, width=64)))
+    places = [pipeline("other", moved, llama(1, width=64)), pipeline("same_unet", state, llama(2, width=64))]
+    places.append(save_base(state, tmp_path / "unet_alone.safetensors"))
+    samples = {name: part.sample for name, part in made_for.prints.components.items()}
+    lineage = {"version": "1.0", "base": {"fingerprint": made_for.fingerprint, "components": samples}, "ports": []}
+    plain = lora(state)
+    updates = {ModuleRef("unet", ref.path): update for ref, update in plain.updates.items()}
+    report = identify_base(replace(plain, updates=updates, metadata={KEY: json.dumps(lineage)}), places)
+    assert {Path(found.path).name: found.match for found in report.candidates} == {
+        "same_unet": "exact",
+        "unet_alone.safetensors": "exact",
+        "other": "other",
+    }

@@ -51,12 +51,12 @@ class Clue:
     Attributes:
         source: where it stands.
         kind: what it is.
-        value: as it is compared: a fingerprint, a brief sketch, hexadecimal digits, a name.
+        value: as it is compared: a fingerprint, ``component hash`` pairs, a brief sketch, hexadecimal digits, a name.
         revision: of a name, where it is told.
     """
 
     source: str
-    kind: Literal["fingerprint", "sketch", "hash", "name"]
+    kind: Literal["fingerprint", "components", "sketch", "hash", "name"]
     value: str
     revision: str | None = None
 
@@ -67,7 +67,7 @@ def clues_of(adapter: Adapter) -> list[Clue]:
     A ported adapter's lineage overrides what its trainer wrote: that was of the first base.
     """
     found = list(_from_lineage(adapter))
-    if any(clue.kind in ("fingerprint", "sketch") for clue in found):
+    if any(clue.kind in ("fingerprint", "components", "sketch") for clue in found):
         return found
     for key in _HASH_KEYS:
         match = _HEX.fullmatch(adapter.metadata.get(key, "").strip())
@@ -96,6 +96,11 @@ def _from_lineage(adapter: Adapter) -> Iterable[Clue]:
     for kind in kinds:
         if isinstance(parts.get(kind), str) and parts[kind]:
             yield Clue(f"lineage: {kind}", kind, parts[kind])
+    samples = parts.get("components")
+    if isinstance(samples, dict):
+        # Of the others, an adapter says nothing: a LoRA of the U-Net alone fits every base with that U-Net.
+        touched = {name: text for name, text in samples.items() if name in adapter.components()} or samples
+        yield Clue("lineage: components", "components", " ".join(f"{name} {text}" for name, text in touched.items()))
 
 
 def identify_base(adapter: Adapter, candidates: Sequence[str | Path], *, tick: Ticker | None = None) -> IdentifyReport:
@@ -205,6 +210,20 @@ def _by_fingerprint(clue: Clue, base: Base, evidence: list[str]) -> Match | None
     equal = clue.value == base.fingerprint
     evidence.append(f"{clue.source} {'is' if equal else 'is not'} its fingerprint")
     return "exact" if equal else "other"
+
+
+def _by_components(clue: Clue, base: Base, evidence: list[str]) -> Match | None:
+    words = clue.value.split()
+    wanted = dict(zip(words[::2], words[1::2], strict=False))
+    own = {name: part.sample for name, part in base.prints.components.items()}
+    # A model alone has no component name.
+    alone = "model" in (*wanted, *own)
+    if not wanted or not all(
+        own.get(name) == text or (alone and text in own.values()) for name, text in wanted.items()
+    ):
+        return None
+    evidence.append(f"{clue.source} are its own ({', '.join(wanted)})")
+    return "exact"
 
 
 def _by_sketch(clue: Clue, base: Base, evidence: list[str]) -> Match | None:
@@ -321,6 +340,7 @@ def _by_name(clue: Clue, base: Base, evidence: list[str]) -> Match | None:
 
 _CHECKS: dict[str, Callable[[Clue, Base, list[str]], Match | None]] = {
     "fingerprint": _by_fingerprint,
+    "components": _by_components,
     "sketch": _by_sketch,
     "name": _by_name,
 }

@@ -87,6 +87,8 @@ class Likeness:
             return f"the same weights, up to rounding or quantisation (it explains {self.floor or 0:.2%})"
         if self.verdict == "other":
             return "another architecture" if self.overlap == 0 else "the same architecture; no sketch to compare by"
+        if self.basis == "content":
+            return "another version, by hash; no sampled value differs"
         how_far = f"drift {self.drift or 0:.2%} ± {self.error or 0:.2%}"
         return f"another version, {how_far}" if self.verdict == "drifted" else f"unrelated weights ({how_far})"
 
@@ -114,7 +116,10 @@ def compare_components(old: ComponentPrint, new: ComponentPrint) -> Likeness:
     if old.content is not None and old.content == new.content:
         return Likeness("identical", "content", 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
     told_apart = old.content is not None and new.content is not None
-    if old.sample == new.sample and not told_apart:
+    if old.sample == new.sample and told_apart:
+        # Edited between the sampled elements, in a few places: a training would have moved these too.
+        return Likeness("drifted", "content", 0.0, None, 0.0, 1.0, 1.0)
+    if old.sample == new.sample:
         return Likeness("identical", "sample", 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
     if old.sketch is not None and new.sketch is not None:
         return compare_sketches(old.sketch, new.sketch)

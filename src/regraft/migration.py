@@ -276,7 +276,7 @@ def fit_migration(
     if chosen.scope != "pair" and adapter is None:
         raise UsageError(f"method {method!r} depends on the adapter: it has no migration", remedy="Port with it.")
     settings = chosen.check_options(options)
-    pairing = pair_bases(old, new)
+    pairing = _paired(old, new)
     touched = source_modules(adapter, old) if adapter is not None else None
     wanted = list(pairing.counterparts) if touched is None else [m for m in pairing.counterparts if m in touched]
     pairs = _Pairs(old, new, pairing, [module for module in wanted if pairing[module].module is not None])
@@ -308,6 +308,16 @@ def fit_migration(
 def size_of(base: Base) -> int:
     """Bytes of a base's tensors as they are stored."""
     return sum(n_bytes(ref) for tensors in base.components.values() for ref in tensors.values())
+
+
+def _paired(old: Base, new: Base) -> Pairing:
+    if old.partial or new.partial:
+        from regraft.hub.remote import ahead
+
+        # Only notes which corners of the weights the alignment of depths will read.
+        with ahead():
+            pair_bases(old, new)
+    return pair_bases(old, new)
 
 
 def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:

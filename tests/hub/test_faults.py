@@ -120,7 +120,9 @@ def test_a_server_without_ranges_is_not_made_to_send_gigabytes(hub: Hub) -> None
         file.read([(1 << 39, 10)])
 
 
-def test_an_interrupted_download_is_finished(hub: Hub) -> None:
+def test_an_interrupted_download_is_finished(
+    hub: Hub, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     hub.repos["org/name"] = {"model.safetensors": save(STATE)}
     open_base("org/name", whole=False)
     hub.faults.append(Fault("/blobs/", "cut", after=50_000))
@@ -128,6 +130,7 @@ def test_an_interrupted_download_is_finished(hub: Hub) -> None:
     base = open_base("org/name")
     loads(base)
     assert hub.sent - before < len(hub.repos["org/name"]["model.safetensors"]) + 2 * (1 << 17)
+    assert capfd.readouterr().err + caplog.text == "", "no bar, no warning with the signed link"
 
 
 def test_the_listing_is_asked_for_again_and_then_given_up(hub: Hub, waits: list[float]) -> None:
@@ -198,3 +201,20 @@ def test_many_tensors_are_fetched_in_few_requests(hub: Hub) -> None:
     asked = len(hub.requests)
     assert base.fingerprint
     assert len(hub.requests) - asked < 10
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "429"])
+def test_a_download_outlasts_a_busy_hub(hub: Hub, kind: str) -> None:
+    hub.repos["org/name"] = {"model.safetensors": save(STATE)}
+    hub.faults += [Fault("resolve/", kind, times=2), Fault("/blobs/", kind, times=1)]
+    loads(open_base("org/name"))
+
+
+def test_a_file_that_is_gone_between_listing_and_reading_is_told(hub: Hub) -> None:
+    hub.repos["org/name"] = {"model.safetensors": save(STATE)}
+    hub.faults.append(Fault("resolve/", "404", times=99, headers={"X-Error-Code": "EntryNotFound"}))
+    for whole in (True, False):
+        with pytest.raises(
+            InputError, match=r"^org/name:model.safetensors: the repository has no such file\. See http"
+        ):
+            open_base("org/name", whole=whole)

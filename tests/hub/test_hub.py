@@ -54,6 +54,9 @@ def line(given: str, **how: Any) -> str:
         ("org/name:unet/x.safetensors", HubId("org/name", None, "unet/x.safetensors")),
         ("org/name:unet/", HubId("org/name", None, "unet")),
         ("org/name.safetensors", None),
+        ("org/name:../../x", None),
+        ("org/name@../../x", None),
+        ("org/name:unet/../../x", None),
         ("a/b/c", None),
         ("name", None),
         ("./org/name", None),
@@ -357,3 +360,16 @@ def test_verify_gets_all_that_a_model_needs_to_run(hub: Hub) -> None:
     found = {file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()}
     left = {"unet/diffusion_pytorch_model.fp16.safetensors", "whole.safetensors"}
     assert found == set(files) - left
+
+
+def test_a_base_of_another_depth_is_aligned_in_few_requests(hub: Hub, tmp_path: Path, run: Run) -> None:
+    old, new = llama(layers=8), llama(layers=8)
+    new |= {name.replace("layers.7", "layers.8"): tensor + 0 for name, tensor in new.items() if "layers.7" in name}
+    hub.repos["org/v1"], hub.repos["org/v2"] = files_of(old), files_of(new)
+    lora(old).save(tmp_path / "lora", format="peft")
+    paths = [save_base(state, tmp_path / f"{i}.safetensors") for i, state in enumerate((old, new))]
+    ran = run("check", tmp_path / "lora", "--from", "org/v1", "--to", "org/v2", "--json")
+    local = run("check", tmp_path / "lora", "--from", paths[0], "--to", paths[1], "--json").record
+    targets = {module["name"]: module["target"] for module in ran.record["modules"]}
+    assert targets == {module["name"]: module["target"] for module in local["modules"]}
+    assert len([request for request in hub.requests if request.server == "cdn"]) < 20

@@ -52,7 +52,7 @@ def hub_id_of(given: str | Path) -> HubId | None:
     """
     text = given.as_posix() if isinstance(given, Path) else given
     match = _ID.fullmatch(text)
-    if match is None or os.path.lexists(Path(given).expanduser()):
+    if match is None or ".." in re.split(r"[/:@]", text) or os.path.lexists(Path(given).expanduser()):
         return None
     if match["file"] is None and match["revision"] is None and text.lower().endswith(_LOCAL_SUFFIXES):
         return None

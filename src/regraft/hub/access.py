@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by its docs
+    are_progress_bars_disabled,
+    disable_progress_bars,
+)
 
 from regraft.errors import InputError, first_line
 
@@ -31,6 +37,8 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 #: Longer than this, nobody is made to wait.
 LONGEST_WAIT = 60.0
+#: Seconds of silence after which a connection counts as broken.
+TIMEOUT = 30.0
 _FIRST_WAIT, _TRIES = 0.5, 4
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -90,13 +98,21 @@ def patiently(call: Callable[[], T]) -> T:
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turn the hub's errors into one that names ``what``."""
+    """Turn the hub's errors into one that names ``what``, and keep its library from telling them too."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    # Its warnings hold signed links.
+    logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty() and not are_progress_bars_disabled():
+        disable_progress_bars()
     try:
         yield
     except InputError:
         raise
     except (HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
         raise explained(error, what) from None
+    finally:
+        logger.setLevel(level)
 
 
 def explained(error: Exception, what: str) -> InputError:
@@ -135,7 +151,7 @@ def explained(error: Exception, what: str) -> InputError:
 
 def _unreachable(what: str) -> Unreachable:
     remedy = "Check the network and HF_ENDPOINT, or give a local path."
-    return Unreachable("the hub does not answer", file=what, remedy=remedy)
+    return Unreachable("is no path that exists, and the hub does not answer", file=what, remedy=remedy)
 
 
 def forbidden(what: str) -> InputError:

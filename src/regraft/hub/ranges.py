@@ -22,9 +22,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by 
 )
 
 from regraft.errors import InputError
-from regraft.hub.access import BUSY, HTTP_ERROR, LONGEST_WAIT, explained, pause, retry_after
+from regraft.hub.access import BUSY, HTTP_ERROR, LONGEST_WAIT, TIMEOUT, explained, pause, retry_after
 
-_TRIES, _MOST_TRIES, _TIMEOUT = 5, 100, 30.0
+_TRIES, _MOST_TRIES = 5, 100
 # Ranges nearer than this are cheaper to fetch with what lies between; no request for several is longer than the other.
 _GAP, _LONGEST_REQUEST = 1 << 17, 1 << 24
 _AT_ONCE = 16
@@ -144,7 +144,7 @@ class RemoteFile:
         try:
             for _ in range(_REDIRECTS):
                 sent = {**headers, **(_own_headers() if _same_server(url, self.url) else {})}
-                with get_session().stream("GET", url, headers=sent, follow_redirects=False, timeout=_TIMEOUT) as answer:
+                with get_session().stream("GET", url, headers=sent, follow_redirects=False, timeout=TIMEOUT) as answer:
                     if answer.status_code // 100 == 3 and "Location" in answer.headers:
                         url = self._direct = urljoin(url, answer.headers["Location"])
                         continue

@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 
 from regraft.errors import InputError
 from regraft.hub import HubId
-from regraft.hub.access import Unreachable, asking, cache_folder, endpoint, forbidden, is_offline, patiently
+from regraft.hub.access import TIMEOUT, Unreachable, asking, cache_folder, endpoint, forbidden, is_offline, patiently
 from regraft.hub.ranges import RemoteFile
 from regraft.hub.remote import read_remote_safetensors
 from regraft.tensors import STAND_INS, TORCH_SUFFIXES, TensorFile, read_tensor_file, read_torch
@@ -160,7 +160,9 @@ class _Repository:
     def open(cls, hub_id: HubId) -> _Repository:
         with asking(str(hub_id)):
             api = HfApi(endpoint=endpoint(), library_name="regraft")
-            info = patiently(lambda: api.model_info(hub_id.repo, revision=hub_id.revision, files_metadata=True))
+            info = patiently(
+                lambda: api.model_info(hub_id.repo, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT)
+            )
         listed = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         hashes = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings or () if sibling.lfs is not None}
         commit = info.sha or ""

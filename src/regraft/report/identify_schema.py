@@ -15,7 +15,7 @@ class ClueSummary(Record):
     """One thing that the adapter says of its base."""
 
     source: str = Field(description="where it stands: a metadata key, a config entry")
-    kind: Literal["fingerprint", "sketch", "hash", "name"]
+    kind: Literal["fingerprint", "components", "sketch", "hash", "name"]
     value: str
 
 
