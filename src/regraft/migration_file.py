@@ -259,8 +259,12 @@ class _Encoder:
         return self._indices[key]
 
     def _store(self, tensor: Tensor, stem: str) -> str:
-        """The name of the tensor's one copy in the file, or of that which it is the transpose of."""
-        stored = tensor.contiguous()
+        """The name of the tensor's one copy in the file, or of that which it is the transpose of.
+
+        In half precision where that loses nothing: a permutation, or values that were rounded before.
+        """
+        half = tensor.to(torch.float16)
+        stored = (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
         name = self._names.get(_content(stored))
         if name is not None:
             return name
@@ -341,7 +345,7 @@ class _Decoder:
             shape_new=tuple(row.target_shape) if row.target_shape is not None else None,
             nearness=Nearness(row.similarity, row.distance),
             uncovered=row.transport == "skipped" and not row.planned,
-            row_norms=norms,
+            row_norms=None if norms is None else norms.float(),
             derived=row.derived,
         )
 
