@@ -11,7 +11,7 @@ from running import Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from regraft import InputError, Refused, Settings, load_adapter, open_base, port
+from regraft import InputError, OutputError, Refused, Settings, UsageError, load_adapter, open_base, port
 from regraft.base import Base
 from regraft.formats._hashes import with_true_hashes
 from regraft.lineage import KEY, lineage_of, parse_lineage, ports_of
@@ -308,3 +308,33 @@ def test_a_port_by_the_cache_tells_the_same_as_the_first(
         assert run("port", "lora", *pair, "-o", name).code == 0
     first, second = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("fitted", "cached"))
     assert first == second
+
+
+def test_a_bare_file_is_stamped_into_a_file_and_in_place(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    ported = replace(lora(llama()), layout={"bare": True})
+    ported.save(tmp_path / "lora.safetensors")
+    before = (tmp_path / "lora.safetensors").read_bytes()
+    stamp(tmp_path / "lora.safetensors", bases[0], tmp_path / "out.safetensors")
+    assert (tmp_path / "lora.safetensors").read_bytes() == before
+    stamp(tmp_path / "lora.safetensors", bases[0], tmp_path / "lora.safetensors", overwrite=True)
+    assert (tmp_path / "lora.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_stamp_can_carry_the_hash_of_every_byte(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    lora(llama()).save(tmp_path / "lora")
+    found = stamp(tmp_path / "lora", bases[0], tmp_path / "out", exact=True)
+    assert found["base"]["content"] == {"model": bases[0].exact_prints().components["model"].content}
+
+
+def test_what_can_not_be_stamped_is_told_with_the_remedy(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    lora(llama()).save(tmp_path / "lora")
+    with pytest.raises(UsageError, match="a folder into a folder"):
+        stamp(tmp_path / "lora", bases[0], tmp_path / "out.safetensors")
+    with pytest.raises(OutputError, match="exists already"):
+        stamp(tmp_path / "lora", bases[0], tmp_path / "lora")
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    torch.save(weights, tmp_path / "lora.bin")
+    with pytest.raises(InputError, match="regraft convert"):
+        stamp(tmp_path / "lora.bin", bases[0], tmp_path / "out.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"lora", "lora.bin", "old.safetensors", "new.safetensors"}
