@@ -90,7 +90,7 @@ def test_members_that_are_not_known_survive_a_port(bases: tuple[Base, Base]) -> 
     """A later minor version's additions are kept, at every level, and so is its version."""
     later = {"version": "1.7", "base": {**BASE, "shade": 1}, "ports": [], "watermark": {"deep": [1, {"x": None}]}}
     adapter = replace(lora(llama()), metadata={KEY: json.dumps(later)})
-    found = lineage_of(port(adapter, *bases).adapter)
+    found = lineage_of(port(adapter, *bases, settings=Settings(force=True)).adapter)
     assert (found["version"], found["watermark"]) == ("1.7", later["watermark"])
     again = {**later, "ports": [{"from": None, "to": {**BASE, "shade": 2}, "method": "copy", "mood": "good"}]}
     adapter = replace(lora(llama()), metadata={KEY: json.dumps(again)})
@@ -338,3 +338,16 @@ def test_what_can_not_be_stamped_is_told_with_the_remedy(bases: tuple[Base, Base
     with pytest.raises(InputError, match="regraft convert"):
         stamp(tmp_path / "lora.bin", bases[0], tmp_path / "out.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"lora", "lora.bin", "old.safetensors", "new.safetensors"}
+
+
+def test_an_adapter_of_another_base_than_it_says_is_refused(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    """A drifted version has the same names and shapes: only the lineage knows which of the two the adapter is for."""
+    old, new = bases
+    lora(llama()).save(tmp_path / "lora")
+    stamp(tmp_path / "lora", old, tmp_path / "stamped")
+    adapter = load_adapter(tmp_path / "stamped")
+    assert port(adapter, old, new).report.verdict == "survives"
+    with pytest.raises(Refused, match=r"lineage says that it is for old\.safetensors .* old base is new\.safetensors"):
+        port(adapter, new, old)
+    half = {name: tensor.half() for name, tensor in llama().items()}
+    assert port(adapter, open_base(save_base(half, tmp_path / "half.safetensors")), new).report.verdict == "survives"
