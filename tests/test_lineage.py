@@ -11,7 +11,17 @@ from running import Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from regraft import InputError, OutputError, Refused, Settings, UsageError, load_adapter, open_base, port
+from regraft import (
+    InputError,
+    OutputError,
+    Refused,
+    Settings,
+    UsageError,
+    load_adapter,
+    load_migration,
+    open_base,
+    port,
+)
 from regraft.base import Base
 from regraft.formats._hashes import with_true_hashes
 from regraft.lineage import KEY, lineage_of, parse_lineage, ports_of
@@ -296,6 +306,9 @@ def test_measured_figures_join_the_last_port(
     assert "texts that the old model wrote" in cosine["how"]
     assert "effect_cosine 0.9" in run("lineage", "show", "told").out
     assert run("lineage", "stamp", "lora", "--measured", "verified.json", "-o", "x").code == 1
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors", "--measured", "verified.json")
+    assert run("migration", "make", *pair, "-o", "m.safetensors", "-q").code == 0
+    assert load_migration("m.safetensors").measured[0] == cosine
 
 
 def test_a_port_by_the_cache_tells_the_same_as_the_first(

@@ -304,8 +304,9 @@ def outlook(migration: Migration) -> dict[str, Any]:
         "distance": mean((entry.nearness.distance, entry) for entry in carried),
         "carried": len(carried),
         "skipped": len(migration.entries) - len(carried),
+        "measured": [dict(figure) for figure in migration.measured],
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value not in (None, [])}
 
 
 class _Decoder:
@@ -333,6 +334,9 @@ class _Decoder:
             license=header.license,
             composed=tuple(header.composed),
             via=tuple(to_summary(base) for base in header.via),
+            measured=tuple(
+                figure.model_dump(exclude_unset=True) for figure in (header.outlook.measured if header.outlook else ())
+            ),
         )
 
     def _entry(self, row: Row) -> Entry:
