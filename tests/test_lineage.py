@@ -11,7 +11,17 @@ from running import Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from regraft import InputError, Refused, Settings, load_adapter, open_base, port
+from regraft import (
+    InputError,
+    OutputError,
+    Refused,
+    Settings,
+    UsageError,
+    load_adapter,
+    load_migration,
+    open_base,
+    port,
+)
 from regraft.base import Base
 from regraft.formats._hashes import with_true_hashes
 from regraft.lineage import KEY, lineage_of, parse_lineage, ports_of
@@ -90,7 +100,7 @@ def test_members_that_are_not_known_survive_a_port(bases: tuple[Base, Base]) -> 
     """A later minor version's additions are kept, at every level, and so is its version."""
     later = {"version": "1.7", "base": {**BASE, "shade": 1}, "ports": [], "watermark": {"deep": [1, {"x": None}]}}
     adapter = replace(lora(llama()), metadata={KEY: json.dumps(later)})
-    found = lineage_of(port(adapter, *bases).adapter)
+    found = lineage_of(port(adapter, *bases, settings=Settings(force=True)).adapter)
     assert (found["version"], found["watermark"]) == ("1.7", later["watermark"])
     again = {**later, "ports": [{"from": None, "to": {**BASE, "shade": 2}, "method": "copy", "mood": "good"}]}
     adapter = replace(lora(llama()), metadata={KEY: json.dumps(again)})
@@ -296,6 +306,9 @@ def test_measured_figures_join_the_last_port(
     assert "texts that the old model wrote" in cosine["how"]
     assert "effect_cosine 0.9" in run("lineage", "show", "told").out
     assert run("lineage", "stamp", "lora", "--measured", "verified.json", "-o", "x").code == 1
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors", "--measured", "verified.json")
+    assert run("migration", "make", *pair, "-o", "m.safetensors", "-q").code == 0
+    assert load_migration("m.safetensors").measured[0] == cosine
 
 
 def test_a_port_by_the_cache_tells_the_same_as_the_first(
@@ -308,3 +321,46 @@ def test_a_port_by_the_cache_tells_the_same_as_the_first(
         assert run("port", "lora", *pair, "-o", name).code == 0
     first, second = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("fitted", "cached"))
     assert first == second
+
+
+def test_a_bare_file_is_stamped_into_a_file_and_in_place(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    ported = replace(lora(llama()), layout={"bare": True})
+    ported.save(tmp_path / "lora.safetensors")
+    before = (tmp_path / "lora.safetensors").read_bytes()
+    stamp(tmp_path / "lora.safetensors", bases[0], tmp_path / "out.safetensors")
+    assert (tmp_path / "lora.safetensors").read_bytes() == before
+    stamp(tmp_path / "lora.safetensors", bases[0], tmp_path / "lora.safetensors", overwrite=True)
+    assert (tmp_path / "lora.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_stamp_can_carry_the_hash_of_every_byte(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    lora(llama()).save(tmp_path / "lora")
+    found = stamp(tmp_path / "lora", bases[0], tmp_path / "out", exact=True)
+    assert found["base"]["content"] == {"model": bases[0].exact_prints().components["model"].content}
+
+
+def test_what_can_not_be_stamped_is_told_with_the_remedy(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    lora(llama()).save(tmp_path / "lora")
+    with pytest.raises(UsageError, match="a folder into a folder"):
+        stamp(tmp_path / "lora", bases[0], tmp_path / "out.safetensors")
+    with pytest.raises(OutputError, match="exists already"):
+        stamp(tmp_path / "lora", bases[0], tmp_path / "lora")
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    torch.save(weights, tmp_path / "lora.bin")
+    with pytest.raises(InputError, match="regraft convert"):
+        stamp(tmp_path / "lora.bin", bases[0], tmp_path / "out.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"lora", "lora.bin", "old.safetensors", "new.safetensors"}
+
+
+def test_an_adapter_of_another_base_than_it_says_is_refused(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    """A drifted version has the same names and shapes: only the lineage knows which of the two the adapter is for."""
+    old, new = bases
+    lora(llama()).save(tmp_path / "lora")
+    stamp(tmp_path / "lora", old, tmp_path / "stamped")
+    adapter = load_adapter(tmp_path / "stamped")
+    assert port(adapter, old, new).report.verdict == "survives"
+    with pytest.raises(Refused, match=r"lineage says that it is for old\.safetensors .* old base is new\.safetensors"):
+        port(adapter, new, old)
+    half = {name: tensor.half() for name, tensor in llama().items()}
+    assert port(adapter, open_base(save_base(half, tmp_path / "half.safetensors")), new).report.verdict == "survives"

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from running import Run
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from regraft import InputError, Refused, Settings, fit_migration, load_migration, open_base, port
 from regraft.base import Base
@@ -14,6 +16,7 @@ from regraft.cache import cached_files, clear_cache, find_cached, keep
 from regraft.migration_file import KEY, check_fingerprints
 from regraft.migrations.precision import BOUND, halved, rounded
 from regraft.plan import source_modules
+from regraft.transport import LinearMap, Transport
 from toys import deltas, drifted, llama, lora, permutation, regauged, relative_error, rotation, save_base
 
 
@@ -182,3 +185,43 @@ def test_fingerprints_tell_versions_apart_and_structures_alike(bases: tuple[Base
     assert copy.fingerprint == old.fingerprint
     deeper = open_base(save_base(llama(layers=4), tmp_path / "deeper.safetensors"))
     assert deeper.structure != old.structure
+
+
+def test_a_permutation_is_stored_in_half_without_rounding(tmp_path: Path) -> None:
+    state = llama()
+    old = open_base(save_base(state, tmp_path / "old.safetensors"))
+    moved = regauged(state, permutation(24, 3), permutation(40, 5))
+    new = open_base(save_base(moved, tmp_path / "new.safetensors"))
+    exact = fit_migration(old, new, "procrustes")
+    snapped = replace(
+        exact,
+        entries={
+            ref: replace(entry, transport=_snapped(entry.transport)) if entry.transport else entry
+            for ref, entry in exact.entries.items()
+        },
+    )
+    file = snapped.save(tmp_path / "m.safetensors")
+    assert {tensor.dtype for tensor in maps_in(file)} == {torch.float16}
+
+
+def _snapped(transport: Transport) -> Transport:
+    def snap(map_: LinearMap) -> LinearMap:
+        return replace(map_, left=None if map_.left is None else map_.left.round())
+
+    return replace(transport, terms=tuple((snap(left), snap(right)) for left, right in transport.terms))
+
+
+def test_a_migration_that_a_port_saves_does_not_depend_on_its_adapter(
+    tmp_path: Path, bases: tuple[Base, Base], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora(llama(), dora=True).save(tmp_path / "a")
+    lora(llama(), roles=("k_proj",), seed=3).save(tmp_path / "b")
+    for name in ("a", "b"):
+        pair = ("--from", "old.safetensors", "--to", "new.safetensors", "-o", f"{name}-out")
+        assert run("port", name, *pair, "--save-migration", f"{name}.safetensors", "-q").code == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    # A DoRA's magnitudes by the file are those of the port that wrote it.
+    assert run("port", "a", "--migration", "a.safetensors", "-o", "again", "-q").code == 0
+    first, second = (load_file(Path(name, "adapter_model.safetensors")) for name in ("a-out", "again"))
+    assert all(first[key].equal(second[key]) for key in first)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from regraft.adapter import Adapter, ModuleRef
 from regraft.families import same_naming
 from regraft.lineage import ports_of
+from regraft.lineage.fit import other_base
 from regraft.migration import Migration
 from regraft.nearness import Nearness
 from regraft.report.schema import BaseSummary, Verdict
@@ -148,6 +149,8 @@ def _refusals(
             "port loses twice: port the original"
         )
     old, new = migration.source, migration.target
+    if old is not None and (told := other_base(adapter, old)) is not None:
+        yield told
     if old is not None and _other_family(old, new):
         yield f"the old base is {old.family}, the new one {new.family}: another family"
     if similarity is not None and similarity < _RELATED and resized > 0.5:

@@ -79,6 +79,7 @@ class Migration:
         license: under which the file is published, an SPDX identifier.
         composed: hashes of the files that it was composed of, in order.
         via: the bases between them.
+        measured: figures of ports through it, as a lineage's ``fidelity`` has them.
     """
 
     source: BaseSummary | None
@@ -95,6 +96,7 @@ class Migration:
     license: str | None = None
     composed: tuple[str, ...] = ()
     via: tuple[BaseSummary, ...] = ()
+    measured: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def components(self) -> Mapping[str, Collection[str]]:

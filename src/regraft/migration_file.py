@@ -259,8 +259,12 @@ class _Encoder:
         return self._indices[key]
 
     def _store(self, tensor: Tensor, stem: str) -> str:
-        """The name of the tensor's one copy in the file, or of that which it is the transpose of."""
-        stored = tensor.contiguous()
+        """The name of the tensor's one copy in the file, or of that which it is the transpose of.
+
+        In half precision where that loses nothing: a permutation, or values that were rounded before.
+        """
+        half = tensor.to(torch.float16)
+        stored = (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
         name = self._names.get(_content(stored))
         if name is not None:
             return name
@@ -300,8 +304,9 @@ def outlook(migration: Migration) -> dict[str, Any]:
         "distance": mean((entry.nearness.distance, entry) for entry in carried),
         "carried": len(carried),
         "skipped": len(migration.entries) - len(carried),
+        "measured": [dict(figure) for figure in migration.measured],
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value not in (None, [])}
 
 
 class _Decoder:
@@ -329,6 +334,9 @@ class _Decoder:
             license=header.license,
             composed=tuple(header.composed),
             via=tuple(to_summary(base) for base in header.via),
+            measured=tuple(
+                figure.model_dump(exclude_unset=True) for figure in (header.outlook.measured if header.outlook else ())
+            ),
         )
 
     def _entry(self, row: Row) -> Entry:
@@ -341,7 +349,7 @@ class _Decoder:
             shape_new=tuple(row.target_shape) if row.target_shape is not None else None,
             nearness=Nearness(row.similarity, row.distance),
             uncovered=row.transport == "skipped" and not row.planned,
-            row_norms=norms,
+            row_norms=None if norms is None else norms.float(),
             derived=row.derived,
         )
 

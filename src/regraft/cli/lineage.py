@@ -16,7 +16,7 @@ from regraft.cli._sink import emit, out
 from regraft.errors import InputError, UsageError
 from regraft.lineage import KEY, dumped, parse_lineage
 from regraft.lineage.model import BaseId, Lineage, Lost, UpdateGroup
-from regraft.lineage.name_sets import expand
+from regraft.lineage.name_sets import count
 from regraft.lineage.stamp import metadata_of, stamp, with_measured, write_with_metadata
 from regraft.report.schema import Record
 
@@ -174,4 +174,4 @@ def _lost(lost: Lost) -> str:
 
 
 def _count(modules: dict[str, list[str]]) -> int:
-    return sum(len(expand(patterns)) for patterns in modules.values())
+    return sum(count(patterns) for patterns in modules.values())

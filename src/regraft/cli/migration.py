@@ -18,6 +18,7 @@ from regraft.cli._ways import LARGE, say_size
 from regraft.cli.lineage import Checked, finish
 from regraft.errors import InputError, UsageError
 from regraft.hub import hub_id_of
+from regraft.lineage.stamp import figures_of
 from regraft.migration import Migration, fit_migration, summarise
 from regraft.migration_file import load_migration, read_header, save_migration
 from regraft.migrations.base_id import called
@@ -77,6 +78,10 @@ def make(
     exact: Annotated[
         bool, typer.Option("--exact", help="Also hash every byte of both bases, not a fixed sample alone.")
     ] = False,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option("--measured", metavar="RECORD.json", help="Add the figures of `verify --json`; repeatable."),
+    ] = None,
     license: License = None,
     device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
@@ -92,9 +97,11 @@ def make(
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold)
+    figures = tuple(figure for record in measured or () for figure in figures_of(record))
     source, target = open_base(old), open_base(new)
     with progress("Fitting", quiet=quiet) as tick:
         fitted = fit_migration(source, target, method, tick=tick, **computing, **options)
+    fitted = replace(fitted, measured=figures)
     if exact:
         fitted = replace(fitted, source=summarise(source, exact=True), target=summarise(target, exact=True))
     _write(halved(fitted) if precision == "half" else fitted, output, license, json, quiet, overwrite)

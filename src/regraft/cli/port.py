@@ -183,8 +183,8 @@ class _Job:
         if source is not None and whole:
             check_families(self.adapter, source, target)
             # Rounded as the file is to be: a port through it gives the same bytes as this one.
-            fitted = halved(fit_migration(source, target, self.method, tick=tick, **self.options))
-            return remeasure(fitted, source, target, self.adapter)
+            fitted = fit_migration(source, target, self.method, tick=tick, **self.options)
+            return halved(remeasure(fitted, source, target, self.adapter))
         # `auto` chooses by the modules at hand, and a copy costs nothing to fit: neither is worth a file.
         if source is None or not cached or self.method == "auto" or not get_method(self.method).needs:
             return self._fit(tick)

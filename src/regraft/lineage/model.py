@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from regraft.lineage.name_sets import expand
+from regraft.lineage.name_sets import count
 
 #: Written by this regraft. A reader takes every minor version of its own major one.
 VERSION = "1.0"
@@ -25,13 +25,24 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Modules = dict[Word, Annotated[list[Annotated[str, Field(max_length=65536)]], Field(min_length=1, max_length=65536)]]
+
+
+def _countable(sets: dict[str, list[str]]) -> dict[str, list[str]]:
+    count(pattern for patterns in sets.values() for pattern in patterns)
+    return sets
+
+
+#: Component → patterns, see `regraft.lineage.name_sets`.
+NameSets = Annotated[
+    dict[Word, Annotated[list[Annotated[str, Field(max_length=65536)]], Field(min_length=1, max_length=65536)]],
+    AfterValidator(_countable),
+]
 
 
 class Open(BaseModel):
     """Common ground: strict types, unknown fields kept."""
 
-    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
 class BaseId(Open):
@@ -56,17 +67,7 @@ class BaseId(Open):
     name: Text | None = None
 
 
-class _WithModules(Open):
-    modules: Modules
-
-    @field_validator("modules")
-    @classmethod
-    def _expandable(cls, modules: dict[str, list[str]]) -> dict[str, list[str]]:
-        expand(pattern for patterns in modules.values() for pattern in patterns)
-        return modules
-
-
-class UpdateGroup(_WithModules):
+class UpdateGroup(Open):
     """Modules whose updates are of one kind and stored by one convention.
 
     Attributes:
@@ -79,17 +80,20 @@ class UpdateGroup(_WithModules):
     kind: Word
     scale: Word | None = None
     axis: Literal["output", "input"] | None = None
+    modules: NameSets
 
 
-class Kept(_WithModules):
+class Kept(Open):
     """Modules that were carried, with the share of ‖ΔW‖² that came through."""
 
+    modules: NameSets
     energy: Share | None = None
 
 
-class Lost(_WithModules):
+class Lost(Open):
     """Modules that were not carried, and why; ``share`` is theirs of the whole ‖ΔW‖²."""
 
+    modules: NameSets
     status: Literal["skipped", "refused"]
     reason: Text
     share: Share | None = None

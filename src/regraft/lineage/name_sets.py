@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from math import prod
 
-#: The most names that one document may stand for; no model comes near it.
-MOST_NAMES = 200_000
+#: The most names that one set may stand for, and characters in all of them; no model comes near either.
+MOST_NAMES, MOST_CHARACTERS = 200_000, 1 << 25
 
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})")
@@ -49,21 +49,39 @@ def compact(names: Iterable[str]) -> list[str]:
     return sorted(".".join(_written(items) for items in box) for box in boxes)
 
 
-def expand(patterns: Iterable[str], *, most: int = MOST_NAMES) -> list[str]:
+def count(patterns: Iterable[str]) -> int:
+    """How many names the patterns stand for; nothing is written out: ``{0-999999999}`` is thirteen characters.
+
+    Raises:
+        ValueError: a pattern is malformed, or they stand for more than `MOST_NAMES` or `MOST_CHARACTERS`.
+
+    >>> count(["layers.{0-27}.{q,v}"])
+    56
+    """
+    names = characters = 0
+    for pattern in patterns:
+        texts, groups = _parsed(pattern)
+        here = prod(_size(group) for group in groups)
+        names += here
+        characters += here * (sum(map(len, texts)) + sum(max(map(len, group)) for group in groups))
+        if names > MOST_NAMES or characters > MOST_CHARACTERS:
+            raise ValueError(f"the patterns stand for more than {MOST_NAMES} names, or for very long ones")
+    return names
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
     """The names that the patterns stand for, in order.
 
     Raises:
-        ValueError: a pattern is malformed, or they stand for more than ``most`` names.
+        ValueError: see `count`.
 
     >>> expand(["layers.{0-1}.{q,v}"])
     ['layers.0.q', 'layers.0.v', 'layers.1.q', 'layers.1.v']
     """
-    parsed = [_parsed(pattern) for pattern in patterns]
-    # Counted before a range is written out: {0-999999999} is nine characters.
-    if sum(prod(_size(group) for group in groups) for _, groups in parsed) > most:
-        raise ValueError(f"the patterns stand for more than {most} names")
+    patterns = list(patterns)
+    count(patterns)
     names = []
-    for texts, groups in parsed:
+    for texts, groups in map(_parsed, patterns):
         for choice in product(*(_items(group) for group in groups)):
             chosen = (*choice, "")
             names.append(_decoded("".join(text + item for text, item in zip(texts, chosen, strict=True))))

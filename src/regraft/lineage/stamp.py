@@ -75,20 +75,36 @@ def with_measured(lineage: dict[str, Any], record: Path) -> dict[str, Any]:
     Raises:
         InputError: the record is none, or the adapter is no port.
     """
-    with reading(record):
-        report = parse(VerifyReport, record.read_text(encoding="utf-8"), file=record)
+    figures = figures_of(record)
     ports = list(lineage.get("ports", []))
     if not ports:
         raise InputError("the adapter is no port: there is nothing that was measured", remedy="Port it first.")
+    known = [figure for figure in ports[-1].get("fidelity", []) if figure not in figures]
+    ports[-1] = {**ports[-1], "fidelity": [*known, *figures]}
+    return {**lineage, "ports": ports}
+
+
+def figures_of(record: Path) -> list[dict[str, Any]]:
+    """What a ``verify --json`` record measured, as ``fidelity`` tells it.
+
+    Raises:
+        InputError: the record is none.
+    """
+    with reading(record):
+        report = parse(VerifyReport, record.read_text(encoding="utf-8"), file=record)
     how = f"{report.inputs}; {report.model_class}"[:4096]
-    figures = [
-        {"measure": name, **found.model_dump(include={"low", "high"}), "value": found.mean, "inputs": report.n_inputs}
+    return [
+        {
+            "measure": name,
+            "value": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "inputs": report.n_inputs,
+            "how": how,
+        }
         for name in ("effect_cosine", "effect_norm_ratio", "kl")
         if (found := getattr(report, name)) is not None
     ]
-    known = [figure for figure in ports[-1].get("fidelity", []) if figure not in figures]
-    ports[-1] = {**ports[-1], "fidelity": [*known, *({**figure, "how": how} for figure in figures)]}
-    return {**lineage, "ports": ports}
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:

@@ -6,6 +6,9 @@ import json
 from math import isfinite
 from typing import Any
 
+#: Levels of objects and lists in each other.
+MOST_DEPTH = 64
+
 
 def parse_object(text: str, *, most: int) -> dict[str, Any]:
     """The JSON object that ``text`` is.
@@ -25,10 +28,25 @@ def parse_object(text: str, *, most: int) -> dict[str, Any]:
         raise ValueError("nests too deep") from None
     if not isinstance(found, dict):
         raise ValueError("is no JSON object")
+    _check_depth(found)
     if "\\ud" in text.lower():
         # Half of a surrogate pair is a string that can't be written again.
         json.dumps(found, ensure_ascii=False).encode()
     return found
+
+
+def _check_depth(found: object) -> None:
+    level = [found]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ValueError("nests too deep")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

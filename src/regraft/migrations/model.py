@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from regraft.lineage.model import BaseId, FileHash, Finite, Modules, Open, Share, Text, Version, Word
+from regraft.lineage.model import BaseId, Fidelity, FileHash, Finite, NameSets, Open, Share, Text, Version, Word
 
 #: Of the specification that this regraft writes.
 VERSION = "1.0"
@@ -99,14 +99,14 @@ class Outlook(Open):
         distance: likewise.
         carried: modules with a transport.
         skipped: modules without one.
-        measured: recoveries that were measured with adapters.
+        measured: with adapters that were ported through it.
     """
 
     similarity: Finite | None = None
     distance: Share | None = None
     carried: Annotated[int, Field(ge=0)] = 0
     skipped: Annotated[int, Field(ge=0)] = 0
-    measured: list[dict[str, Any]] = Field(default_factory=list)
+    measured: Annotated[list[Fidelity], Field(max_length=65536)] = Field(default_factory=list)
 
 
 class Header(Open):
@@ -140,7 +140,7 @@ class Header(Open):
     options: dict[str, Any] = Field(default_factory=dict)
     maps: Annotated[list[Map], Field(max_length=1 << 20)] = Field(default_factory=list)
     modules: Annotated[list[Row], Field(max_length=1 << 20)]
-    parameters: Modules = Field(default_factory=dict)
+    parameters: NameSets = Field(default_factory=dict)
     base_bytes: Annotated[int, Field(ge=0)] | None = None
     outlook: Outlook | None = Field(default=None, alias="forecast")
     composed: Annotated[list[FileHash], Field(max_length=256)] = Field(default_factory=list)

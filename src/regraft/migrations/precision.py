@@ -1,4 +1,4 @@
-"""Half precision for a migration's maps, where the error allows it.
+"""Half precision for a migration's maps and norms, where the error allows it.
 
 float16 has 11 significant bits: rounding moves an entry by at most 2⁻¹¹ of itself, or by 2⁻²⁵ where it is smaller than
 2⁻¹⁴. A map is stored in half where ‖M − half(M)‖_F ≤ 2⁻¹¹ ‖M‖_F, so that tiny entries do not matter, and in float32
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from regraft.migration import Migration
+from regraft.migration import Entry, Migration
 from regraft.transport import LinearMap, Transport
 
 #: Largest relative Frobenius error of one stored tensor.
@@ -21,7 +21,7 @@ BOUND = 2.0**-11
 
 
 def halved(migration: Migration) -> Migration:
-    """The same migration with its maps rounded to half precision where `BOUND` allows."""
+    """The same migration with its maps and norms rounded to half precision where `BOUND` allows."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of_map(map_: LinearMap) -> LinearMap:
@@ -30,10 +30,18 @@ def halved(migration: Migration) -> Migration:
     def of(transport: Transport) -> Transport:
         return replace(transport, terms=tuple((of_map(left), of_map(right)) for left, right in transport.terms))
 
-    entries = {
-        module: entry if entry.transport is None else replace(entry, transport=of(entry.transport))
-        for module, entry in migration.entries.items()
-    }
+    def of_entry(entry: Entry) -> Entry:
+        if entry.transport is None:
+            return entry
+        norms = entry.row_norms
+        # In float32 again: they are divided by each other.
+        return replace(
+            entry,
+            transport=of(entry.transport),
+            row_norms=None if norms is None else rounded(norms).float(),
+        )
+
+    entries = {module: of_entry(entry) for module, entry in migration.entries.items()}
     return replace(migration, entries=entries)
 
 
