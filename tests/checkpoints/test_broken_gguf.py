@@ -77,6 +77,14 @@ def test_it_is_refused_in_one_line_that_names_it(tmp_path: Path, case: str) -> N
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["F32", "F16", "Q4_0"])
+@pytest.mark.parametrize("dims", [(0,), (0, 3), (32, 0), (32, 0, 2)], ids=str)
+def test_an_empty_tensor_is_read_as_one(tmp_path: Path, kind: int, dims: tuple[int, ...]) -> None:
+    (tmp_path / "m.gguf").write_bytes(header(1) + tensor(dims=dims, kind=kind) + bytes(64))
+    ref = open_base(tmp_path / "m.gguf").components["model"]["x"]
+    assert tuple(ref.load().shape) == ref.shape == dims[::-1]
+
+
 def whole(path: Path) -> bytes:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc"])

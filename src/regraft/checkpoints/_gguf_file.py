@@ -91,11 +91,14 @@ class GgufTensor:
 
     def _values(self, rows: range) -> Tensor:
         """Rows of the last dimension, (rows, columns)."""
+        columns = self.shape[-1] if self.shape else 1
+        if not rows or not columns:
+            return torch.empty(len(rows), columns, dtype=self.dtype)
         if self.kind in _PLAIN:
             return self.raw.rows([rows]).view(self.dtype)
         gguf = gguf_package()
         kind = gguf.GGMLQuantizationType[self.kind]
-        out = torch.empty(len(rows), self.shape[-1] if self.shape else 1)
+        out = torch.empty(len(rows), columns)
         step = max(1, _CHUNK // max(1, self.raw.shape[1]))
         for start in range(rows.start, rows.stop, step):
             part = range(start, min(start + step, rows.stop))
