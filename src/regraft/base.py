@@ -110,7 +110,7 @@ def open_base(path: str | Path) -> Base:
     checkpoint = open_checkpoint(path)
     components = {name: tensors for name, tensors in checkpoint.components.items() if tensors}
     if not components:
-        raise InputError("holds no tensors", file=path)
+        raise InputError("holds no tensors", file=path, remedy="Is it a model? Get another one.")
     return Base(path, components, checkpoint.configs)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regraft.errors import InputError, first_line, reading
-from regraft.limits import check_dimensions, check_file, check_names, parse_json
+from regraft.limits import check_dimensions, check_file, check_kind, check_names, parse_json
 from regraft.pickles import check_legacy, check_zip
 
 Shape = tuple[int, ...]
@@ -183,6 +183,7 @@ _HEADER_REMEDIES = {
     "invalid utf-8": ("has a header that is not UTF-8", "Download or copy it again."),
     "invalid offset": ("has a tensor whose data lies outside of the file", "Download or copy it again."),
     "invalid shape, data type, or offset": ("has a tensor whose shape and size disagree", "Download or copy it again."),
+    "overflow": ("has a tensor whose shape and size disagree", "Download or copy it again."),
     "metadata": _DAMAGED,
 }
 
@@ -215,11 +216,13 @@ def read_safetensors(path: Path) -> TensorFile:
                     tensors[name] = Stored(path, name, tuple(part.get_shape()), dtype, offsets[name], stamp)
                 return TensorFile(tensors, dict(handle.metadata() or {}))
         except SafetensorError as error:
+            check_kind(path)
             text = str(error)
             for words, (what, remedy) in _HEADER_REMEDIES.items():
                 if words in text.lower():
                     raise InputError(what, file=path, remedy=remedy) from None
-            raise InputError(f"can't be read as safetensors ({text})", file=path) from None
+            what, remedy = f"can't be read as safetensors ({text})", "Download or copy it again."
+            raise InputError(what, file=path, remedy=remedy) from None
 
 
 def _offsets(path: Path) -> tuple[dict[str, int], _Stamp]:
@@ -239,18 +242,19 @@ def read_torch(path: Path) -> TensorFile:
         InputError: the file is missing, damaged, or holds more than tensors.
     """
     check_file(path)
+    check_kind(path, zipped=True)
     with reading(path):
         content = _unpickled(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise InputError("holds no state dict (name to tensor)", file=path)
+        raise InputError("holds no state dict (name to tensor)", file=path, remedy=_WEIGHTS)
     named = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     check_names(named, path)
     tensors = {name: InMemory(_plain(value, path, name)) for name, value in named.items()}
     _check_sum(tensors, path)
     if not tensors:
-        raise InputError("holds no tensors", file=path)
+        raise InputError("holds no tensors", file=path, remedy=_WEIGHTS)
     return TensorFile(tensors, {})
 
 
@@ -303,6 +307,7 @@ def _unpickled(path: Path) -> object:
         ) from None
 
 
+_WEIGHTS = "Is it a file of weights? Get another one."
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
