@@ -75,7 +75,7 @@ def told(ran: Ran, case: Case) -> None:
     assert not RAW.search(ran.err.removesuffix("\n"))
     assert re.search(case.says, ran.err), ran.err
     # What to do next follows what is wrong.
-    assert re.search(r"[.?] [A-Z`].+[.?…]$", ran.err.strip()), f"no remedy: {ran.err}"
+    assert re.search(r"[.?] [A-Z`-].+[.?…]$", ran.err.strip()), f"no remedy: {ran.err}"
     assert len(ran.err) < 2500
 
 
