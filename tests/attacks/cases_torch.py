@@ -59,7 +59,7 @@ for _name, _bomb, _what in (
     ("os.system", Calls(os.system, TOUCH), r"(posix|nt)\.system"),
     ("eval", Calls(builtins.eval, f"__import__('os').system('{TOUCH}')"), r"(__builtin__|builtins)\.eval"),
     ("exec", Calls(builtins.exec, "open('exploded', 'w')"), r"(__builtin__|builtins)\.exec"),
-    ("subprocess", Calls(subprocess.check_output, ["touch", "exploded"]), r"subprocess\.check_output"),
+    ("subprocess", Calls(subprocess.check_output, ["touch", "exploded"]), r"(subprocess|commands)\.check_output"),
     ("getattr", Calls(builtins.getattr, "", "join"), r"(__builtin__|builtins)\.getattr"),
     ("open", Calls(io.open, "exploded", "w"), r"(io|_io)\.open"),
     ("a module of the caller's folder", Calls(Calls, os.system), r".*Calls"),
