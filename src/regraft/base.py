@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regraft.adapter import MODEL, ModuleRef
 from regraft.checkpoints import open_checkpoint
-from regraft.errors import InputError, reading
-from regraft.tensors import Shape, TensorRef, check_finite, n_bytes, read_rows
-
-# A tensor up to this size goes into the fingerprint whole; of a larger one, this many rows, evenly spread.
-_WHOLE_BYTES, _SAMPLE_ROWS = 1 << 16, 8
+from regraft.errors import InputError
+from regraft.fingerprint import ComponentPrint, Fingerprint, fingerprint_component, structure_of
+from regraft.tensors import Shape, TensorRef, check_finite, read_rows
 
 
 @dataclass(frozen=True)
@@ -29,11 +25,15 @@ class Base:
         path: file or folder.
         components: component → parameter name → tensor.
         configs: component → its ``config.json``.
+        description: how it lies on disk, for people (``safetensors``, ``gguf Q4_1``).
+        left_out: stored tensors that belong to no shown one.
     """
 
     path: Path
     components: Mapping[str, Mapping[str, TensorRef]]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    description: str = ""
+    left_out: tuple[str, ...] = ()
 
     def modules(self, component: str) -> Iterator[str]:
         """Paths of the modules with a weight of two or more dimensions."""
@@ -73,31 +73,28 @@ class Base:
     @cached_property
     def structure(self) -> str:
         """Hash of every tensor's component, name and shape: alike for all versions of one architecture."""
-        digest = hashlib.sha256()
-        for component, tensors in sorted(self.components.items()):
-            for name, ref in sorted(tensors.items()):
-                digest.update(f"{component}/{name}:{list(ref.shape)}\n".encode())
-        return digest.hexdigest()
+        return Fingerprint({name: ComponentPrint(structure_of(t), "") for name, t in self.components.items()}).structure
 
     @cached_property
     def fingerprint(self) -> str:
-        """``v0:`` + a hash of the structure and of stored bytes.
+        """The short form of `prints`, such as ``v1:`` + 24 digits + ``-`` + 8."""
+        return str(self.prints)
 
-        Small tensors enter whole, larger ones by evenly spread rows, so that it takes a fraction of a read.
-        """
-        digest = hashlib.sha256(self.structure.encode())
-        for _, tensors in sorted(self.components.items()):
-            for name, ref in sorted(tensors.items()):
-                with reading(self.path, name):
-                    digest.update(_sample(ref).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return f"v0:{digest.hexdigest()[:32]}"
+    @cached_property
+    def prints(self) -> Fingerprint:
+        """The fingerprint of each component, by a fixed sample of its values: a small part of a read."""
+        return self._prints(content=False)
 
+    def exact_prints(self) -> Fingerprint:
+        """The same with the hash of every stored byte: a whole read, one tensor at a time."""
+        return self._prints(content=True)
 
-def _sample(ref: TensorRef) -> Tensor:
-    if n_bytes(ref) <= _WHOLE_BYTES or not ref.shape or ref.shape[0] <= _SAMPLE_ROWS:
-        return ref.load()
-    rows = [round(i * (ref.shape[0] - 1) / (_SAMPLE_ROWS - 1)) for i in range(_SAMPLE_ROWS)]
-    return read_rows(ref, [range(row, row + 1) for row in rows])
+    def _prints(self, *, content: bool) -> Fingerprint:
+        parts = {
+            name: fingerprint_component(tensors, content=content, file=self.path)
+            for name, tensors in self.components.items()
+        }
+        return Fingerprint(parts)
 
 
 def open_base(path: str | Path) -> Base:
@@ -111,7 +108,7 @@ def open_base(path: str | Path) -> Base:
     components = {name: tensors for name, tensors in checkpoint.components.items() if tensors}
     if not components:
         raise InputError("holds no tensors", file=path, remedy="Is it a model? Get another one.")
-    return Base(path, components, checkpoint.configs)
+    return Base(path, components, checkpoint.configs, checkpoint.description, checkpoint.left_out)
 
 
 __all__ = ["MODEL", "Base", "open_base"]

@@ -79,6 +79,13 @@ class Carrier:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
         if isinstance(update, Full):
             return self._carry_whole(ref, update)
+        if not isinstance(update, LowRank):
+            raise InputError(
+                f"{update.kind} updates can't be carried",
+                file=self.adapter.path,
+                key=str(ref),
+                remedy="Convert the file to LoRA first, or leave the module out with --exclude.",
+            )
         entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None

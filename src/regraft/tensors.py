@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,6 +54,24 @@ class TensorRef(Protocol):
         ...
 
 
+@runtime_checkable
+class ByRows(Protocol):
+    """A `TensorRef` that can read some of its rows without the rest."""
+
+    def rows(self, ranges: Sequence[range]) -> Tensor:
+        """Ranges of rows of dimension 0, one below the other; what lies beyond the last row is left out."""
+        ...
+
+
+@runtime_checkable
+class ByElements(Protocol):
+    """A `TensorRef` that can read some of its elements without the rest."""
+
+    def elements(self, runs: Sequence[range]) -> Tensor:
+        """Runs of elements in the order of the flattened tensor, one after the other."""
+        ...
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A `TensorRef` for a tensor that is already here."""
@@ -73,14 +91,14 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class _Stamp:
+class FileStamp:
     """What a file is known again by: offsets out of one header must not be used on another file of its name."""
 
     size: int
     modified_ns: int
 
     @classmethod
-    def of(cls, stream: IO[bytes] | RawIOBase) -> _Stamp:
+    def of(cls, stream: IO[bytes] | RawIOBase) -> FileStamp:
         status = os.fstat(stream.fileno())
         return cls(status.st_size, status.st_mtime_ns)
 
@@ -98,7 +116,7 @@ class Stored:
     shape: Shape
     dtype: torch.dtype
     offset: int = field(repr=False)
-    stamp: _Stamp = field(repr=False)
+    stamp: FileStamp = field(repr=False)
 
     def load(self) -> Tensor:
         return self._read([(0, n_bytes(self))]).reshape(self.shape)
@@ -110,12 +128,16 @@ class Stored:
         data = self._read([(part.start * row, len(part) * row) for part in inside])
         return data.reshape(sum(map(len, inside)), *self.shape[1:])
 
+    def elements(self, runs: Sequence[range]) -> Tensor:
+        """Runs of elements in the order of the flattened tensor, one after the other, read without the rest."""
+        return self._read([(run.start * self.dtype.itemsize, len(run) * self.dtype.itemsize) for run in runs])
+
     def _read(self, parts: Sequence[tuple[int, int]]) -> Tensor:
         """Bytes of the tensor's data by (start, size), one after the other."""
         data = torch.empty(sum(size for _, size in parts), dtype=torch.uint8)
         left = memoryview(data.numpy())  # type: ignore[arg-type]
         with reading(self.file, self.name), self.file.open("rb", buffering=0) as stream:
-            if _Stamp.of(stream) != self.stamp:
+            if FileStamp.of(stream) != self.stamp:
                 raise InputError("has changed since it was opened", file=self.file, remedy="Run it again.")
             for start, size in parts:
                 stream.seek(self.offset + start)
@@ -135,10 +157,27 @@ def _fill(buffer: memoryview, stream: RawIOBase) -> None:
 
 def read_rows(ref: TensorRef, ranges: Sequence[range]) -> Tensor:
     """Ranges of rows of dimension 0, without the rest where ``ref`` can do that."""
-    if isinstance(ref, Stored):
+    if isinstance(ref, ByRows):
         return ref.rows(ranges)
     whole = ref.load()
     return torch.cat([whole[part.start : part.stop] for part in ranges])
+
+
+def read_elements(ref: TensorRef, runs: Sequence[range]) -> Tensor:
+    """Runs of elements of the flattened tensor, one after the other, without the rest where ``ref`` can do that."""
+    if isinstance(ref, ByElements):
+        return ref.elements(runs)
+    if isinstance(ref, ByRows) and ref.shape:
+        width = prod(ref.shape[1:])
+        return torch.cat([_within_rows(ref, run, width) for run in runs])
+    whole = ref.load().reshape(-1)
+    return torch.cat([whole[run.start : run.stop] for run in runs])
+
+
+def _within_rows(ref: ByRows, run: range, width: int) -> Tensor:
+    first = run.start // width
+    rows = ref.rows([range(first, (run.stop - 1) // width + 1)]).reshape(-1)
+    return rows[run.start - first * width :][: len(run)]
 
 
 @dataclass(frozen=True)
@@ -225,10 +264,10 @@ def read_safetensors(path: Path) -> TensorFile:
             raise InputError(what, file=path, remedy=remedy) from None
 
 
-def _offsets(path: Path) -> tuple[dict[str, int], _Stamp]:
+def _offsets(path: Path) -> tuple[dict[str, int], FileStamp]:
     """Where in the file each tensor's data begins. The header has passed safetensors' own checks."""
     with path.open("rb") as stream:
-        stamp = _Stamp.of(stream)
+        stamp = FileStamp.of(stream)
         length = int.from_bytes(stream.read(8), "little")
         header = parse_json(stream.read(length), path)
     begins = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

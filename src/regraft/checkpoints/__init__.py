@@ -21,10 +21,14 @@ class Checkpoint:
     Attributes:
         components: component → parameter name → tensor. One model alone is the component ``model``.
         configs: component → its ``config.json``, where there is one.
+        description: how it lies on disk, for people: ``safetensors``, ``gguf Q4_1``, ``safetensors, bnb nf4`` …
+        left_out: stored tensors that belong to no shown one: an autoencoder, position numbers, …
     """
 
     components: Mapping[str, Mapping[str, TensorRef]]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    description: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from regraft.families import get_family
 from regraft.formats._factors import Reshaped
 from regraft.formats._hashes import KEYS as HASHES
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
-from regraft.updates import Full, LowRank
+from regraft.updates import LowRank, Update
 
 K = TypeVar("K", bound=Hashable)
 
@@ -209,15 +209,12 @@ def check_values(adapter: Adapter) -> None:
         check_finite(tensor, adapter.path, key_of(ref, name))
 
 
-def parts_of(update: LowRank | Full) -> Iterable[TensorRef]:
+def parts_of(update: Update) -> Iterable[TensorRef]:
     """Every tensor of an update."""
-    if isinstance(update, Full):
-        return (update.value,)
-    parts = (update.up, update.down, update.alpha, update.magnitude, update.bias)
-    return tuple(part for part in parts if part is not None)
+    return update.parts().values()
 
 
-def shapes_of(adapter_updates: Mapping[ModuleRef, LowRank | Full]) -> dict[str, dict[str, Shape]]:
+def shapes_of(adapter_updates: Mapping[ModuleRef, Update]) -> dict[str, dict[str, Shape]]:
     """Component → path → shape of ΔW, of the low-rank updates: what `family_of_modules` takes."""
     shapes: dict[str, dict[str, Shape]] = {}
     for (component, path), update in adapter_updates.items():

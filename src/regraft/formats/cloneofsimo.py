@@ -137,6 +137,8 @@ def _checked(module: ModuleRef, update: Update) -> LowRank:
     lost = "It would be lost: keep the old format."
     if isinstance(update, Full):
         raise cannot_hold("cloneofsimo", "a parameter stored whole", module, lost)
+    if not isinstance(update, LowRank):
+        raise cannot_hold("cloneofsimo", f"{update.kind} updates", module, lost)
     if update.magnitude is not None:
         raise cannot_hold("cloneofsimo", "DoRA's magnitude", module, lost)
     if update.bias is not None:

@@ -217,6 +217,9 @@ def _write(adapter: Adapter) -> Written:
         if isinstance(update, Full):
             remedy = "They would be lost: keep PEFT's format."
             raise cannot_hold("diffusers", "parameters stored whole", module, remedy)
+        if not isinstance(update, LowRank):
+            remedy = "It would be lost: keep the old format."
+            raise cannot_hold("diffusers", f"{update.kind} updates", module, remedy)
         if update.orientation != "weight":
             remedy = "Such an update would be lost: keep PEFT's format."
             raise cannot_hold("diffusers", "updates of embeddings or Conv1D layers", module, remedy)

@@ -200,6 +200,8 @@ def _checked(module: ModuleRef, update: Update) -> LowRank:
     lost = "It would be lost: keep the old format."
     if isinstance(update, Full):
         raise cannot_hold("kohya", "a parameter stored whole", module, lost)
+    if not isinstance(update, LowRank):
+        raise cannot_hold("kohya", f"{update.kind} updates", module, lost)
     if update.orientation != "weight":
         raise cannot_hold("kohya", "an update of an embedding or a Conv1D layer", module, lost)
     if update.bias is not None:

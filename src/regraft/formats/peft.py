@@ -180,8 +180,10 @@ def _write(adapter: Adapter) -> Written:
     for path, update in paths.items():
         if isinstance(update, Full):
             tensors[_full_key(adapter, path, update)] = update.value
-        else:
+        elif isinstance(update, LowRank):
             tensors |= _keys(adapter, path, folded(update) if bare else update)
+        else:
+            raise cannot_hold("PEFT", f"{update.kind} updates", path, "It would be lost: keep the old format.")
     metadata = dict(adapter.metadata) if own else {"format": "pt", **training_metadata(adapter.metadata)}
     if bare:
         _check_bare(low_rank)

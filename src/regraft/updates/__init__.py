@@ -1,10 +1,41 @@
-"""Kinds of update: what an adapter does to one module. One file each."""
+"""Kinds of update: what an adapter does to one module. One file each.
+
+Each is a frozen dataclass of tensor references with the members of `Kind`. `regraft.updates.rows` cuts and joins them
+along the rows of a weight.
+"""
 
 from __future__ import annotations
 
+from regraft.updates._kind import Kind, scale_of
+from regraft.updates.boft import Boft
+from regraft.updates.diff import Diff
 from regraft.updates.full import Full
+from regraft.updates.glora import GLora
+from regraft.updates.ia3 import Ia3
+from regraft.updates.loha import LoHa
+from regraft.updates.lokr import LoKr
 from regraft.updates.lowrank import LowRank
+from regraft.updates.oft import Oft
+from regraft.updates.rows import Slice
+from regraft.updates.svdiff import SpectralShift
+from regraft.updates.tucker import Tucker
 
-Update = LowRank | Full
+Update = LowRank | Tucker | LoHa | LoKr | Diff | Full | Ia3 | Oft | Boft | GLora | SpectralShift | Slice
 
-__all__ = ["Full", "LowRank", "Update"]
+__all__ = [
+    "Boft",
+    "Diff",
+    "Full",
+    "GLora",
+    "Ia3",
+    "Kind",
+    "LoHa",
+    "LoKr",
+    "LowRank",
+    "Oft",
+    "Slice",
+    "SpectralShift",
+    "Tucker",
+    "Update",
+    "scale_of",
+]

@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from regraft.tensors import InMemory, Shape, TensorRef
+from regraft.updates._kind import Kind, RowPart, fitted, is_per_column, low_rank_norm, magnitude_rows, scaled_ref
+
+__all__ = ["LowRank", "Orientation", "is_per_column"]
 
 # How the file orders the factors: as the weight is, or transposed (PEFT on nn.Embedding and GPT-2's Conv1D).
 Orientation = Literal["weight", "embedding", "conv1d"]
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Kind):
     """ΔW = scale · up · down, in the orientation of the base's own weight.
 
     Attributes:
@@ -57,31 +59,13 @@ class LowRank:
         """``(up, down)`` as float32 matrices, (out, r) and (r, in · kh · kw), without the scale."""
         return self.up.load().float().flatten(1), self.down.load().float().flatten(1)
 
-    def delta(self) -> Tensor:
-        """ΔW in float32, of `shape`; DoRA's magnitude is not part of it (see `merged`)."""
+    def delta(self, weight: Tensor | None = None) -> Tensor:
         up, down = self.factors()
-        return (self.scale * (up @ down)).reshape(self.shape)
+        return fitted((self.scale * (up @ down)).reshape(self.shape), weight)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """The changed weight, float32, of `shape`: what the real tools compute on the base ``weight``."""
-        changed = weight.float().reshape(self.shape) + self.delta()
-        if self.magnitude is None:
-            return changed
-        magnitude = self.magnitude.load().float()
-        # Per input column, as LyCORIS and OneTrainer may have it: (1, in, …). Per output row comes as (out,).
-        if is_per_column(magnitude.shape):
-            norm = changed.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (changed.dim() - 2))
-            by_column: Tensor = changed * (magnitude.reshape(norm.shape) / norm)
-            return by_column
-        norm = changed.flatten(1).norm(dim=1).reshape(-1, *[1] * (changed.dim() - 1))
-        by_row: Tensor = changed * (magnitude.reshape(norm.shape) / norm)
-        return by_row
-
-    def norm(self) -> float:
+    def norm(self, weight: Tensor | None = None) -> float:
         """‖ΔW‖_F through r × r Gram matrices: ΔW itself is never built."""
-        up, down = (factor.double() for factor in self.factors())
-        squared = ((up.T @ up) * (down @ down.T)).sum()
-        return abs(self.scale) * float(squared.clamp_min(0).sqrt())
+        return abs(self.scale) * low_rank_norm(*self.factors())
 
     def with_factors(self, up: Tensor, down: Tensor, shape: Shape | None = None) -> LowRank:
         """The same update with new factors, cast to the old ones' dtypes; the scale stays.
@@ -103,22 +87,12 @@ class LowRank:
         """strength · ΔW. The factor B takes it, so that alpha and rank stay as they are."""
         if strength == 1.0:
             return self
-        up = self.up.load()
-        bias = self.bias
-        if bias is not None:
-            bias = InMemory((bias.load().float() * strength).to(bias.dtype))
-        return replace(self, up=InMemory((up.float() * strength).to(up.dtype)), bias=bias)
+        bias = None if self.bias is None else scaled_ref(self.bias, strength)
+        return replace(self, up=scaled_ref(self.up, strength), bias=bias)
 
-    def cast(self, dtype: torch.dtype) -> LowRank:
-        """The same update with its tensors in ``dtype``."""
-
-        def to(ref: TensorRef | None) -> TensorRef | None:
-            return None if ref is None else InMemory(ref.load().to(dtype))
-
-        up, down = InMemory(self.up.load().to(dtype)), InMemory(self.down.load().to(dtype))
-        return replace(self, up=up, down=down, magnitude=to(self.magnitude), bias=to(self.bias), alpha=to(self.alpha))
-
-
-def is_per_column(shape: Shape) -> bool:
-    """Whether a DoRA magnitude of this shape holds one norm per input column, not per output row."""
-    return len(shape) > 1 and shape[0] == 1
+    def row_parts(self) -> dict[str, RowPart] | None:
+        magnitude = magnitude_rows(self.magnitude)
+        if magnitude is None:
+            return None
+        bias = {} if self.bias is None else {"bias": RowPart(0)}
+        return {"up": RowPart(0), **bias, **magnitude}

@@ -1,0 +1,60 @@
+"""SVDiff: the singular values of the weight are shifted (Han et al. 2023, arXiv 2303.11305, eq. 2).
+
+W' = U diag(relu(σ + s · δ)) Vᵀ, with U σ Vᵀ the SVD of the weight as a matrix (out, in · kh · kw).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from regraft.tensors import Shape, TensorRef
+from regraft.updates._kind import Kind, needed
+
+
+@dataclass(frozen=True)
+class SpectralShift(Kind):
+    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector, relu(W + scale · shift) each.
+
+    Attributes:
+        shift: δ, (min(out, in · kh · kw),), largest singular value first.
+        scale: the strength of the shift.
+        weight_shape: shape of the base's weight where it is known.
+    """
+
+    shift: TensorRef
+    scale: float = 1.0
+    weight_shape: Shape | None = None
+
+    @property
+    def kind(self) -> str:
+        return "svdiff"
+
+    @property
+    def rank(self) -> int:
+        return self.shift.shape[0]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of ΔW where it is known, else that of the shift."""
+        return self.weight_shape or self.shift.shape
+
+    @property
+    def additive(self) -> bool:
+        return False
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        return self.merged(needed(weight, self.kind)) - needed(weight, self.kind)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        base, shift = weight.float(), self.scale * self.shift.load().float()
+        if base.dim() == 1:
+            return torch.relu(base + shift)
+        u, s, v = torch.linalg.svd(base.flatten(1), full_matrices=False)
+        result: Tensor = (u * torch.relu(s + shift)) @ v
+        return result.reshape(weight.shape)
+
+    def scaled(self, strength: float) -> SpectralShift:
+        return self if strength == 1.0 else replace(self, scale=self.scale * strength)
