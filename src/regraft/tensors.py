@@ -284,8 +284,10 @@ def read_torch(path: Path) -> TensorFile:
     check_kind(path, zipped=True)
     with reading(path):
         content = _unpickled(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    # Training code keeps the weights beside its own state: Lightning's "state_dict", DeepSpeed's "module".
+    for inner in ("state_dict", "module"):
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            content = content[inner]
     if not isinstance(content, dict):
         raise InputError("holds no state dict (name to tensor)", file=path, remedy=_WEIGHTS)
     named = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -29,7 +29,7 @@ def read(name: str) -> Adapter:
     ("name", "format", "family", "modules"),
     [
         ("sd15-unet.peft", "peft", "sd15", {"model": 250}),
-        ("sd15-text-encoder.peft", "peft", "clip-text", {"model": 48}),
+        ("sd15-text-encoder.peft", "peft", "clip-l", {"model": 48}),
         ("tinyllama-1.1b.peft-qv-rslora", "peft", "llama", {"model": 44}),
         ("sd15.diffusers", "diffusers", "sd15", {"unet": 128, "text_encoder": 48}),
         ("sd15.diffusers.transformers5", "diffusers", "sd15", {"unet": 128, "text_encoder": 48}),
