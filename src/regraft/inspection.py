@@ -29,7 +29,7 @@ def inspect_adapter(path: str | Path, *, names: BaseNames | None = None) -> Insp
     Raises:
         InputError: it can't be read, or a tensor pair is broken.
     """
-    return describe(load_adapter(path, names=names), path)
+    return describe(load_adapter(path, names=names, whole=False), path)
 
 
 def describe(adapter: Adapter, path: str | Path) -> InspectReport:
@@ -120,4 +120,4 @@ def convert_adapter(
 
 def base_names(base: str | Path) -> dict[str, tuple[str, ...]]:
     """Component → parameter names of a base, from its headers."""
-    return {component: tuple(tensors) for component, tensors in open_base(base).components.items()}
+    return {component: tuple(tensors) for component, tensors in open_base(base, whole=False).components.items()}

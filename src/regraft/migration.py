@@ -18,7 +18,8 @@ from regraft.methods import Method, Outcome, Skip, get_method
 from regraft.nearness import Nearness, compare
 from regraft.pairing import Pairing, pair_bases
 from regraft.report.schema import BaseSummary
-from regraft.tensors import Shape
+from regraft.sketch import spread_runs
+from regraft.tensors import InMemory, Shape
 from regraft.transport import Transport
 from regraft.updates import LowRank
 
@@ -121,6 +122,10 @@ def summarise(base: Base) -> BaseSummary:
     )
 
 
+# Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
+_ROW_RUNS, _ROWS_OF_RUN = 2, 16
+
+
 class _Pairs:
     """`WeightPairs` over two bases; an update, where one is given, sharpens the nearness of its module."""
 
@@ -130,6 +135,11 @@ class _Pairs:
         self.updates: dict[ModuleRef, LowRank] = {}
         self._nearness: dict[ModuleRef, Nearness] = {}
         self._row_norms: dict[ModuleRef, Tensor] = {}
+        self._fetched = False
+
+    @property
+    def sampled(self) -> bool:
+        return self.old.partial or self.new.partial
 
     @property
     def wanted(self) -> Sequence[ModuleRef]:
@@ -147,9 +157,40 @@ class _Pairs:
         return weights
 
     def nearness(self, module: ModuleRef) -> Nearness:
-        if module not in self._nearness:
+        if module not in self._nearness and self.sampled:
+            self._nearness[module] = self._by_rows(module)
+        elif module not in self._nearness:
             self.load(module)
         return self._nearness[module]
+
+    def _by_rows(self, module: ModuleRef) -> Nearness:
+        """The nearness as a sample of the weights' rows shows it."""
+        if not self._fetched:
+            from regraft.hub.remote import ahead
+
+            self._fetched = True
+            with ahead():
+                for wanted in self._wanted:
+                    self._rows(wanted)
+        pair = self._rows(module)
+        if pair is None:
+            return Nearness()
+        old, new, rows = pair
+        update = self.updates.get(module)
+        if update is not None:
+            held = torch.cat([torch.arange(part.start, part.stop) for part in rows])
+            fits = update.up.shape[0] == self.old.shape(module)[0]
+            update = replace(update, up=InMemory(update.up.load()[held]), magnitude=None) if fits else None
+        return compare(old, new, update)
+
+    def _rows(self, module: ModuleRef) -> tuple[Tensor, Tensor, list[range]] | None:
+        target, shape = self.targets[module], self.old.shape(module)
+        if self.new.shape(target) != shape:
+            return None
+        few = shape[0] <= _ROW_RUNS * _ROWS_OF_RUN
+        rows = [range(shape[0])] if few else spread_runs(shape[0], _ROW_RUNS, _ROWS_OF_RUN)
+        old, new = self.old.rows(module, rows), self.new.rows(target, rows)
+        return old.float().flatten(1), new.float().flatten(1), rows
 
     def row_norms(self, module: ModuleRef) -> Tensor | None:
         self.nearness(module)
@@ -171,7 +212,7 @@ class _Computing:
 
     def __init__(self, pairs: _Pairs, device: str, dtype: torch.dtype) -> None:
         self.pairs, self.device, self.dtype = pairs, device, dtype
-        self.wanted, self.nearness = pairs.wanted, pairs.nearness
+        self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
 
     def __iter__(self) -> Iterator[ModuleRef]:
         return iter(self.pairs)

@@ -15,14 +15,21 @@ from regraft.base import Base, open_base
 from regraft.carry import matches
 from regraft.errors import RegraftError, UsageError
 from regraft.families import block_names
+from regraft.hub import hub_id_of
 from regraft.methods import get_method
 from regraft.pairing import Named
 from regraft.plan import Selection
 
-AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, or a PEFT folder.")]
+AdapterArgument = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, a PEFT folder, or its hub id.")
+]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="OLD", help="The base that it was trained on: file, shard index or folder."),
+    typer.Option(
+        "--from",
+        metavar="OLD",
+        help="The base that it was trained on: file, index, folder, or hub id (org/name[@revision][:file]).",
+    ),
 ]
 To = Annotated[Path | None, typer.Option("--to", metavar="NEW", help="The base that it is to run on.")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="See `regraft methods`.")]
@@ -143,15 +150,25 @@ def _that_match(given: tuple[tuple[str, float], ...], adapter: Adapter) -> tuple
     return given
 
 
-def open_bases(old: Path | None, new: Path | None) -> tuple[Base | None, Base]:
-    """Both bases from ``--from`` and ``--to``.
+def open_bases(old: Path | None, new: Path | None, *, whole: bool = True) -> tuple[Base | None, Base]:
+    """Both bases from ``--from`` and ``--to``; those on the hub downloaded (``whole``), or to be read in part.
 
     Raises:
         UsageError: ``--to`` is missing.
     """
     if new is None:
         raise UsageError("--to is missing", remedy="Give the base that the adapter is to run on.")
-    return (open_base(old) if old is not None else None), open_base(new)
+    return (open_base(old, whole=whole) if old is not None else None), open_base(new, whole=whole)
+
+
+def runnable(path: Path) -> Path:
+    """The path itself, or where a model on the hub was downloaded to with all that it needs to run."""
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return path
+    from regraft.hub.repository import download_runnable
+
+    return download_runnable(hub_id)
 
 
 def names_of(named: Named) -> dict[str, tuple[str, ...]]:

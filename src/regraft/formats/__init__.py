@@ -17,6 +17,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError, UsageError, reading, understanding
+from regraft.hub import hub_id_of
 from regraft.limits import read_json_object
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
@@ -127,12 +128,26 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def open_adapter_file(path: Path) -> AdapterFile:
-    """Header, PEFT config and companions of an adapter file or folder; no tensor is read.
+def open_adapter_file(path: Path, *, whole: bool = True) -> AdapterFile:
+    """Header, PEFT config and companions of an adapter file, folder or hub id; no tensor is read.
+
+    Args:
+        path: of it, or its id on the hub (see `regraft.hub`).
+        whole: download an adapter on the hub; else its tensors are fetched as they are used.
 
     Raises:
-        InputError: it is missing, damaged or empty.
+        InputError: it is missing, damaged or empty, or the hub refuses.
     """
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return _open_local(path)
+    from regraft.hub.repository import read_from_hub
+
+    file, place = read_from_hub(hub_id, _open_local, whole=whole, companions=True)
+    return replace(file, path=place or Path(str(hub_id)))
+
+
+def _open_local(path: Path) -> AdapterFile:
     with reading(path):
         weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
@@ -159,17 +174,18 @@ def _stays_inside(file: Path) -> bool:
     return true.is_relative_to(folder) or true.parent == folder.parent.parent / "blobs"
 
 
-def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
+def load_adapter(path: str | Path, *, names: BaseNames | None = None, whole: bool = True) -> Adapter:
     """Read an adapter of any known format; tensors stay on disk until they are used.
 
     Args:
-        path: a weights file, or a PEFT folder.
+        path: a weights file, a PEFT folder, or a hub id.
         names: component → module names of the base, needed only for underscored names of unknown families.
+        whole: download an adapter on the hub; else its tensors are fetched as they are used.
 
     Raises:
         InputError: it can't be read, no format knows it, or a tensor pair is broken.
     """
-    file = open_adapter_file(Path(path).expanduser())
+    file = open_adapter_file(Path(path).expanduser(), whole=whole)
     for format in formats().values():
         with understanding(f"{format.name} file", file.path):
             if format.detect(file):

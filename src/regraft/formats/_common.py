@@ -17,6 +17,7 @@ from regraft.errors import InputError, OutputError
 from regraft.families import get_family
 from regraft.formats._factors import Reshaped
 from regraft.formats._hashes import KEYS as HASHES
+from regraft.hub import fetch_ahead
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
 from regraft.updates import LowRank, Update
 
@@ -35,6 +36,7 @@ def stored(ref: TensorRef) -> Stored | None:
 
 def load_many(refs: Mapping[K, TensorRef]) -> dict[K, Tensor]:
     """Every tensor, read at its offset, so that a file that changed in between is noticed and none is mapped."""
+    fetch_ahead(refs.values())
     return {key: ref.load() for key, ref in refs.items()}
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
+from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -27,6 +28,8 @@ from regraft.report.schema import (
 #: What each verb prints with ``--json``.
 RECORDS: dict[str, Any] = {
     "inspect": InspectReport,
+    "identify": IdentifyReport,
+    "fingerprint": FingerprintReport,
     "check": CheckReport,
     "port": PortReport,
     "verify": VerifyReport,
