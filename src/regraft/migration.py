@@ -19,7 +19,7 @@ from regraft.nearness import Nearness, compare
 from regraft.pairing import Pairing, pair_bases
 from regraft.report.schema import BaseSummary
 from regraft.sketch import spread_runs
-from regraft.tensors import InMemory, Shape
+from regraft.tensors import InMemory, Shape, n_bytes
 from regraft.transport import Transport
 from regraft.updates import LowRank
 
@@ -44,6 +44,8 @@ class Entry:
         uncovered: the module changed its shape in a way that the method can't carry: not a planned skip.
         row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
             between weights of one shape.
+        bound: whether similarity and distance are bounds out of several steps (`regraft.migrations.compose`), not
+            measured.
     """
 
     target: ModuleRef | None
@@ -54,6 +56,7 @@ class Entry:
     nearness: Nearness = field(default_factory=Nearness)
     uncovered: bool = False
     row_norms: Tensor | None = None
+    bound: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,11 @@ class Migration:
         entries: module of the old base → what becomes of it.
         parameters: component of the old base → names of all its parameters, by which a trained head is known.
         file: where it was read from or written to.
+        file_hash: of that file, ``sha256:…``.
+        base_bytes: size of the new base as it is stored, which the file's own size is held against.
+        license: under which the file is published, an SPDX identifier.
+        composed: hashes of the files that it was composed of, in order.
+        via: the bases between them.
     """
 
     source: BaseSummary | None
@@ -81,6 +89,11 @@ class Migration:
     entries: Mapping[ModuleRef, Entry]
     parameters: Mapping[str, Collection[str]] = field(default_factory=dict)
     file: Path | None = field(default=None)
+    file_hash: str | None = None
+    base_bytes: int | None = None
+    license: str | None = None
+    composed: tuple[str, ...] = ()
+    via: tuple[BaseSummary, ...] = ()
 
     @property
     def components(self) -> Mapping[str, Collection[str]]:
@@ -117,8 +130,14 @@ class Migration:
 
 def summarise(base: Base) -> BaseSummary:
     """Path, family and fingerprints of a base."""
+    prints = base.prints
     return BaseSummary(
-        path=str(base.path), family=family_of_base(base), fingerprint=base.fingerprint, structure=base.structure
+        path=str(base.path),
+        family=family_of_base(base),
+        fingerprint=str(prints),
+        structure=base.structure,
+        sketch=prints.brief(),
+        components={name: part.sample for name, part in prints.components.items()},
     )
 
 
@@ -271,7 +290,22 @@ def fit_migration(
             entries[module] = Entry(None, None, answer.reason, old.shape(module))
             continue
         entries[module] = _entry(pairs, module, outcomes[module], similarity.get(module), answer.reason, moved)
-    return Migration(summarise(old), summarise(new), method, used, reason, settings, entries, parameters_of(old))
+    return Migration(
+        summarise(old),
+        summarise(new),
+        method,
+        used,
+        reason,
+        settings,
+        entries,
+        parameters_of(old),
+        base_bytes=size_of(new),
+    )
+
+
+def size_of(base: Base) -> int:
+    """Bytes of a base's tensors as they are stored."""
+    return sum(n_bytes(ref) for tensors in base.components.values() for ref in tensors.values())
 
 
 def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:

@@ -205,8 +205,10 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
             file=path,
             remedy="Name a folder without a suffix.",
         )
-    if not folder and path.suffix.lower() in TORCH_SUFFIXES:
-        raise OutputError("the output is a safetensors file", file=path, remedy="Give it the suffix .safetensors.")
+    other = path.suffix.lower() in (*TORCH_SUFFIXES, ".gguf") or content.suffix != ".safetensors"
+    if not folder and other and path.suffix.lower() != content.suffix:
+        what = f"the output is a {content.suffix.removeprefix('.')} file"
+        raise OutputError(what, file=path, remedy=f"Give it the suffix {content.suffix}.")
     with whole(path) as stage:
         if not folder:
             _save(content, stage)
@@ -216,15 +218,20 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
             for name, file in content.files.items():
                 if isinstance(file, Path):
                     shutil.copyfile(file, stage / name)
+                elif callable(file):
+                    file(stage / name)
                 else:
                     (stage / name).write_text(file, encoding="utf-8", newline="")
-        _readable(stage)
+        readable(stage)
     if not folder:
         return [path]
     return [path / content.weights_name, *(path / name for name in content.files)]
 
 
 def _save(content: Written, path: Path) -> None:
+    if content.save is not None:
+        content.save(path)
+        return
     save_file(dict(content.tensors), path, metadata=dict(content.metadata))
     sort_metadata(path)
 
@@ -257,11 +264,12 @@ def write_text(text: str, path: Path, *, overwrite: bool) -> Path:
     check_writable(path, overwrite=overwrite)
     with whole(path) as stage:
         stage.write_text(text, encoding="utf-8")
-        _readable(stage)
+        readable(stage)
     return path
 
 
-def _readable(path: Path) -> None:
+def readable(path: Path) -> None:
+    """Give a staged file or folder the permissions that the umask lets new files have."""
     # mkdtemp's privacy must not outlive the move: others may read what the umask lets them.
     mask = os.umask(0)
     os.umask(mask)

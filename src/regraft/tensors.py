@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -298,13 +298,26 @@ def read_torch(path: Path) -> TensorFile:
             content = content[inner]
     if not isinstance(content, dict):
         raise InputError("holds no state dict (name to tensor)", file=path, remedy=_WEIGHTS)
-    named = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    named = {name: value for name, value in _flattened(content) if isinstance(value, Tensor)}
     check_names(named, path)
     tensors = {name: InMemory(_plain(value, path, name)) for name, value in named.items()}
     _check_sum(tensors, path)
     if not tensors:
         raise InputError("holds no tensors", file=path, remedy=_WEIGHTS)
-    return TensorFile(tensors, {})
+    told = {str(name): str(value) for name, value in content.items() if isinstance(value, str | int | float)}
+    return TensorFile(tensors, told)
+
+
+def _flattened(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; those of a dict inside (an embedding's ``string_to_param``) as ``string_to_param.*``."""
+    for name, value in content.items():
+        if isinstance(value, torch.nn.ParameterDict):
+            # An old torch's lacks attributes that its mapping methods now need.
+            value = value.__dict__.get("_parameters", {})
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", it) for inner, it in value.items())
+        else:
+            yield str(name), value
 
 
 def _plain(value: Tensor, path: Path, name: str) -> Tensor:
@@ -329,6 +342,8 @@ def _check_sum(tensors: Mapping[str, TensorRef], path: Path) -> None:
 
 
 def _unpickled(path: Path) -> object:
+    # The first textual inversions hold one; it is filled by attribute, so that nothing of the file's runs.
+    torch.serialization.add_safe_globals([torch.nn.ParameterDict])
     with path.open("rb") as stream:
         zipped = stream.read(4) == b"PK\x03\x04"
     if zipped:
@@ -361,7 +376,14 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """A weights file of either kind, told apart by its suffix."""
+    """A weights file of any kind, told apart by its suffix; of a GGUF file's pairs the single values are metadata."""
+    if path.suffix.lower() == ".gguf":
+        # Only then is the gguf package needed.
+        from regraft.checkpoints._gguf_file import read_gguf
+
+        content = read_gguf(path)
+        told = {key: str(value) for key, value in content.fields.items() if isinstance(value, str | int | float)}
+        return TensorFile(content.tensors, told)
     return read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else read_safetensors(path)
 
 

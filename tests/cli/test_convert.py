@@ -25,7 +25,8 @@ def run(*arguments: object) -> str:
 def test_json_says_what_was_written(tmp_path: Path) -> None:
     target = tmp_path / "out.safetensors"
     record = json.loads(run(REAL, "-o", target, "--format", "kohya", "--json"))
-    assert record == {"input": str(REAL), "output": str(target), "format": "kohya", "modules": 192}
+    assert (record["input"], record["output"]) == (str(REAL), str(target))
+    assert (record["format"], record["modules"], record["changes"]) == ("kohya", 192, [])
     assert len(load_file(target)) == 3 * 192
 
 
@@ -40,7 +41,7 @@ def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_a_usage_error_that_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cloneofsimo, diffusers, kohya, peft"):
+    with pytest.raises(UsageError, match=r"cloneofsimo, .*diffusers, .*kohya, .*peft"):
         run(REAL, "-o", tmp_path / "out", "--format", "onnx")
 
 
@@ -98,3 +99,41 @@ def test_a_folder_around_the_input_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds the input in\.safetensors"):
         run(folder / "in.safetensors", "-o", folder, "--format", "kohya", "--overwrite")
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "in.safetensors"}
+
+
+def _dora(path: Path) -> Path:
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{stem}.lora_up.weight": torch.ones(320, 2),
+        f"{stem}.lora_down.weight": torch.ones(2, 320),
+        f"{stem}.alpha": torch.tensor(1.0),
+        f"{stem}.dora_scale": torch.ones(1, 320),
+    }
+    metadata = {"ss_output_name": "secret", "ss_base_model_version": "sd_v1", "ss_tag_frequency": "{}"}
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def test_the_dry_run_shows_the_loss_and_writes_nothing(tmp_path: Path) -> None:
+    source = _dora(tmp_path / "in.safetensors")
+    record = json.loads(run(source, "--format", "peft", "--dry-run", "--json"))
+    assert [row["status"] for row in record["changes"]] == ["lost"]
+    assert "per input column" in record["changes"][0]["reason"]
+    assert "nothing was written" in run(source, "--format", "peft", "--dry-run")
+    with pytest.raises(OutputError, match=r"a dora would be lost: .*per input column.*--base"):
+        run(source, "-o", tmp_path / "out", "--format", "peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_what_is_private_is_left_out_and_listed(tmp_path: Path) -> None:
+    source = _dora(tmp_path / "in.safetensors")
+    told = run(source, "-o", tmp_path / "out.safetensors", "--format", "kohya", "--strip-private", "--json")
+    assert json.loads(told)["removed"] == ["ss_output_name", "ss_tag_frequency"]
+    raw = (tmp_path / "out.safetensors").read_bytes()
+    assert b"secret" not in raw
+    assert b"sd_v1" in raw
+
+
+def test_no_output_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--output is missing"):
+        run(REAL, "--format", "kohya")

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from updates_from import from_lycoris
 
+from regraft.tensors import InMemory
+from regraft.updates import GLora, LoKr
+
 logging.disable(logging.WARNING)
 lycoris = pytest.importorskip("lycoris.modules")
 
@@ -122,3 +125,68 @@ def test_a_merged_weight_gives_lycoris_own_output(name: str, options: dict[str, 
     wanted = module(x)
     assert float((merged - weight).norm()) > 1e-3
     assert float((with_weight(base, x, merged, bias) - wanted).abs().max()) <= 1e-5
+
+
+STRENGTHS: dict[str, dict[str, Any]] = {
+    "LoConModule": {},
+    "LohaModule": {},
+    "LokrModule": {"factor": 2},
+    "FullModule": {},
+    "IA3Module": {},
+    "GLoRAModule": {},
+    "DiagOFTModule": {"rescaled": True},
+    "ButterflyOFTModule": {"lora_dim": 6, "rescaled": True},
+}
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+@torch.no_grad()
+def test_another_strength_is_lycoris_multiplier(name: str) -> None:
+    torch.manual_seed(0)
+    base = linear()
+    module, x = built(name, STRENGTHS[name], base), inputs(base)
+    module.multiplier = 0.6
+    state = module.state_dict()
+    bias = base.bias
+    if "diff_b" in state:
+        bias = from_lycoris({"diff_b": state["diff_b"]}).scaled(0.6).merged(bias)
+    merged = from_lycoris(state).scaled(0.6).merged(base.weight)
+    assert float((with_weight(base, x, merged, bias) - module(x)).abs().max()) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_scalar_is_folded_into_the_stored_factors() -> None:
+    for name in ("LoConModule", "LohaModule", "LokrModule", "GLoRAModule"):
+        assert not any("scalar" in key for key in built(name, {"use_scalar": True}, linear()).state_dict())
+
+
+def randomised(*weights: Tensor | None) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(8)
+    return [None if w is None else torch.randn(w.shape, generator=generator) * 0.2 for w in weights]
+
+
+@pytest.mark.parametrize("tucker", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+@torch.no_grad()
+def test_kernels_that_the_functional_lokr_leaves_unflattened_change_a_weight_alike(tucker: bool, both: bool) -> None:
+    from lycoris.functional import lokr
+
+    base = conv().weight
+    made = randomised(*lokr.weight_gen(base, 1, tucker=tucker, factor=4, decompose_both=both))
+    names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    refs = {name: InMemory(tensor) for name, tensor in zip(names, made, strict=True) if tensor is not None}
+    update = LoKr(0.5, **refs)
+    assert update.shape == base.shape
+    torch.testing.assert_close(update.delta(), lokr.kron_weight(*made, scale=0.5))
+
+
+@torch.no_grad()
+def test_a_glora_with_a_core_changes_a_kernel_as_lycoris_formula_does() -> None:
+    from lycoris.modules.glora import _glora_weight
+
+    base = conv().weight
+    shapes = ((16, 3, 1, 1), (3, 16, 1, 1), (24, 3, 1, 1), (3, 16, 1, 1), (3, 3, 3, 3))
+    a1, a2, b1, b2, bm = randomised(*(torch.empty(shape) for shape in shapes))
+    update = GLora(*(InMemory(tensor) for tensor in (a1, a2, b1, b2)), 0.5, InMemory(bm))
+    assert update.shape == base.shape
+    torch.testing.assert_close(update.delta(base), _glora_weight(base, a1, a2, b1, b2, bm, 0.5))

@@ -17,7 +17,24 @@ from regraft.cli._sink import fail, prepare_terminal
 from regraft.errors import RegraftError, first_line
 
 #: In the order in which ``--help`` lists them; each is a module of this package with a function of the same name.
-VERBS = ("demo", "inspect", "identify", "fingerprint", "check", "port", "verify", "convert", "methods", "cache")
+VERBS = (
+    "demo",
+    "inspect",
+    "identify",
+    "fingerprint",
+    "check",
+    "port",
+    "verify",
+    "convert",
+    "resize",
+    "merge",
+    "extract",
+    "diff",
+    "methods",
+    "lineage",
+    "migration",
+    "cache",
+)
 
 app = typer.Typer(
     name="regraft",

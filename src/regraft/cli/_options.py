@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from regraft.adapter import Adapter
+from regraft.adapter import MODEL, Adapter
 from regraft.base import Base, open_base
 from regraft.carry import matches
 from regraft.errors import RegraftError, UsageError
@@ -174,6 +175,11 @@ def runnable(path: Path) -> Path:
 def names_of(named: Named) -> dict[str, tuple[str, ...]]:
     """Module names of a base or migration by component, to un-flatten underscored names by."""
     return {component: tuple(named.modules(component)) for component in named.components}
+
+
+def config_of(base: object) -> Mapping[str, Any] | None:
+    """``config.json`` of a base that is one model alone; a migration has none."""
+    return base.configs.get(MODEL) if isinstance(base, Base) else None
 
 
 def use_hardware(device: str, compute: str, threads: int | None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class AdapterFile:
         config: ``adapter_config.json`` beside the weights, if there is one.
         sidecars: other files of the folder (tokenizer, README), by name.
         left_behind: names of the folder's other weights files.
+        base_config: ``config.json`` of the base, where the caller knows it.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class AdapterFile:
     config: Mapping[str, Any] | None = None
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     left_behind: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,22 @@ class Written:
     Attributes:
         tensors: key → tensor, contiguous, on the CPU.
         metadata: the safetensors header's metadata.
-        files: further files by name: text, or a file to copy. If there are any, or ``folder`` is set, the
-            output is a folder.
+        files: further files by name: text, a file to copy, or what writes one. If there are any, or ``folder`` is
+            set, the output is a folder.
         weights_name: name of the weights file inside of such a folder.
+        save: writes the weights file, where that is no safetensors file.
+        suffix: that such a file must have.
+        notes: what had to be changed on the way, for the user.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    files: Mapping[str, str | Path] = field(default_factory=dict)
+    files: Mapping[str, str | Path | Callable[[Path], None]] = field(default_factory=dict)
     folder: bool = False
     weights_name: str = "adapter_model.safetensors"
+    save: Callable[[Path], None] | None = None
+    suffix: str = ".safetensors"
+    notes: tuple[str, ...] = ()
 
 
 #: Component → every module or parameter path of the base, to un-flatten underscored names by.
@@ -110,7 +118,15 @@ def get_format(name: str) -> Format:
     return formats()[name]
 
 
-_WEIGHTS_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+_WEIGHTS_NAMES = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+    "learned_embeds.safetensors",
+    "learned_embeds.bin",
+    "spectral_shifts.safetensors",
+)
 _NOT_CARRIED = (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -126,6 +142,17 @@ def _weights_in(folder: Path) -> Path:
         file=folder,
         remedy=f"Expected {_WEIGHTS_NAMES[0]} in it, or name the file itself.",
     )
+
+
+def _adapter_in(folder: Path) -> Path:
+    """The folder itself, or the one adapter in it: PEFT saves an adapter with a name into a folder of that name."""
+    if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("*.safetensors")):
+        return folder
+    inside = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(found.name for found in inside)
+        raise InputError(f"this folder holds several adapters: {names}", file=folder, remedy="Name one of them.")
+    return inside[0] if inside else folder
 
 
 def open_adapter_file(path: Path, *, whole: bool = True) -> AdapterFile:
@@ -149,6 +176,7 @@ def open_adapter_file(path: Path, *, whole: bool = True) -> AdapterFile:
 
 def _open_local(path: Path) -> AdapterFile:
     with reading(path):
+        path = _adapter_in(path) if path.is_dir() else path
         weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
@@ -174,22 +202,29 @@ def _stays_inside(file: Path) -> bool:
     return true.is_relative_to(folder) or true.parent == folder.parent.parent / "blobs"
 
 
-def load_adapter(path: str | Path, *, names: BaseNames | None = None, whole: bool = True) -> Adapter:
+def load_adapter(
+    path: str | Path,
+    *,
+    names: BaseNames | None = None,
+    base_config: Mapping[str, Any] | None = None,
+    whole: bool = True,
+) -> Adapter:
     """Read an adapter of any known format; tensors stay on disk until they are used.
 
     Args:
         path: a weights file, a PEFT folder, or a hub id.
         names: component → module names of the base, needed only for underscored names of unknown families.
+        base_config: ``config.json`` of the base, needed only for the values of a GGUF LoRA of Llama.
         whole: download an adapter on the hub; else its tensors are fetched as they are used.
 
     Raises:
         InputError: it can't be read, no format knows it, or a tensor pair is broken.
     """
-    file = open_adapter_file(Path(path).expanduser(), whole=whole)
+    file = replace(open_adapter_file(Path(path).expanduser(), whole=whole), base_config=base_config)
     for format in formats().values():
         with understanding(f"{format.name} file", file.path):
             if format.detect(file):
-                return replace(format.read(file, names), left_behind=file.left_behind)
+                return replace(format.read(file, names), left_behind=file.left_behind, base_config=base_config)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",
@@ -204,4 +239,8 @@ def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, ove
     writer = get_format(name).write
     if writer is None:
         raise UsageError(f"format {name!r} can be read, not written", remedy="Choose another with --format.")
-    return write_whole(writer(adapter), path, overwrite=overwrite, source=adapter.path)
+    from regraft.lineage.updates import restated
+
+    written = writer(adapter)
+    written = replace(written, metadata=restated(adapter, written))
+    return write_whole(written, path, overwrite=overwrite, source=adapter.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -42,6 +43,15 @@ class Kind:
         raise NotImplementedError
 
     @property
+    def rows(self) -> int | None:
+        """How many rows the weight has, where the update tells."""
+        return self.shape[0] if self.shape else None
+
+    def fits(self, weight_shape: Shape) -> bool:
+        """Whether the update can change a weight of this shape; 1 × 1 kernels and matrices are the same."""
+        return _bare(weight_shape) == _bare(self.shape)
+
+    @property
     def rank(self) -> int | None:
         return None
 
@@ -57,6 +67,11 @@ class Kind:
     def additive(self) -> bool:
         """Whether ΔW is the same on every base weight."""
         return self.magnitude is None
+
+    def shaped(self, weight_shape: Shape | None) -> Self:
+        """The same update with the shape of the base's weight, where the kind can't tell it by itself."""
+        known = any(field.name == "weight_shape" for field in fields(self))
+        return replace(self, **{"weight_shape": weight_shape}) if known else self
 
     def parts(self) -> dict[str, TensorRef]:
         """Role → tensor, every tensor of the update."""
@@ -101,6 +116,18 @@ class Kind:
         All other tensors serve every row.
         """
         return None
+
+
+def _bare(shape: Shape) -> Shape:
+    """The shape without kernel sides of 1 at its end."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def fits_flattened(shape: Shape, weight_shape: Shape) -> bool:
+    """Whether an update of ``shape`` (out, in · kh · kw) is one of a kernel (out, in, kh, kw)."""
+    return len(shape) == 2 and shape[:1] == weight_shape[:1] and shape[1] == prod(weight_shape[1:])
 
 
 def magnitude_rows(magnitude: TensorRef | None) -> dict[str, RowPart] | None:

@@ -159,6 +159,19 @@ class Zeros:
         return torch.zeros(self.shape, dtype=self.dtype)
 
 
+def padded_to(ref: TensorRef, dim: int, size: int) -> TensorRef:
+    """``ref`` with zeros at the end of ``dim``.
+
+    Raises:
+        ValueError: it is longer than ``size``.
+    """
+    missing = size - ref.shape[dim]
+    if missing < 0:
+        raise ValueError(f"a tensor of {ref.shape[dim]} can't be padded to {size}")
+    shape = (*ref.shape[:dim], missing, *ref.shape[dim + 1 :])
+    return ref if missing == 0 else Joined((ref, Zeros(shape, ref.dtype)), dim)
+
+
 def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1.0 else tensor.float() * factor
 

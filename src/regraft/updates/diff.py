@@ -33,6 +33,9 @@ class Diff(Kind):
     def shape(self) -> Shape:
         return self.value.shape
 
+    def fits(self, weight_shape: Shape) -> bool:
+        return super().fits(weight_shape) if len(self.shape) > 1 else weight_shape == self.shape
+
     def delta(self, weight: Tensor | None = None) -> Tensor:
         return fitted(self.value.load().float(), weight)
 

@@ -33,6 +33,9 @@ class Full(Kind):
     def shape(self) -> Shape:
         return self.value.shape
 
+    def fits(self, weight_shape: Shape) -> bool:
+        return weight_shape == self.shape
+
     @property
     def additive(self) -> bool:
         return False

@@ -6,6 +6,7 @@ LyCORIS 4.1.3: W' = W · (1 + weight). PEFT 0.21.2: W' = W · ia3_l, and per out
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 from torch import Tensor
@@ -38,6 +39,15 @@ class Ia3(Kind):
     def shape(self) -> Shape:
         """Shape of ΔW where it is known, else that of the factors."""
         return self.weight_shape or self.weight.shape
+
+    @property
+    def rows(self) -> int | None:
+        if self.weight_shape is not None:
+            return self.weight_shape[0]
+        return None if self.per_input else prod(self.weight.shape)
+
+    def fits(self, weight_shape: Shape) -> bool:
+        return len(weight_shape) > 1 and weight_shape[1 if self.per_input else 0] == prod(self.weight.shape)
 
     @property
     def additive(self) -> bool:

@@ -11,7 +11,16 @@ from math import sqrt
 from torch import Tensor
 
 from regraft.tensors import Shape, TensorRef
-from regraft.updates._kind import Kind, RowPart, fitted, floats, magnitude_rows, scaled_ref, tucker_product
+from regraft.updates._kind import (
+    Kind,
+    RowPart,
+    fits_flattened,
+    fitted,
+    floats,
+    magnitude_rows,
+    scaled_ref,
+    tucker_product,
+)
 
 # Rows of ΔW that are built at a time for its norm.
 _CHUNK = 512
@@ -48,6 +57,9 @@ class LoHa(Kind):
     @property
     def kind(self) -> str:
         return "loha"
+
+    def fits(self, weight_shape: Shape) -> bool:
+        return super().fits(weight_shape) or fits_flattened(self.shape, weight_shape)
 
     @property
     def rank(self) -> int:

@@ -14,6 +14,7 @@ from regraft.tensors import Shape, TensorRef
 from regraft.updates._kind import (
     Kind,
     RowPart,
+    fits_flattened,
     fitted,
     floats,
     low_rank_norm,
@@ -62,6 +63,9 @@ class LoKr(Kind):
     @property
     def kind(self) -> str:
         return "lokr"
+
+    def fits(self, weight_shape: Shape) -> bool:
+        return super().fits(weight_shape) or fits_flattened(self.shape, weight_shape)
 
     @property
     def rank(self) -> int | None:

@@ -3,12 +3,14 @@
 OFT (Qiu et al. 2023, arXiv 2306.07280). The rotation of a block is the Cayley transform of a skew matrix:
 
 - LyCORIS 4.1.3 (diag-OFT): Q = oft_blocks − oft_blocksᵀ, R = (I + Q)(I − Q)⁻¹, W' = rescale · Rᵀ W;
-- PEFT 0.21.2: Q from its upper triangle, R = (I + Q)⁻¹-form (I − Q) or its Neumann series, W' = W Rᵀ.
+- PEFT 0.21.2: Q from its upper triangle, R = (I − Q)(I + Q)⁻¹, or, as its default, the Neumann series of
+  (I + Q)(I − Q)⁻¹, which turns the other way; W' = W Rᵀ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -23,11 +25,12 @@ class Oft(Kind):
     """W' = rescale · Rᵀ W (LyCORIS) or W Rᵀ (PEFT), R block-diagonal and orthogonal.
 
     Attributes:
-        blocks: (n, b, b); in PEFT's convention (n, b (b − 1) / 2), the upper triangles.
+        blocks: (n, b, b); in PEFT's convention (n, b (b − 1) / 2), the upper triangles, n = 1 with ``block_share``.
         rescale: a factor per output row, (out, 1, …), of LyCORIS.
-        alpha: LyCORIS' constraint: ‖Q‖ is held below alpha · out; 0 is none.
+        alpha: LyCORIS' constraint: ‖Q‖ of all blocks is held below alpha · out; 0 is none.
         convention: whose.
-        terms: PEFT's number of Neumann terms; None where the Cayley transform is exact.
+        terms: PEFT's ``num_cayley_neumann_terms``; None where the Cayley transform is exact.
+        eps: PEFT's ``eps`` with ``coft``: ‖Q‖ of each block is held below eps / √n.
         strength: LyCORIS' multiplier, R → strength · R + (1 − strength) · I: no block can hold it.
         weight_shape: shape of the base's weight where it is known.
     """
@@ -37,6 +40,7 @@ class Oft(Kind):
     alpha: TensorRef | None = None
     convention: Literal["lycoris", "peft"] = "lycoris"
     terms: int | None = None
+    eps: float | None = None
     strength: float = 1.0
     weight_shape: Shape | None = None
 
@@ -48,6 +52,22 @@ class Oft(Kind):
     def shape(self) -> Shape:
         """Shape of ΔW where it is known, else the one axis that the blocks tell."""
         return self.weight_shape or (self.blocks.shape[0] * self.block_size,)
+
+    @property
+    def rows(self) -> int | None:
+        if self.weight_shape is not None:
+            return self.weight_shape[0]
+        return self.shape[0] if self.convention == "lycoris" else None
+
+    def fits(self, weight_shape: Shape) -> bool:
+        size = self.blocks.shape[0] * self.block_size
+        if len(weight_shape) < 2:
+            return False
+        if self.convention == "lycoris":
+            return weight_shape[0] == size
+        # One block may serve all columns (PEFT's block_share).
+        columns = prod(weight_shape[1:])
+        return columns == size or (self.blocks.shape[0] == 1 and columns % size == 0)
 
     @property
     def additive(self) -> bool:
@@ -62,17 +82,17 @@ class Oft(Kind):
     def rotations(self) -> Tensor:
         """R, (n, b, b), float32."""
         stored = self.blocks.load().float()
-        identity = torch.eye(self.block_size)
         if self.convention == "lycoris":
             limit = 0.0 if self.alpha is None else float(self.alpha.load())
             return cayley(constrained(stored - stored.mT, limit * stored.shape[0] * stored.shape[1]))
-        upper = torch.zeros(stored.shape[0], self.block_size, self.block_size)
+        upper = torch.zeros(len(stored), self.block_size, self.block_size)
         rows, columns = torch.triu_indices(self.block_size, self.block_size, 1)
         upper[:, rows, columns] = stored
         skew = upper - upper.mT
-        if self.terms is None:
-            return cayley(-skew)
-        return neumann(skew, self.terms, identity)
+        if self.eps is not None:
+            limits = self.eps / len(stored) ** 0.5 / skew.norm(dim=(1, 2), keepdim=True)
+            skew = skew * limits.clamp(max=1.0)
+        return cayley(-skew) if self.terms is None else neumann(skew, self.terms)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         base = needed(weight, self.kind)
@@ -81,13 +101,10 @@ class Oft(Kind):
         rotation = self.strength * rotation + (1 - self.strength) * torch.eye(size)
         if self.convention == "peft":
             columns = base.reshape(len(base), -1, size)
-            # One block may serve all columns (PEFT's block_share).
             shared = rotation.expand(columns.shape[1], size, size)
             return torch.einsum("onk,njk->onj", columns, shared).reshape(base.shape) - base
         moved = torch.einsum("nij,ni...->nj...", rotation, base.reshape(n, size, *base.shape[1:])).reshape(base.shape)
-        if self.rescale is not None:
-            moved = moved * self.rescale.load().float().reshape(-1, *[1] * (base.dim() - 1))
-        return moved - base
+        return rescaled(moved, self.rescale) - base
 
     def scaled(self, strength: float) -> Oft:
         return self if strength == 1.0 else replace(self, strength=self.strength * strength)
@@ -115,10 +132,17 @@ def constrained(skew: Tensor, limit: float) -> Tensor:
     return skew * (limit / norm) if 0 < limit < float(norm) else skew
 
 
-def neumann(skew: Tensor, terms: int, identity: Tensor) -> Tensor:
-    """PEFT's series for (I + Q)(I − Q)⁻¹: I + 2Q + 2Q² + … + Qᵗ⁻¹, the last term once."""
-    result, power = identity.expand_as(skew).clone(), skew
-    for term in range(1, terms):
-        result = result + (1.0 if term == terms - 1 and terms > 2 else 2.0) * power
+def neumann(skew: Tensor, terms: int) -> Tensor:
+    """PEFT's series for (I + Q)(I − Q)⁻¹: I + 2Q + 2Q² + … + Qᵗ⁻¹; three terms are computed as four."""
+    result, power = torch.eye(skew.shape[-1]).expand_as(skew), skew
+    if terms < 2:
+        return result
+    for _ in range(1 if terms == 2 else max(terms, 4) - 2):
+        result = result + 2.0 * power
         power = power @ skew
-    return result
+    return result if terms == 2 else result + power
+
+
+def rescaled(rows: Tensor, rescale: TensorRef | None) -> Tensor:
+    """Each row times its factor, where there are any."""
+    return rows if rescale is None else rows * rescale.load().float().reshape(-1, *[1] * (rows.dim() - 1))

@@ -6,7 +6,7 @@ rows, `join_rows` the fused update again: the very same tensors where the parts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,15 @@ class Slice(Kind):
     @property
     def shape(self) -> Shape:
         return (n_rows(self.ranges), *self.of.shape[1:])
+
+    @property
+    def rows(self) -> int:
+        return n_rows(self.ranges)
+
+    def fits(self, weight_shape: Shape) -> bool:
+        """Whether these can be rows of a weight that the whole update fits."""
+        whole = self.of.rows
+        return self.rows == weight_shape[0] and self.of.fits((whole or weight_shape[0], *weight_shape[1:]))
 
     @property
     def alpha(self) -> TensorRef | None:
@@ -98,8 +107,8 @@ class Slice(Kind):
     def scaled(self, strength: float) -> Slice:
         return replace(self, of=self.of.scaled(strength))
 
-    def cast(self, dtype: torch.dtype) -> Slice:
-        return replace(self, of=self.of.cast(dtype))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Slice:
+        return replace(self, of=self.of.mapped(change))
 
     @property
     def _rows_alone(self) -> bool:
@@ -109,8 +118,9 @@ class Slice(Kind):
         return torch.cat([whole[start:stop] for start, stop in self.ranges])
 
     def _whole(self, weight: Tensor | None) -> Tensor:
-        rows = max(stop for _, stop in self.ranges)
-        if weight is None or weight.shape[0] < rows or (len(self.of.shape) > 1 and weight.shape[0] != self.of.shape[0]):
+        rows = self.of.rows
+        enough = weight is not None and weight.shape[0] >= max(stop for _, stop in self.ranges)
+        if weight is None or not enough or (rows is not None and weight.shape[0] != rows):
             raise ValueError(f"a {self.kind} update acts across the rows of a fused weight and needs the whole of it")
         return weight
 
@@ -130,7 +140,7 @@ def take_rows(update: Update, ranges: Ranges) -> Update:
         return take_rows(update.of, composed_ranges(update.ranges, ranges))
     along = update.row_parts()
     if along is None or any(bound % part.rows_each for part in along.values() for pair in ranges for bound in pair):
-        whole = update.shape[0] if len(update.shape) > 1 or update.kind in ("oft", "boft") else None
+        whole = update.rows
         if whole is not None and any(not 0 <= start <= stop <= whole for start, stop in ranges):
             raise ValueError(f"the rows {ranges} are not within the {whole} there are")
         return update if ranges == ((0, whole),) else Slice(update, ranges)
@@ -139,11 +149,9 @@ def take_rows(update: Update, ranges: Ranges) -> Update:
         changes[name] = cut(getattr(update, name), [(start // each, stop // each) for start, stop in ranges], dim)
     if getattr(update, "weight_shape", None) is not None:
         changes["weight_shape"] = (n_rows(ranges), *update.shape[1:])
-    return replace(update, **changes) if _differs(update, changes) else update
-
-
-def _differs(update: Update, changes: dict[str, Any]) -> bool:
-    return any(getattr(update, name) is not value and getattr(update, name) != value for name, value in changes.items())
+    if along and all(getattr(update, name) is changes[name] for name in along):
+        return update
+    return replace(update, **changes)
 
 
 def empty(shape: Shape, dtype: torch.dtype = torch.float32) -> LowRank:
@@ -181,8 +189,7 @@ def _one_update(parts: Sequence[Update]) -> Update | None:
         return None
     whole, ranges = slices[0].of, merged_ranges([pair for part in slices for pair in part.ranges])
     # Some kinds don't know how many rows the weight has: the parts together are the whole.
-    known = len(whole.shape) > 1 or whole.kind in ("oft", "boft")
-    complete = len(ranges) == 1 and ranges[0][0] == 0 and (not known or ranges[0][1] == whole.shape[0])
+    complete = len(ranges) == 1 and ranges[0][0] == 0 and whole.rows in (None, ranges[0][1])
     return whole if complete else Slice(whole, ranges)
 
 

@@ -1,11 +1,14 @@
 """SVDiff: the singular values of the weight are shifted (Han et al. 2023, arXiv 2303.11305, eq. 2).
 
-W' = U diag(relu(σ + s · δ)) Vᵀ, with U σ Vᵀ the SVD of the weight as a matrix (out, in · kh · kw).
+W' = U diag(relu(σ + s · δ)) Vᵀ, with U σ Vᵀ the SVD of the weight as a matrix (out, in · kh · kw), as in
+mkshing/svdiff-pytorch (``….delta``) and the authors' own code. On a vector (a norm's weight) the former takes the SVD
+of (1, n), whose one singular value is the norm; the latter adds n numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,11 +19,11 @@ from regraft.updates._kind import Kind, needed
 
 @dataclass(frozen=True)
 class SpectralShift(Kind):
-    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector, relu(W + scale · shift) each.
+    """W' = U diag(relu(σ + scale · shift)) Vᵀ; on a vector the same with one σ, or W + scale · shift.
 
     Attributes:
-        shift: δ, (min(out, in · kh · kw),), largest singular value first.
-        scale: the strength of the shift.
+        shift: δ, (min(out, in · kh · kw),), largest singular value first; for a vector of n, (1,) or (n,).
+        scale: the strength of the shift; no file stores one.
         weight_shape: shape of the base's weight where it is known.
     """
 
@@ -42,6 +45,18 @@ class SpectralShift(Kind):
         return self.weight_shape or self.shift.shape
 
     @property
+    def rows(self) -> int | None:
+        return None if self.weight_shape is None else self.weight_shape[0]
+
+    def fits(self, weight_shape: Shape) -> bool:
+        if self.weight_shape is not None:
+            return super().fits(weight_shape)
+        n = self.shift.shape[0]
+        if len(weight_shape) == 1:
+            return n in (1, weight_shape[0])
+        return len(weight_shape) > 1 and n == min(weight_shape[0], prod(weight_shape[1:]))
+
+    @property
     def additive(self) -> bool:
         return False
 
@@ -50,9 +65,10 @@ class SpectralShift(Kind):
 
     def merged(self, weight: Tensor) -> Tensor:
         base, shift = weight.float(), self.scale * self.shift.load().float()
-        if base.dim() == 1:
-            return torch.relu(base + shift)
-        u, s, v = torch.linalg.svd(base.flatten(1), full_matrices=False)
+        if base.dim() == 1 and len(shift) > 1:
+            return base + shift
+        matrix = base.flatten(1) if base.dim() > 1 else base[None]
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         result: Tensor = (u * torch.relu(s + shift)) @ v
         return result.reshape(weight.shape)
 

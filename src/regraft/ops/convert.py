@@ -1,0 +1,386 @@
+"""The same adapter in another file format: as it is, in another exact form, refactored on its base, or not at all.
+
+What a format can hold is asked of its writer: each kind of update is given to it once, and what it refuses is tried in
+another form. Before anything lies on disk, the result is read back and compared, so that no writer can forget a part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isclose
+from pathlib import Path
+
+import torch
+
+from regraft._version import __version__
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base, open_base
+from regraft.errors import OutputError, UsageError
+from regraft.formats import AdapterFile, Format, Written, get_format
+from regraft.formats.peft import PREFIX
+from regraft.metadata import strip_private, with_ranks
+from regraft.ops._common import (
+    BaseWeights,
+    Ticker,
+    aligned_names,
+    cast,
+    change_on,
+    factored,
+    for_target,
+    low_rank,
+    no_ticker,
+    read_whole,
+)
+from regraft.output import ADAPTER_CONFIG, check_writable, write_whole
+from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
+from regraft.tensors import InMemory
+from regraft.updates import Diff, Full, LowRank, Update
+
+#: Share of ‖ΔW‖² that a refactored change keeps, unless told otherwise.
+ENERGY = 0.999
+# A LoRA of such a share of the full rank saves nothing beside the weight itself.
+_CLOSE_TO_FULL = 0.5
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to hold a module's change in another format.
+
+    Attributes:
+        updates: what takes its place.
+        status: as in the record.
+        reason: in plain words.
+        energy_kept: share of ‖ΔW‖², where it was refactored.
+    """
+
+    updates: Mapping[ModuleRef, Update]
+    status: Fate
+    reason: str
+    energy_kept: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion comes to.
+
+    Attributes:
+        adapter: as it is to be written; what would be lost is not in it.
+        changes: the modules that are not kept as they are.
+    """
+
+    adapter: Adapter
+    changes: tuple[ConvertedModule, ...]
+
+    @property
+    def lost(self) -> list[ConvertedModule]:
+        return [row for row in self.changes if row.status == "lost"]
+
+
+def plan_conversion(
+    adapter: Adapter,
+    format: str,
+    base: Base | None = None,
+    *,
+    energy: float | None = None,
+    dry_run: bool = False,
+    tick: Ticker = no_ticker,
+) -> Plan:
+    """Decide for each module how the format is to hold it.
+
+    Args:
+        adapter: any.
+        format: name of the target.
+        base: what its changes are refactored on, where no exact form is held.
+        energy: share of ‖ΔW‖² that this keeps; `ENERGY` unless given. Without a base, a weight's whole change
+            (``.diff``) is refactored only if this is given.
+        dry_run: don't compute what takes the base.
+        tick: called before each module.
+    """
+    held = Held(adapter, get_format(format))
+    forms = _Forms(adapter, base, energy, dry_run=dry_run)
+    found: dict[ModuleRef, Form] = {}
+    # Plain LoRA first: where a format holds one kind per file, it is the one to which others can be turned.
+    order = sorted(adapter.updates, key=lambda ref: adapter.updates[ref].kind != "lora")
+    for done, ref in enumerate(order):
+        tick(done, len(order), str(ref))
+        update = adapter.updates[ref]
+        why = held.refusal({ref: update})
+        if why is None:
+            found[ref] = Form({ref: update}, "kept", "")
+            continue
+        other = next((form for form in forms.of(ref, update) if held.refusal(form.updates) is None), None)
+        found[ref] = other or Form({}, "lost", why)
+    updates = {name: update for ref in adapter.updates for name, update in found[ref].updates.items()}
+    rows = [_row(ref, adapter.updates[ref], form) for ref, form in found.items() if form.status != "kept"]
+    rows += held.lost_tokens()
+    metadata = with_ranks(adapter.metadata, updates.values()) if rows else adapter.metadata
+    return Plan(replace(adapter, updates=updates, metadata=metadata), tuple(rows))
+
+
+def _row(ref: ModuleRef, update: Update, form: Form) -> ConvertedModule:
+    new = next(iter(form.updates.values()), None)
+    pending = form.status == "merged" and form.energy_kept is None
+    return ConvertedModule(
+        name=str(ref),
+        kind=update.kind,
+        becomes=new.kind if new is not None else None,
+        status=form.status,
+        rank_in=update.rank,
+        rank_out=new.rank if new is not None and not pending else None,
+        energy_kept=form.energy_kept,
+        reason=form.reason,
+    )
+
+
+class Held:
+    """What a format can hold, by asking its writer once for every sort of update."""
+
+    def __init__(self, adapter: Adapter, format: Format) -> None:
+        if format.write is None:
+            raise UsageError(f"format {format.name!r} can be read, not written", remedy="Choose another with --format.")
+        self.adapter, self.write = adapter, format.write
+        self.answers: dict[tuple[object, ...], str | None] = {}
+        self.accepted: dict[ModuleRef, Update] = {}
+
+    def refusal(self, updates: Mapping[ModuleRef, Update]) -> str | None:
+        """Why the format can't hold these updates beside those that it was found to hold; None where it can."""
+        sort = tuple(part for ref, update in updates.items() for part in _sort(ref, update))
+        if sort not in self.answers:
+            together = {**self.accepted, **updates}
+            try:
+                self.write(replace(self.adapter, updates=together, tokens={}, sidecars={}))
+            except OutputError as error:
+                self.answers[sort] = f"{error.what}. {error.remedy or ''}".strip()
+            else:
+                self.answers[sort], self.accepted = None, together
+        return self.answers[sort]
+
+    def lost_tokens(self) -> list[ConvertedModule]:
+        """A row for every added token, where the format has no place for them."""
+        if not self.adapter.tokens:
+            return []
+        try:
+            self.write(replace(self.adapter, updates=self.accepted, sidecars={}))
+        except OutputError as error:
+            return [
+                ConvertedModule(
+                    name=token,
+                    kind="token",
+                    becomes=None,
+                    status="lost",
+                    rank_in=None,
+                    rank_out=None,
+                    reason=f"{error.what}. {error.remedy or ''}".strip(),
+                )
+                for token in self.adapter.tokens
+            ]
+        return []
+
+
+def _sort(ref: ModuleRef, update: Update) -> tuple[object, ...]:
+    """What a writer may look at: two updates of one sort are held alike."""
+    parts = {role: (len(part.shape), _ones(part.shape)) for role, part in update.parts().items()}
+    if not isinstance(update, LowRank):
+        parts = {role: about for role, about in parts.items() if role == "magnitude"} | dict.fromkeys(parts, (0, ()))
+    last = ref.path.rpartition(".")[2] if update.by_parameter else ""
+    layout = getattr(update, "orientation", None), getattr(update, "convention", None), len(update.shape)
+    return ref.component, update.kind, last, *layout, tuple(sorted(parts.items()))
+
+
+def _ones(shape: tuple[int, ...]) -> tuple[bool, ...]:
+    return tuple(size == 1 for size in shape)
+
+
+class _Forms:
+    """Other forms of the same change, the best first."""
+
+    def __init__(self, adapter: Adapter, base: Base | None, energy: float | None, *, dry_run: bool) -> None:
+        self.base = BaseWeights(base, adapter) if base is not None else None
+        self.energy, self.dry_run = energy, dry_run
+
+    def of(self, ref: ModuleRef, update: Update) -> Iterator[Form]:
+        """The forms, each made only when the ones before it were refused."""
+        exact = low_rank(update) if not update.by_parameter else None
+        if exact is not None and exact is not update:
+            reason = f"a {update.kind} equals a LoRA of rank {exact.rank}"
+            yield Form({ref: exact}, "rewritten", reason)
+        if exact is not None and exact.bias is not None:
+            bias = exact.bias.load().float() * exact.scale
+            path = f"{ref.path}.bias"
+            parts: dict[ModuleRef, Update] = {
+                ref: replace(exact, bias=None),
+                ModuleRef(ref.component, path): Diff(InMemory(bias), path),
+            }
+            yield Form(parts, "rewritten", "the bias of B as a change of the layer's bias")
+        if self.base is not None and self.base.find(ref) is not None:
+            yield from self._on(self.base, ref, update)
+        elif isinstance(update, Diff) and self.energy is not None:
+            yield from self._factored(ref, update, None)
+
+    def _on(self, base: BaseWeights, ref: ModuleRef, update: Update) -> Iterator[Form]:
+        if isinstance(update, Full):
+            change = change_on(base, ref, update)
+            yield Form({ref: Diff(InMemory(change), update.key)}, "rewritten", "its change from this base's value")
+        elif isinstance(update, Diff):
+            value = base.load(ref) + update.delta().reshape(update.shape)
+            yield Form(
+                {ref: Full(InMemory(value), f"{PREFIX}{ref.path}")},
+                "rewritten",
+                "this base's value with the change in it",
+            )
+        yield from self._factored(ref, update, base)
+
+    def _factored(self, ref: ModuleRef, update: Update, base: BaseWeights | None) -> Iterator[Form]:
+        """The change refactored as a LoRA; on a base, with everything in it that depends on the base."""
+        if update.by_parameter and not (ref.path.endswith(".weight") and len(update.shape) > 1):
+            return
+        home = ModuleRef(ref.component, ref.path.removesuffix(".weight")) if update.by_parameter else ref
+        if self.dry_run:
+            shape = tuple(base.load(ref).shape) if base is not None else update.shape
+            yield Form({home: _stub(shape)}, "merged", "to be refactored on the base")
+            return
+        change = change_on(base, ref, update) if base is not None else update.delta().reshape(update.shape)
+        found, kept = factored(change, energy=self.energy or ENERGY, rank=None)
+        full = min(change.shape[0], change[0].numel())
+        reason = f"rank {found.rank} of {full}" + (", close to full" if found.rank > _CLOSE_TO_FULL * full else "")
+        whole = "its change on this base" if base is not None else "its change"
+        yield Form({home: found}, "merged", f"{whole}, as a LoRA of {reason}", kept)
+
+
+def _stub(shape: tuple[int, ...]) -> LowRank:
+    tail = [1] * (len(shape) - 2)
+    return LowRank(InMemory(torch.zeros(shape[0], 1, *tail)), InMemory(torch.zeros(1, *shape[1:])), 1.0)
+
+
+def convert_adapter(
+    source: str | Path,
+    target: str | Path,
+    format: str,
+    *,
+    base: str | Path | None = None,
+    energy: float | None = None,
+    private: bool = True,
+    save_dtype: torch.dtype | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    tick: Ticker = no_ticker,
+) -> ConvertReport:
+    """Write an adapter in another format; nothing of it is left out.
+
+    Args:
+        source: a weights file, or a PEFT folder.
+        target: a ``.safetensors`` file, or a folder for PEFT.
+        format: as `regraft.formats` names them.
+        base: un-flattens underscored names of families that regraft has no table of, and gives the weights on which
+            what the format can't hold (a DoRA magnitude, IA3, OFT, GLoRA) is refactored as LoRA.
+        energy: the share of ‖ΔW‖² that such a LoRA keeps.
+        private: keep paths, names, prompts and tag lists of the header.
+        save_dtype: of the output's tensors; by default the input's.
+        dry_run: only plan; nothing is written, and nothing refactored.
+        overwrite: replace what is there.
+        tick: called before each module.
+
+    Raises:
+        InputError: the source can't be read, or holds NaN or Inf.
+        OutputError: the format can't hold a part of it, or the target can't be written.
+        UsageError: there is no such format, or the energy is no share.
+    """
+    writer = get_format(format)
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy} is no share", remedy="Give one such as 0.999.")
+    target = Path(target).expanduser()
+    if not dry_run:
+        check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
+    opened = open_base(base) if base is not None else None
+    adapter = for_target(read_whole(source, opened), target, format)
+    removed: list[str] = []
+    if not private:
+        adapter, removed = strip_private(adapter)
+    plan = plan_conversion(adapter, format, opened, energy=energy, dry_run=dry_run, tick=tick)
+    if not dry_run:
+        _check_none_lost(plan, adapter, format, based=opened is not None)
+        ready = cast(plan.adapter, save_dtype)
+        assert writer.write is not None
+        written = writer.write(ready)
+        check_back(ready, written, writer, target)
+        write_whole(written, target, overwrite=overwrite, source=adapter.path)
+    return ConvertReport(
+        regraft_version=__version__,
+        input=str(source),
+        output=str(target),
+        format=format,
+        modules=len(plan.adapter.updates),
+        changes=list(plan.changes),
+        removed=removed,
+        notes=_notes(adapter, format),
+        dry_run=dry_run,
+    )
+
+
+def _notes(adapter: Adapter, format: str) -> list[str]:
+    if adapter.config is None or format == adapter.format:
+        return []
+    notes = ["PEFT's config stays behind: the other format has no place for its training fields."]
+    if adapter.sidecars:
+        notes.append(f"Files beside the weights stay behind: {', '.join(sorted(adapter.sidecars))}.")
+    return notes
+
+
+def _check_none_lost(plan: Plan, adapter: Adapter, format: str, *, based: bool) -> None:
+    if not plan.lost:
+        return
+    first, count = plan.lost[0], len(plan.lost)
+    more = f" ({count} modules in all; --dry-run lists them)" if count > 1 else ""
+    remedy = "Keep the old format." if based else "Keep the old format, or give the base with --base to refactor them."
+    raise OutputError(
+        f"a {first.kind} would be lost{more}: {first.reason.rstrip('.')}",
+        file=adapter.path,
+        key=first.name,
+        remedy=remedy,
+    )
+
+
+def check_back(adapter: Adapter, written: Written, format: Format, target: Path) -> None:
+    """Read what is about to be written, and compare it with what was meant.
+
+    Raises:
+        OutputError: a part of it is missing or another.
+    """
+    config = written.files.get(ADAPTER_CONFIG)
+    file = AdapterFile(
+        target,
+        {key: InMemory(tensor) for key, tensor in written.tensors.items()},
+        written.metadata,
+        json.loads(config) if isinstance(config, str) else None,
+    )
+    names = {component: tuple(updates) for component, updates in adapter.components().items()}
+    back = format.read(file, names)
+    ours, theirs = ({name: ref for ref, name in named.items()} for named in aligned_names((adapter, back)))
+    for name, ref in ours.items():
+        if name not in theirs or not _alike(adapter.updates[ref], back.updates[theirs[name]]):
+            what = "is missing" if name not in theirs else "is another change"
+            raise OutputError(
+                f"{what} when the {format.name} file is read back: nothing was written",
+                file=target,
+                key=str(ref),
+                remedy="This is a fault of regraft's: please report it, with `regraft inspect --json` of the input.",
+            )
+
+
+def _alike(meant: Update, got: Update) -> bool:
+    """Whether two updates are one change, by what can be told without a base."""
+    if (meant.magnitude is None) != (got.magnitude is None):
+        return False
+    coarse = max(torch.finfo(ref.dtype).eps for ref in meant.parts().values() if ref.dtype.is_floating_point)
+    tolerance = max(1e-5, 16 * coarse)
+    if meant.magnitude is not None and got.magnitude is not None:
+        sizes = [float(ref.load().float().norm()) for ref in (meant.magnitude, got.magnitude)]
+        if not isclose(*sizes, rel_tol=tolerance):
+            return False
+    try:
+        return isclose(meant.norm(), got.norm(), rel_tol=tolerance, abs_tol=1e-30)
+    except ValueError:
+        # It depends on the base's weight: the same tensors are the same change.
+        return meant.kind == got.kind and len(meant.parts()) == len(got.parts())
