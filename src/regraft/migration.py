@@ -44,7 +44,7 @@ class Entry:
         uncovered: the module changed its shape in a way that the method can't carry: not a planned skip.
         row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
             between weights of one shape.
-        bound: whether similarity and distance are bounds out of several steps (`regraft.migrations.compose`), not
+        derived: whether similarity and distance are derived from several steps (`regraft.migrations.compose`), not
             measured.
     """
 
@@ -56,7 +56,7 @@ class Entry:
     nearness: Nearness = field(default_factory=Nearness)
     uncovered: bool = False
     row_norms: Tensor | None = None
-    bound: bool = False
+    derived: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +128,9 @@ class Migration:
         return save_migration(self, Path(path), overwrite=overwrite)
 
 
-def summarise(base: Base) -> BaseSummary:
-    """Path, family and fingerprints of a base."""
-    prints = base.prints
+def summarise(base: Base, *, exact: bool = False) -> BaseSummary:
+    """Path, family and fingerprints of a base; ``exact`` reads all of it, for the hash of every stored byte."""
+    prints = base.exact_prints() if exact else base.prints
     return BaseSummary(
         path=str(base.path),
         family=family_of_base(base),
@@ -138,6 +138,7 @@ def summarise(base: Base) -> BaseSummary:
         structure=base.structure,
         sketch=prints.brief(),
         components={name: part.sample for name, part in prints.components.items()},
+        content={name: part.content for name, part in prints.components.items() if part.content is not None},
     )
 
 

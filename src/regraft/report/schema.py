@@ -64,6 +64,7 @@ class BaseSummary(Record):
     # For files that name the base, not for reports: a lineage or migration is to recognise it in another precision.
     sketch: SkipJsonSchema[str | None] = Field(default=None, exclude=True, repr=False)
     components: SkipJsonSchema[dict[str, str]] = Field(default_factory=dict, exclude=True, repr=False)
+    content: SkipJsonSchema[dict[str, str]] = Field(default_factory=dict, exclude=True, repr=False)
 
 
 class CheckedModule(Record):
