@@ -82,7 +82,7 @@ def _layouts(part: Mapping[str, TensorRef], prefix: str) -> Iterator[tuple[Famil
         if family.main not in family.components or family.main.startswith("text_encoder"):
             continue
         table = family.table(family.main)
-        if table.name in seen or not any(kinds & table.kinds(scheme) for scheme in table.schemes):
+        if table.name in seen:
             continue
         seen.add(table.name)
         for scheme in table.schemes:
