@@ -79,7 +79,13 @@ attack(
 # --- pairs ------------------------------------------------------------------------------------------------------------
 attack("no up", saved({UP: None}), f"{DOWN}: has no matching up tensor: half of the pair is missing. The file")
 attack("no down", saved({DOWN: None}), f"{UP}: has no matching down tensor: half of the pair is missing. The file")
-attack("an alpha without its pair", saved({UP: None, DOWN: None}), f"{ALPHA}: has no matching up tensor")
+attack(
+    "an alpha without its pair",
+    saved({UP: None, DOWN: None}),
+    f"{ALPHA}: is not understood",
+    verbs=("port",),
+    fine=("inspect",),
+)
 attack(
     "ranks that differ", saved({DOWN: numbers(3, 8)}), rf"{UP}: rank mismatch: up \[8, 2\] has 2 .* 3 rows. The file"
 )
