@@ -145,7 +145,7 @@ def _open_local(path: Path) -> Base:
     checkpoint = open_checkpoint(path)
     components = {name: tensors for name, tensors in checkpoint.components.items() if tensors}
     if not components:
-        raise InputError("holds no tensors", file=path)
+        raise InputError("holds no tensors", file=path, remedy="Is it a model? Get another one.")
     return Base(path, components, checkpoint.configs, checkpoint.description, checkpoint.left_out)
 
 

@@ -91,13 +91,15 @@ def reading(file: str | Path, key: str | None = None) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError("no such file", file=file, key=key, remedy="Check the path.") from None
     except IsADirectoryError:
-        raise InputError("is a folder, not a file", file=file, key=key) from None
+        raise InputError("is a folder, not a file", file=file, key=key, remedy="Name a file in it.") from None
     except PermissionError:
-        raise InputError("no permission to read", file=file, key=key) from None
+        remedy = "Change its permissions, or copy it."
+        raise InputError("no permission to read", file=file, key=key, remedy=remedy) from None
     except MemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, OverflowError) as error:
-        raise InputError(f"can't be read ({first_line(error)})", file=file, key=key) from error
+        what = f"can't be read ({first_line(error)})"
+        raise InputError(what, file=file, key=key, remedy="Download or copy it again.") from error
 
 
 @contextmanager

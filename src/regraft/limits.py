@@ -35,7 +35,7 @@ def check_file(path: Path) -> None:
     with reading(path):
         status = path.stat()
     if stat.S_ISDIR(status.st_mode):
-        raise InputError("is a folder, not a file", file=path)
+        raise InputError("is a folder, not a file", file=path, remedy="Name a file in it.")
     if not stat.S_ISREG(status.st_mode):
         raise InputError("is no regular file (a pipe or a device)", file=path, remedy="Copy its content to a file.")
     # Some network disks don't count blocks, and Windows has none.
@@ -43,6 +43,34 @@ def check_file(path: Path) -> None:
     if held and status.st_size >= _SPARSE_FROM and held * _SPARSEST < status.st_size:
         what = f"claims {status.st_size} bytes, of which the disk holds {held}: the rest was never written"
         raise InputError(what, file=path, remedy="Is a download incomplete? Get it again.")
+
+
+# What the first bytes of a file tell of it, where its name says otherwise.
+_KINDS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run `git lfs pull`, or download it."),
+    (b"<!doctype html", "is a web page, not weights", "Download the file itself; its site may want a login."),
+    (b"<html", "is a web page, not weights", "Download the file itself; its site may want a login."),
+    (b"pk\x03\x04", "is a zip archive", "A PyTorch file needs its .pt or .bin suffix; another must be unpacked."),
+    (b"gguf", "is a GGUF file", "Give it the suffix .gguf."),
+    (b"\x1f\x8b", "is packed with gzip", "Unpack it first."),
+)
+
+
+def check_kind(path: Path, *, zipped: bool = False) -> None:
+    """Say what a file is that is not what its name says.
+
+    Args:
+        path: the file.
+        zipped: whether a zip archive is right.
+
+    Raises:
+        InputError: it is of a known other kind.
+    """
+    with reading(path), path.open("rb") as stream:
+        begin = stream.read(32).lstrip().lower()
+    for magic, what, remedy in _KINDS:
+        if begin.startswith(magic) and not (zipped and magic.startswith(b"pk")):
+            raise InputError(what, file=path, remedy=remedy)
 
 
 def check_names(names: Collection[str], path: Path) -> None:

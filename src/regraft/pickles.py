@@ -64,7 +64,7 @@ def check_zip(path: Path) -> None:
                     remedy="PyTorch compresses no weights: save it again, or get another one.",
                 )
             size = path.stat().st_size
-            longer = next((entry for entry in entries if entry.file_size > size), None)
+            longer = next((entry for entry in entries if max(entry.file_size, entry.compress_size) > size), None)
             if longer is not None:
                 what = f"claims {longer.file_size} bytes in an archive of {size}"
                 raise InputError(what, file=path, key=longer.filename, remedy="Download or copy it again.")

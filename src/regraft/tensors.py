@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regraft.errors import InputError, first_line, reading
-from regraft.limits import check_dimensions, check_file, check_names, parse_json
+from regraft.limits import check_dimensions, check_file, check_kind, check_names, parse_json
 from regraft.pickles import check_legacy, check_zip
 
 Shape = tuple[int, ...]
@@ -222,6 +222,7 @@ _HEADER_REMEDIES = {
     "invalid utf-8": ("has a header that is not UTF-8", "Download or copy it again."),
     "invalid offset": ("has a tensor whose data lies outside of the file", "Download or copy it again."),
     "invalid shape, data type, or offset": ("has a tensor whose shape and size disagree", "Download or copy it again."),
+    "overflow": ("has a tensor whose shape and size disagree", "Download or copy it again."),
     "metadata": _DAMAGED,
 }
 
@@ -260,11 +261,13 @@ def read_safetensors(path: Path) -> TensorFile:
                     tensors[name] = Stored(path, name, tuple(part.get_shape()), dtype, offsets[name], stamp)
                 return TensorFile(tensors, dict(handle.metadata() or {}))
         except SafetensorError as error:
+            check_kind(path)
             text = str(error)
             for words, (what, remedy) in _HEADER_REMEDIES.items():
                 if words in text.lower():
                     raise InputError(what, file=path, remedy=remedy) from None
-            raise InputError(f"can't be read as safetensors ({text})", file=path) from None
+            what, remedy = f"can't be read as safetensors ({text})", "Download or copy it again."
+            raise InputError(what, file=path, remedy=remedy) from None
 
 
 def _offsets(path: Path) -> tuple[dict[str, int], FileStamp]:
@@ -286,6 +289,7 @@ def read_torch(path: Path) -> TensorFile:
     if path in STAND_INS:
         return STAND_INS[path]()
     check_file(path)
+    check_kind(path, zipped=True)
     with reading(path):
         content = _unpickled(path)
     # Training code keeps the weights beside its own state: Lightning's "state_dict", DeepSpeed's "module".
@@ -293,13 +297,13 @@ def read_torch(path: Path) -> TensorFile:
         if isinstance(content, dict) and isinstance(content.get(inner), dict):
             content = content[inner]
     if not isinstance(content, dict):
-        raise InputError("holds no state dict (name to tensor)", file=path)
+        raise InputError("holds no state dict (name to tensor)", file=path, remedy=_WEIGHTS)
     named = {name: value for name, value in _flattened(content) if isinstance(value, Tensor)}
     check_names(named, path)
     tensors = {name: InMemory(_plain(value, path, name)) for name, value in named.items()}
     _check_sum(tensors, path)
     if not tensors:
-        raise InputError("holds no tensors", file=path)
+        raise InputError("holds no tensors", file=path, remedy=_WEIGHTS)
     told = {str(name): str(value) for name, value in content.items() if isinstance(value, str | int | float)}
     return TensorFile(tensors, told)
 
@@ -367,6 +371,7 @@ def _unpickled(path: Path) -> object:
         ) from None
 
 
+_WEIGHTS = "Is it a file of weights? Get another one."
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 

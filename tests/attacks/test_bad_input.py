@@ -111,7 +111,7 @@ BROKEN = {
     truncated: ("adapter_model.safetensors", "truncated"),
     cut_in_the_header: ("adapter_model.safetensors", "truncated"),
     oversized_header: ("adapter_model.safetensors", "header"),
-    wrong_magic: ("adapter_model.safetensors", "no safetensors file"),
+    wrong_magic: ("adapter_model.safetensors", "is a zip archive"),
     empty_file: ("adapter_model.safetensors", "truncated"),
     no_tensors: ("adapter_model.safetensors", "no tensors"),
     nan: (KEY, "NaN or Inf"),

@@ -297,6 +297,73 @@ def read_migration(data: bytes) -> None:
     load_migration(_written("migration.safetensors", data))
 
 
+def _gguf(name: str, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
+    from regraft.formats._gguf_write import write_gguf
+
+    write_gguf(PLACE / name, "llama", fields, tensors)
+    return (PLACE / name).read_bytes()
+
+
+def gguf_base_seeds() -> list[bytes]:
+    """A small Llama in GGUF, plain and quantised."""
+    import gguf
+    import numpy as np
+
+    plain = {f"blk.0.attn_{n}.weight": _f(4, 4) for n in ("q", "k", "v", "output")} | {"token_embd.weight": _f(6, 4)}
+    writer = gguf.GGUFWriter(PLACE / "quantised.gguf", "llama")
+    writer.add_head_count(1)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    for kind in ("Q4_0", "Q8_0", "Q4_K", "Q6_K"):
+        known = gguf.GGMLQuantizationType[kind]
+        block, size = gguf.GGML_QUANT_SIZES[known]
+        data = np.zeros((2, size * (256 // block)), np.uint8)
+        writer.add_tensor(f"blk.0.ffn_{kind.lower()}.weight", data, raw_dtype=known)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    fields = {"llama.attention.head_count": 2, "llama.block_count": 1}
+    return [_gguf("base.gguf", fields, plain), (PLACE / "quantised.gguf").read_bytes()]
+
+
+def gguf_lora_seeds() -> list[bytes]:
+    """A LoRA as llama.cpp's converter writes it."""
+    fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    halves = {"a": _f(2, 8), "b": _f(8, 2)}
+    names = [f"blk.0.{n}.weight" for n in ("attn_q", "ffn_up")]
+    return [_gguf("lora.gguf", fields, {f"{name}.lora_{h}": t.clone() for name in names for h, t in halves.items()})]
+
+
+def read_gguf_base(data: bytes) -> None:
+    """A GGUF file as a base."""
+    _base(_written("base.gguf", data))
+
+
+def read_gguf_lora(data: bytes) -> None:
+    """A GGUF file as an adapter."""
+    path = _written("lora.gguf", data)
+    adapter = load_adapter(path)
+    describe(adapter, path).to_json()
+
+
+def lineage_seeds() -> list[bytes]:
+    """The valid test vectors of the standard."""
+    vectors = json.loads(
+        (Path(__file__).parents[2] / "tests/standard/vectors/lineage.json").read_text(encoding="utf-8")
+    )
+    return [json.dumps(vector["document"]).encode() for vector in vectors if vector["valid"]]
+
+
+def read_lineage(data: bytes) -> None:
+    """The lineage entry of a header, and the module names that it stands for."""
+    from regraft.lineage import parse_lineage
+
+    parse_lineage(data.decode("utf-8", "replace"), file="fuzzed")
+
+
 def pattern_seeds() -> list[bytes]:
     """Patterns as configs have them, and some that are made to hang."""
     patterns = ("to_q", r"^model\.layers\.\d+", "(q|k)_proj", r".*\.[0-3]\..*", "(a+)+$", "(a|a)*b", "a{2,5}?")
@@ -327,6 +394,9 @@ def targets() -> Iterator[Target]:
     yield Target("shard-index", index_seeds, read_index, mutate.json_bytes)
     yield Target("base", base_seeds, read_base, mutate.safetensors)
     yield Target("migration", migration_seeds, read_migration, mutate.safetensors)
+    yield Target("gguf-base", gguf_base_seeds, read_gguf_base, mutate.of_bytes)
+    yield Target("gguf-lora", gguf_lora_seeds, read_gguf_lora, mutate.of_bytes)
+    yield Target("lineage", lineage_seeds, read_lineage, mutate.json_bytes)
     yield Target("pattern", pattern_seeds, read_pattern, mutate.of_bytes)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.checkpoints.quantised import Plain, plain_weights
-from regraft.errors import InputError
+from regraft.errors import InputError, reading
 from regraft.tensors import TORCH_SUFFIXES, read_tensor_file
 
 
@@ -31,7 +31,8 @@ def kept_inside(file: Path, folder: Path) -> Path:
     Raises:
         InputError: the file is a link that leaves the folder.
     """
-    target, home = file.resolve(), folder.resolve()
+    with reading(file):
+        target, home = file.resolve(), folder.resolve()
     if target.is_relative_to(home):
         return file
     for snapshot in (home, *home.parents):

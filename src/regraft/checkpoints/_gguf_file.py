@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError, RegraftError, reading
+from regraft.limits import check_file
 from regraft.tensors import FileStamp, Shape, Stored, read_rows
 
 MAGIC = b"GGUF"
@@ -99,6 +100,8 @@ class GgufTensor:
         gguf = gguf_package()
         kind = gguf.GGMLQuantizationType[self.kind]
         out = torch.empty(len(rows), columns)
+        if not out.numel():
+            return out
         step = max(1, _CHUNK // max(1, self.raw.shape[1]))
         for start in range(rows.start, rows.stop, step):
             part = range(start, min(start + step, rows.stop))
@@ -195,11 +198,12 @@ def read_gguf(path: Path) -> GgufFile:
         RegraftError: the gguf package is missing.
     """
     gguf = gguf_package()
+    check_file(path)
     with reading(path), path.open("rb") as stream:
         stamp = FileStamp.of(stream)
         header = _Header(stream, path, stamp.size)
         if header.take(4) != MAGIC:
-            raise InputError("is no GGUF file (wrong magic)", file=path)
+            raise InputError("is no GGUF file (wrong magic)", file=path, remedy=_AGAIN)
         version = header.number("I")
         if version not in (2, 3):
             what = "is big-endian" if version and version % 65536 == 0 else f"is GGUF version {version}"
@@ -224,6 +228,8 @@ def read_gguf(path: Path) -> GgufFile:
             raise InputError("lies outside of the file: it is truncated", file=path, key=name, remedy=_AGAIN)
         raw = Stored(path, name, (rows, width), torch.uint8, start + offset, stamp)
         tensors[name] = GgufTensor(raw, tuple(reversed(dims)), kind)
+    if sum(prod(tensor.raw.shape) for tensor in tensors.values()) > stamp.size:
+        raise InputError("has tensors that lie in the same bytes", file=path, remedy=_AGAIN)
     return GgufFile(tensors, pairs)
 
 

@@ -81,7 +81,9 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def register() -> typer.Typer:
-    """The app with every verb in it."""
+    """The app with every verb in it, once: a process may call `main` many times."""
+    app.registered_commands.clear()
+    app.registered_groups.clear()
     for verb in VERBS:
         module: Any = importlib.import_module(f"{__name__}.{verb}")
         if hasattr(module, "app"):

@@ -180,7 +180,7 @@ def _open_local(path: Path) -> AdapterFile:
         weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
-        raise InputError("holds no tensors", file=weights)
+        raise InputError("holds no tensors", file=weights, remedy="Get it again, or save it again from its trainer.")
     config_file, config = weights.parent / ADAPTER_CONFIG, None
     # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
     if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):

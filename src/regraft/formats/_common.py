@@ -153,6 +153,9 @@ class Parts:
         if up[1] != down[0]:
             what = f"rank mismatch: up {list(up)} has {up[1]} columns, down {list(down)} has {down[0]} rows"
             raise InputError(what, file=file, key=self.keys["up"], remedy=broken)
+        if self.embedding and (len(up), len(down)) != (2, 2):
+            what = f"an embedding's factors must be matrices, but have shapes {list(up)} and {list(down)}"
+            raise InputError(what, file=file, key=self.keys["down"], remedy=broken)
         if math.prod(up[2:]) != 1:
             what = f"up must be a 1 × 1 kernel, but has shape {list(up)}"
             raise InputError(what, file=file, key=self.keys["up"], remedy=broken)

@@ -68,7 +68,7 @@ def _targets_are_known(component: str, metadata: Mapping[str, str], file: Adapte
         classes = json.loads(metadata[component])
     except ValueError:
         raise InputError("is not a JSON list", file=file.path, key=f"metadata {component}") from None
-    return isinstance(classes, list) and set(classes) <= set(TARGETS[component])
+    return isinstance(classes, list) and all(name in TARGETS[component] for name in classes)
 
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:

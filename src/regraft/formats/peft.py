@@ -181,7 +181,9 @@ def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
 
 def _wrapped_parameters(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     # `target_parameters` stacks one LoRA per expert in a single pair: it is no plain product.
-    names = (config or {}).get("target_parameters") or ()
+    names = (config or {}).get("target_parameters")
+    # What else it may be is told by `check_config`.
+    names = names if isinstance(names, list) else ()
     return tuple(str(name).rpartition(".")[0] or str(name) for name in names)
 
 
