@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from regraft.checkpoints._views import leaves
-from regraft.checkpoints.quantised._common import Found, Scheme
+from regraft.checkpoints.quantised._common import Dequantised, Found, Scheme
 from regraft.tensors import TensorRef
 
 __all__ = ["Plain", "Scheme", "plain_weights", "schemes"]
@@ -67,7 +67,10 @@ def plain_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
     left_out = []
     for name, ref in tensors.items():
         if name in owner:
-            shown[f"{owner[name]}.weight"] = found[owner[name]].weight
+            weight = found[owner[name]]
+            own = weight.weight
+            named = replace(own, kind=weight.kind) if isinstance(own, Dequantised) else own
+            shown[f"{owner[name]}.weight"] = named
         elif name.rpartition(".")[2] in markers:
             left_out.append(name)
         else:

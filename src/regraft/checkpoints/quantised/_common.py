@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Dequantised(ABC):
     """
 
     shape: Shape
+    #: How its file stores it, which says how far it may lie from the weight that it was made of.
+    kind: str = field(default="quantised", kw_only=True)
 
     @property
     def dtype(self) -> torch.dtype:
