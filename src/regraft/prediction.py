@@ -118,8 +118,8 @@ def warnings_of(old: Prediction | None, new: Prediction | None) -> list[str]:
         return []
     if old.kind != new.kind:
         return [
-            f"the old base predicts {old}; the new one predicts {new}: an update has another effect there, and the result may "
-            "look broken though all weights fit"
+            f"the old base predicts {old}; the new one predicts {new}: an update has another effect there, and the "
+            "result may look broken though all weights fit"
         ]
     if old.zero_terminal_snr is not None and new.zero_terminal_snr is not None:
         if old.zero_terminal_snr and not new.zero_terminal_snr:
