@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,13 +35,16 @@ class Prediction:
     Attributes:
         kind: ``epsilon`` (the noise), ``v`` (Salimans & Ho 2022), ``flow``, or ``sample``.
         zero_terminal_snr: whether its noise schedule ends in pure noise (Lin et al. 2024); None where it is not said.
+        usual: known from the family alone, fine-tunes of which may predict otherwise.
     """
 
     kind: Kind
     zero_terminal_snr: bool | None = None
+    usual: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
-        return f"{_TITLES[self.kind]}{', with zero terminal SNR' if self.zero_terminal_snr else ''}"
+        snr = ", with zero terminal SNR" if self.zero_terminal_snr else ""
+        return f"{_TITLES[self.kind]}{snr}{', as its family usually does' if self.usual else ''}"
 
 
 def of_scheduler(config: Mapping[str, Any]) -> Prediction | None:
@@ -81,7 +84,7 @@ def of_family(name: str | None) -> Prediction | None:
     """What models of a family predict where all do; None where they differ (Stable Diffusion 2) or none is known."""
     family = get_family(name)
     kind = _WORDS.get(str(family.data.get("predicts", ""))) if family else None
-    return Prediction(kind) if kind else None
+    return Prediction(kind, usual=True) if kind else None
 
 
 def of_base(path: str | Path, family: str | None = None) -> Prediction | None:
@@ -115,8 +118,8 @@ def warnings_of(old: Prediction | None, new: Prediction | None) -> list[str]:
         return []
     if old.kind != new.kind:
         return [
-            f"the old base predicts {old}, the new one {new}: an update has another effect there, and the result may "
-            "look broken though all weights fit"
+            f"the old base predicts {old}; the new one predicts {new}: an update has another effect there, and the "
+            "result may look broken though all weights fit"
         ]
     if old.zero_terminal_snr is not None and new.zero_terminal_snr is not None:
         if old.zero_terminal_snr and not new.zero_terminal_snr:

@@ -114,7 +114,7 @@ def test_only_a_difference_that_is_known_warns() -> None:
     assert warnings_of(None, v) == []
     assert warnings_of(flow, flow) == []
     assert warnings_of(Prediction("v"), v) == []
-    assert "predicts the noise, the new one v, with zero terminal SNR" in warnings_of(epsilon, v)[0]
+    assert "predicts the noise; the new one predicts v, with zero terminal SNR" in warnings_of(epsilon, v)[0]
     assert (
         "new base was trained with zero terminal SNR"
         in warnings_of(Prediction("epsilon", False), Prediction("epsilon", True))[0]
@@ -125,7 +125,7 @@ def test_a_check_warns_where_the_bases_predict_otherwise(tmp_path: Path) -> None
     old, new = open_base(folder(tmp_path / "old", {})), open_base(folder(tmp_path / "new", V_ZERO))
     report = check(lora(llama()), old, new)
     assert len(report.warnings) == 1
-    assert "the old base predicts the noise, the new one v" in report.warnings[0]
+    assert "the old base predicts the noise; the new one predicts v" in report.warnings[0]
     console = Console(width=300, file=io.StringIO(), record=True)
     check_table(report, console)
     assert "warning: the old base predicts the noise" in console.export_text()
@@ -137,5 +137,5 @@ def test_the_adapters_own_metadata_stand_in_for_a_base_that_is_not_at_hand(tmp_p
     new = open_base(folder(tmp_path / "new", {}))
     plain = lora(llama())
     trained = Adapter(**{**vars(plain), "metadata": {"modelspec.prediction_type": "v"}})
-    assert "the old base predicts v, the new one the noise" in check(trained, None, new).warnings[0]
+    assert "the old base predicts v; the new one predicts the noise" in check(trained, None, new).warnings[0]
     assert check(plain, None, new).warnings == []
