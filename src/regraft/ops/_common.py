@@ -124,13 +124,17 @@ class Factors:
     def __init__(self, adapter: Adapter, base: BaseWeights | None = None) -> None:
         self.adapter, self.base = adapter, base
 
+    def _has_kernels(self) -> bool:
+        family = get_family(self.adapter.family)
+        return family is None or family.main == "unet"
+
     def of(self, ref: ModuleRef, update: Update) -> LowRank | None:
         """The same change as factors, or None where there are none."""
         if isinstance(update, LoHa | LoKr) and update.weight_shape is None:
             found = self.base.find(ref) if self.base is not None else None
             if found is not None and prod(found.shape) == prod(update.shape):
                 update = replace(update, weight_shape=found.shape)
-            elif self.adapter.family is None and len(update.shape) == 2:
+            elif len(update.shape) == 2 and self._has_kernels():
                 return None
         return as_lowrank(update)
 
