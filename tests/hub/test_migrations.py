@@ -44,3 +44,14 @@ def test_a_port_finds_its_way_in_a_repository(hub: Hub, tmp_path: Path, run: Run
     assert sorted(kept) == ["again.safetensors", "v2-v3.safetensors"]
     shown = run("migration", "show", "foundry/migrations:lm")
     assert "v3.safetensors → v2.safetensors" in shown.out
+
+
+def test_a_migration_on_the_hub_is_downloaded_and_used(hub: Hub, tmp_path: Path, run: Run) -> None:
+    published(hub, tmp_path)
+    given = "foundry/migrations:lm/v1-v2.safetensors"
+    ran = run("port", tmp_path / "lora", "--migration", given, "-o", tmp_path / "out", "--force", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.record["migration"], ran.record["migration_bytes"]) == (
+        given,
+        len(hub.repos["foundry/migrations"]["lm/v1-v2.safetensors"]),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def vectors(name: str) -> list[Any]:
     return json.loads((VECTORS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+@cache
 def validator(name: str) -> Draft202012Validator:
     """jsonschema's own, for the schema in the package."""
     schemas = [standard_schema("lineage"), standard_schema("migration")]

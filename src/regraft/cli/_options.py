@@ -57,7 +57,7 @@ Report = Annotated[Path | None, typer.Option("--report", metavar="FILE.html", he
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 SavedMigration = Annotated[
-    Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both bases.")
+    Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both bases: a file or hub id.")
 ]
 
 DTYPES = {

@@ -97,7 +97,7 @@ def port(
     options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold)
     if migrations is None and (to_fingerprint or via):
         raise UsageError("--to-fingerprint and --via belong to --migrations", remedy="Give --migrations FOLDER.")
-    if migrations is not None and (migration is not None or save_migration is not None):
+    if migrations is not None and (migration or save_migration):
         raise UsageError("--migrations excludes --migration and --save-migration", remedy="Give one of them.")
     read = load_migration(migration) if migration is not None else None
     way: Way = ()
@@ -152,10 +152,11 @@ def port(
     record = result.report.model_copy(
         update={"outputs": [str(file) for file in written], "path": [str(edge.place or edge.file) for edge in way]}
     )
-    kept = save_migration or migration
+    # One on the hub lies in the hub's cache.
+    kept = save_migration or (read.file if migration is not None else None)
     if kept is not None:
         size = kept.stat().st_size
-        record = record.model_copy(update={"migration": str(kept), "migration_bytes": size})
+        record = record.model_copy(update={"migration": str(save_migration or migration), "migration_bytes": size})
     if report is not None:
         from regraft.report.html import render_port
 
