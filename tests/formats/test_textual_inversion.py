@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter
 from regraft.adapter import TokenRef
 from regraft.formats._bundled_embeddings import bundled, read_bundled
-from regraft.inspection import convert_adapter, inspect_adapter
+from regraft.inspection import inspect_adapter
+from regraft.ops.convert import convert_adapter
 from regraft.tensors import InMemory, read_safetensors
 from regraft.updates import LowRank
 
