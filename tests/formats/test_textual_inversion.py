@@ -151,6 +151,13 @@ def test_what_a_layout_can_not_hold_is_refused(keys: dict[str, Tensor], target: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_conversion_that_would_lose_a_token_names_it(tmp_path: Path) -> None:
+    pair = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
+    save_file({**pair, "bundle_emb.<cat>.clip_l": vectors(1)}, tmp_path / "in.safetensors")
+    with pytest.raises(OutputError, match=r"<cat>: a token would be lost"):
+        convert_adapter(tmp_path / "in.safetensors", tmp_path / "out", "peft")
+
+
 def test_weights_are_no_embedding(tmp_path: Path) -> None:
     update = LowRank(InMemory(torch.ones(4, 2)), InMemory(torch.ones(2, 4)), 1.0)
     adapter = Adapter({ModuleRef("unet", "conv_in"): update}, "kohya")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def _write(adapter: Adapter) -> Written:
         _check_bare(paths)
         return Written(contiguous(tensors), metadata)
     config = _config(adapter, kind, low_rank, others, own=own)
-    files: dict[str, str | Path | Callable[[Path], None]] = {
+    files: dict[str, str | Path] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n",
         **adapter.sidecars,
     }

@@ -166,7 +166,7 @@ class Held:
         except OutputError as error:
             return [
                 ConvertedModule(
-                    name=token,
+                    name=str(token),
                     kind="token",
                     becomes=None,
                     status="lost",
@@ -359,7 +359,11 @@ def check_back(adapter: Adapter, written: Written, format: Format, target: Path)
     config = written.files.get(ADAPTER_CONFIG)
     file = AdapterFile(
         target,
-        {key: InMemory(tensor) for key, tensor in written.tensors.items()},
+        {
+            key: InMemory(tensor)
+            for tensors in (written.tensors, *written.beside.values())
+            for key, tensor in tensors.items()
+        },
         written.metadata,
         json.loads(config) if isinstance(config, str) else None,
     )
