@@ -88,13 +88,12 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     config = file.config
     prefix = PREFIX if any(key.startswith(PREFIX) for key in file.tensors) else ""
     stated = None if config is None else str(config.get("peft_type") or "LORA").upper()
+    where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
+    if config is not None and stated == "LORA":
+        check_config(config, where)
     keys = _sorted_keys(file, prefix, stated)
-    if config is not None:
-        where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
-        if stated == "LORA":
-            check_config(config, where)
-        elif keys.kinds:
-            check_kind_config(config, str(stated), where)
+    if config is not None and keys.kinds:
+        check_kind_config(config, str(stated), where)
     updates: dict[ModuleRef, Update] = {
         ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in keys.lora.items()
     }
@@ -182,6 +181,7 @@ def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
 def _wrapped_parameters(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     # `target_parameters` stacks one LoRA per expert in a single pair: it is no plain product.
     names = (config or {}).get("target_parameters") or ()
+    names = names if isinstance(names, list | tuple) else ()
     return tuple(str(name).rpartition(".")[0] or str(name) for name in names)
 
 
