@@ -215,17 +215,17 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
         else:
             stage.mkdir()
             _save(content, stage / content.weights_name)
+            for name, tensors in content.beside.items():
+                save_file(dict(tensors), stage / name)
             for name, file in content.files.items():
                 if isinstance(file, Path):
                     shutil.copyfile(file, stage / name)
-                elif callable(file):
-                    file(stage / name)
                 else:
                     (stage / name).write_text(file, encoding="utf-8", newline="")
         readable(stage)
     if not folder:
         return [path]
-    return [path / content.weights_name, *(path / name for name in content.files)]
+    return [path / content.weights_name, *(path / name for name in (*content.beside, *content.files))]
 
 
 def _save(content: Written, path: Path) -> None:

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter, open_base, port  # noqa: E402
 from regraft.adapter import MODEL  # noqa: E402
 from regraft.formats._gguf_write import write_gguf  # noqa: E402
-from regraft.inspection import convert_adapter, inspect_adapter  # noqa: E402
+from regraft.inspection import inspect_adapter  # noqa: E402
 from regraft.lineage import ports_of  # noqa: E402
+from regraft.ops.convert import convert_adapter  # noqa: E402
 from regraft.tensors import InMemory  # noqa: E402
 from regraft.updates import Full, LowRank  # noqa: E402
 

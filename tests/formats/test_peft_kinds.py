@@ -352,6 +352,8 @@ HADA: Callable[[], dict[str, Tensor]] = lambda: {  # noqa: E731
         ({"peft_type": "LOHA", "r": 2}, HADA(), "alpha: is missing"),
         ({"peft_type": "LOHA", "r": 0, "alpha": 1}, HADA(), "above 0"),
         ({"peft_type": "LOHA", "r": 2, "alpha": 1, "rank_pattern": {"a": "x"}}, HADA(), "must have a number"),
+        ({"peft_type": "LOHA", "r": 2, "alpha": 1, "rank_pattern": {"(": 1}}, HADA(), "no regular expression"),
+        ({"peft_type": "IA3", "feedforward_modules": "("}, {"lin.ia3_l": torch.ones(8, 1)}, "no regular expression"),
         ({"peft_type": "LOHA", "r": 2, "alpha": 1}, dict(list(HADA().items())[1:]), "no matching w1_a"),
         ({"peft_type": "LOHA", "r": 2, "alpha": 1}, HADA() | {"lin.hada_w1_a": torch.ones(8, 3)}, "does not fit"),
         ({"peft_type": "BOFT"}, {"lin.boft_R": torch.ones(1, 2, 4, 4)}, "no matching boft_s"),

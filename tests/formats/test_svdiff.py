@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regraft import InputError, ModuleRef, OutputError, load_adapter
 from regraft.inspection import inspect_adapter
+from regraft.ops.convert import convert_adapter
 from regraft.tensors import InMemory
 from regraft.updates import LowRank
 
@@ -90,6 +91,14 @@ def test_weights_change_as_svdiff_pytorch_s_layers_compute(module: nn.Module, tm
     save_file({"mid_block.x.delta": delta}, tmp_path / "spectral_shifts.safetensors")
     (update,) = load_adapter(tmp_path / "spectral_shifts.safetensors").updates.values()
     assert torch.allclose(update.merged(weight), layers(weight, delta), atol=1e-5)
+
+
+def test_a_folder_is_converted_whole(tmp_path: Path) -> None:
+    convert_adapter(written(tmp_path / "theirs"), tmp_path / "ours", "svdiff")
+    assert set(load_file(tmp_path / "ours" / "spectral_shifts.safetensors")) == set(UNET)
+    assert set(load_file(tmp_path / "ours" / "spectral_shifts_te.safetensors")) == set(TEXT)
+    with pytest.raises(OutputError, match="svdiff would be lost"):
+        convert_adapter(tmp_path / "theirs", tmp_path / "lost.safetensors", "kohya")
 
 
 def test_a_strength_is_written_into_the_shifts(tmp_path: Path) -> None:

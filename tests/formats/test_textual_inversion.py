@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter
 from regraft.adapter import TokenRef
 from regraft.formats._bundled_embeddings import bundled, read_bundled
-from regraft.inspection import convert_adapter, inspect_adapter
+from regraft.inspection import inspect_adapter
+from regraft.ops.convert import convert_adapter
 from regraft.tensors import InMemory, read_safetensors
 from regraft.updates import LowRank
 
@@ -148,6 +149,13 @@ def test_what_a_layout_can_not_hold_is_refused(keys: dict[str, Tensor], target: 
     with pytest.raises(OutputError, match=says):
         load_adapter(tmp_path / "in.safetensors").save(tmp_path / "out", format=target)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_that_would_lose_a_token_names_it(tmp_path: Path) -> None:
+    pair = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
+    save_file({**pair, "bundle_emb.<cat>.clip_l": vectors(1)}, tmp_path / "in.safetensors")
+    with pytest.raises(OutputError, match=r"<cat>: a token would be lost"):
+        convert_adapter(tmp_path / "in.safetensors", tmp_path / "out", "peft")
 
 
 def test_weights_are_no_embedding(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ class Written:
     Attributes:
         tensors: key → tensor, contiguous, on the CPU.
         metadata: the safetensors header's metadata.
-        files: further files by name: text, a file to copy, or what writes one. If there are any, or ``folder`` is
-            set, the output is a folder.
+        files: further files by name: text, or a file to copy. If there are any, or ``folder`` is set, the
+            output is a folder.
+        beside: further weights files of such a folder by name: key → tensor.
         weights_name: name of the weights file inside of such a folder.
         save: writes the weights file, where that is no safetensors file.
         suffix: that such a file must have.
@@ -63,7 +64,8 @@ class Written:
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    files: Mapping[str, str | Path | Callable[[Path], None]] = field(default_factory=dict)
+    files: Mapping[str, str | Path] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     folder: bool = False
     weights_name: str = "adapter_model.safetensors"
     save: Callable[[Path], None] | None = None

@@ -18,6 +18,7 @@ from regraft.updates import LowRank
 
 Config = Mapping[str, Any]
 
+_ANOTHER = "Give the config that was saved with these weights."
 # What PEFT needs to load a LoRA; every field that is left out takes PEFT's own default.
 MINIMAL: Config = {
     "peft_type": "LORA",
@@ -78,36 +79,58 @@ def check_config(config: Config, file: Path, prefix: str = "") -> None:
         InputError: ``r`` or ``lora_alpha`` is missing or no number, a pattern is no regular expression, or a list of
             names is none.
     """
-    remedy = "Give the config that was saved with these weights."
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if not _is_number(value):
-            what = "is missing" if value is None else f"must be a number, not {_told(value)}"
-            raise InputError(what, file=file, key=f"{prefix}{name}", remedy=remedy)
+    check_numbers(config, ("r", "lora_alpha"), file, prefix)
     wrapped = config.get("target_parameters")
     if wrapped is not None and not (isinstance(wrapped, list) and all(isinstance(name, str) for name in wrapped)):
-        raise InputError("must be a list of names", file=file, key=f"{prefix}target_parameters", remedy=remedy)
+        raise InputError("must be a list of names", file=file, key=f"{prefix}target_parameters", remedy=_ANOTHER)
+
+
+def check_numbers(config: Config, fields: tuple[str, str], file: Path, prefix: str = "") -> None:
+    """Make sure that a rank, an alpha and their patterns can be read out of a config.
+
+    Args:
+        config: of any tuner.
+        fields: what it calls rank and alpha.
+        file: for messages.
+        prefix: likewise, before a field's name.
+
+    Raises:
+        InputError: one is missing or no number, or a pattern is no regular expression.
+    """
+    for name in fields:
+        value = config.get(name)
+        if not is_number(value):
+            what = "is missing" if value is None else f"must be a number, not {_told(value)}"
+            raise InputError(what, file=file, key=f"{prefix}{name}", remedy=_ANOTHER)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         key = f"{prefix}{name}"
         if not isinstance(patterns, Mapping):
-            raise InputError("must map module names to numbers", file=file, key=key, remedy=remedy)
+            raise InputError("must map module names to numbers", file=file, key=key, remedy=_ANOTHER)
         for pattern, value in patterns.items():
-            told = _told(pattern)
-            if not _is_number(value):
-                what = f"{told} must have a number, not {_told(value)}"
-                raise InputError(what, file=file, key=key, remedy=remedy)
-            try:
-                _compiled(pattern)
-            except re.error:
-                what = f"{told} is no regular expression"
-                raise InputError(what, file=file, key=key, remedy=remedy) from None
-            except TooComplex as error:
-                what = f"{told} {error}, which no module name needs"
-                raise InputError(what, file=file, key=key, remedy=remedy) from None
+            if not is_number(value):
+                what = f"{_told(pattern)} must have a number, not {_told(value)}"
+                raise InputError(what, file=file, key=key, remedy=_ANOTHER)
+            check_pattern(pattern, file, key)
 
 
-def _is_number(value: object) -> bool:
+def check_pattern(pattern: str, file: Path, key: str) -> None:
+    """Make sure that a pattern of module names can be matched.
+
+    Raises:
+        InputError: it is no regular expression, or one that could take for ever.
+    """
+    try:
+        _compiled(pattern)
+    except re.error:
+        what = f"{_told(pattern)} is no regular expression"
+        raise InputError(what, file=file, key=key, remedy=_ANOTHER) from None
+    except TooComplex as error:
+        what = f"{_told(pattern)} {error}, which no module name needs"
+        raise InputError(what, file=file, key=key, remedy=_ANOTHER) from None
+
+
+def is_number(value: object) -> bool:
     """Whether it is a finite number that a factor can be made of."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

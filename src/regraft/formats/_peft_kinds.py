@@ -29,9 +29,10 @@ from regraft.errors import InputError
 from regraft.formats import AdapterFile
 from regraft.formats._common import Parts, check_float
 from regraft.formats._factors import cannot_hold
-from regraft.formats._peft_config import Config, by_pattern, exactly, is_matched
+from regraft.formats._peft_config import Config, by_pattern, check_numbers, check_pattern, exactly, is_matched
 from regraft.formats._peft_lokr import lokr_config
 from regraft.formats._suffixes import build
+from regraft.patterns import compiled, matches
 from regraft.tensors import InMemory, TensorRef
 from regraft.updates import Boft, Ia3, LoHa, LoKr, Oft, Update
 
@@ -114,8 +115,10 @@ def build_kind(kind: str, path: str, parts: Mapping[str, str], file: AdapterFile
 
 def _on_input(path: str, factors: TensorRef, config: Config | None) -> bool:
     if config is not None:
-        named = config.get("feedforward_modules") or []
-        return bool(re.fullmatch(named, path)) if isinstance(named, str) else is_matched(path, map(str, named))
+        named = config.get("feedforward_modules")
+        if isinstance(named, str):
+            return matches(compiled(named, around="({})$"), path)
+        return isinstance(named, list) and is_matched(path, map(str, named))
     return len(factors.shape) == 2 and factors.shape[0] == 1
 
 
@@ -137,7 +140,7 @@ def _shaped(held: Parts, part: str, dims: int, file: Path) -> TensorRef:
 def kind_scale(config: Config, path: str, rank: int | None) -> float:
     """alpha / r of LoHa and LoKr; r is the tensors' own, or the config's where both halves are full."""
     alpha = by_pattern(config.get("alpha_pattern"), path, config["alpha"])
-    return alpha / (rank or by_pattern(config.get("rank_pattern"), path, config["r"]))
+    return alpha / (rank or by_pattern(config.get("rank_pattern"), path, config["r"]) or 1)
 
 
 def check_kind_config(config: Config, kind: str, file: Path) -> None:
@@ -146,17 +149,14 @@ def check_kind_config(config: Config, kind: str, file: Path) -> None:
     Raises:
         InputError: a field is missing, or no number.
     """
-    numbers = {"LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}.get(kind, ())
-    for name in numbers:
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            what = "is missing" if value is None else f"must be a number above 0, not {value!r}"
-            raise InputError(what, file=file, key=name, remedy="Give the config that was saved with these weights.")
-    for name in ("rank_pattern", "alpha_pattern") if numbers else ():
-        for pattern, value in (config.get(name) or {}).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or (name == "rank_pattern" and value <= 0):
-                what = f"{pattern!r} must have a number, not {value!r}"
-                raise InputError(what, file=file, key=name, remedy="Give the config that was saved with these weights.")
+    if kind in ("LOHA", "LOKR"):
+        check_numbers(config, ("r", "alpha"), file)
+        if config["r"] <= 0:
+            what = f"must be a number above 0, not {config['r']!r}"
+            raise InputError(what, file=file, key="r", remedy="Give the config that was saved with these weights.")
+    named = config.get("feedforward_modules")
+    if kind == "IA3" and isinstance(named, str):
+        check_pattern(named, file, "feedforward_modules")
 
 
 def kind_keys(update: Update, stem: str, name: str) -> dict[str, TensorRef]:

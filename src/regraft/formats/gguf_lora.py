@@ -18,10 +18,12 @@ Facts (llama.cpp 0b03ada, gguf 0.19):
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,7 @@ from regraft.formats._factors import cannot_hold, transposed
 from regraft.formats._gguf_experts import expert_of, experts_name, join_experts, split_experts
 from regraft.formats._gguf_heads import NEEDS_BASE, HeadOrder, head_fields, order_of, reorders, to_llama_cpp
 from regraft.formats._gguf_write import KINDS, write_gguf
+from regraft.lineage import KEY
 from regraft.tensors import InMemory, TensorRef, Transposed
 from regraft.updates import Full, LowRank, Update
 
@@ -97,7 +100,7 @@ def _pattern(name: str) -> tuple[str, int]:
 
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
-    content = read_gguf(_weights_of(file)).fields
+    content = _fields(file)
     kind, arch = content.get("adapter.type", "lora"), str(content.get("general.architecture", ""))
     if kind != "lora":
         raise InputError(f"is an adapter of type {kind!r}, not a LoRA", file=file.path, key="adapter.type")
@@ -146,13 +149,17 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     return Adapter(updates, "gguf-lora", layout, told, family=family, unrecognised=tuple(unrecognised), path=file.path)
 
 
-def _weights_of(file: AdapterFile) -> Path:
+def _fields(file: AdapterFile) -> dict[str, Any]:
+    """The key-value pairs: out of the file, or out of the metadata of one that is yet to be written."""
     stored = next((ref.raw.file for ref in file.tensors.values() if isinstance(ref, GgufTensor)), None)
-    if stored is None:
-        raise InputError(
-            "has names of a GGUF adapter, but is no GGUF file", file=file.path, remedy="Give the .gguf file."
-        )
-    return stored
+    if stored is not None:
+        return dict(read_gguf(stored).fields)
+    fields: dict[str, Any] = dict(file.metadata)
+    for key, text in file.metadata.items():
+        if not key.startswith(("general.", KEY)):
+            with suppress(ValueError):
+                fields[key] = json.loads(text)
+    return fields
 
 
 def _whole(arch: str, key: str, ref: TensorRef) -> tuple[ModuleRef, Full] | None:
@@ -201,9 +208,7 @@ def _write(adapter: Adapter) -> Written:
         raise cannot_hold("GGUF LoRA", "embeddings of added tokens", next(iter(adapter.tokens)), lost)
     fields = dict(adapter.layout["fields"]) if own else {}
     fields |= head_fields(arch, adapter.base_config)
-    copies = _base_copies(adapter)
-    left = {module: update for module, update in adapter.updates.items() if module not in copies}
-    checked = {module: _checked(module, update, own=own) for module, update in left.items()}
+    checked = {module: _checked(module, update, own=own) for module, update in adapter.updates.items()}
     low_rank = {module: update for module, update in checked.items() if isinstance(update, LowRank)}
     alpha = _alpha(adapter, low_rank, own=own)
     tensors: dict[str, TensorRef] = {}
@@ -234,21 +239,11 @@ def _write(adapter: Adapter) -> Written:
     told = training_metadata(adapter.metadata)
     pairs |= {key: value for key, value in told.items() if key not in fields or str(fields[key]) != value}
     pairs.setdefault("general.file_type", _file_type(loaded))
-    notes = [f"{folded} modules' own scales are multiplied into B: a GGUF LoRA has one alpha"] if folded else []
-    notes += [f"PEFT's copy of the base's own {module} is left out: the base has it" for module in copies]
+    notes = (f"{folded} modules' own scales are multiplied into B: a GGUF LoRA has one alpha",) if folded else ()
     save = partial(write_gguf, arch=arch, fields=pairs, tensors=loaded)
-    return Written(loaded, {}, save=save, suffix=".gguf", notes=tuple(notes))
-
-
-def _base_copies(adapter: Adapter) -> list[ModuleRef]:
-    """The weights that PEFT saves of targeted embeddings, as they are in the base, beside their update."""
-    return [
-        module
-        for module, update in adapter.updates.items()
-        if isinstance(update, Full)
-        and ".base_layer." in update.key
-        and module._replace(path=module.path.rpartition(".")[0]) in adapter.updates
-    ]
+    stated = {"general.architecture": arch} | pairs
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in stated.items()}
+    return Written(loaded, metadata, save=save, suffix=".gguf", notes=notes)
 
 
 def _architecture(adapter: Adapter) -> str:

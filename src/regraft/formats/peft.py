@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,12 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     config = file.config
     prefix = PREFIX if any(key.startswith(PREFIX) for key in file.tensors) else ""
     stated = None if config is None else str(config.get("peft_type") or "LORA").upper()
+    where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
+    if config is not None and stated == "LORA":
+        check_config(config, where)
     keys = _sorted_keys(file, prefix, stated)
-    if config is not None:
-        where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
-        if stated == "LORA":
-            check_config(config, where)
-        elif keys.kinds:
-            check_kind_config(config, str(stated), where)
+    if config is not None and keys.kinds:
+        check_kind_config(config, str(stated), where)
     updates: dict[ModuleRef, Update] = {
         ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in keys.lora.items()
     }
@@ -251,7 +250,7 @@ def _write(adapter: Adapter) -> Written:
         _check_bare(paths)
         return Written(contiguous(tensors), metadata)
     config = _config(adapter, kind, low_rank, others, own=own)
-    files: dict[str, str | Path | Callable[[Path], None]] = {
+    files: dict[str, str | Path] = {
         CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n",
         **adapter.sidecars,
     }

@@ -13,13 +13,8 @@ Facts (mkshing/svdiff-pytorch a78f69e; phymhan/SVDiff 4ca843c):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from math import prod
-from pathlib import Path
-
-from safetensors.torch import save_file
-from torch import Tensor
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError, OutputError
@@ -109,14 +104,8 @@ def _write(adapter: Adapter) -> Written:
         return Written(contiguous(next(iter(parts.values()))), metadata)
     if _UNET not in parts:
         raise OutputError("an SVDiff folder has a U-Net's shifts, and these have none", file=adapter.path)
-    files: dict[str, str | Path | Callable[[Path], None]] = {}
-    if _TEXT in parts:
-        files[TEXT_WEIGHTS] = partial(_save, contiguous(parts[_TEXT]))
-    return Written(contiguous(parts[_UNET]), metadata, files, folder=True, weights_name=WEIGHTS)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file(dict(tensors), path)
+    beside = {TEXT_WEIGHTS: contiguous(parts[_TEXT])} if _TEXT in parts else {}
+    return Written(contiguous(parts[_UNET]), metadata, beside=beside, folder=True, weights_name=WEIGHTS)
 
 
 FORMAT = Format("svdiff", "SVDiff (spectral_shifts)", 40, _detect, _read, _write)

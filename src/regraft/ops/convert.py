@@ -167,7 +167,7 @@ class Held:
         except OutputError as error:
             return [
                 ConvertedModule(
-                    name=token,
+                    name=str(token),
                     kind="token",
                     becomes=None,
                     status="lost",
@@ -200,7 +200,7 @@ class _Forms:
     def __init__(self, adapter: Adapter, base: Base | None, energy: float | None, *, dry_run: bool) -> None:
         self.base = BaseWeights(base, adapter) if base is not None else None
         self.factors = Factors(adapter, self.base)
-        self.energy, self.dry_run = energy, dry_run
+        self.energy, self.dry_run, self.taken = energy, dry_run, frozenset(adapter.updates)
 
     def of(self, ref: ModuleRef, update: Update) -> Iterator[Form]:
         """The forms, each made only when the ones before it were refused."""
@@ -224,6 +224,9 @@ class _Forms:
     def _on(self, base: BaseWeights, ref: ModuleRef, update: Update) -> Iterator[Form]:
         if isinstance(update, Full):
             change = change_on(base, ref, update)
+            if not change.any():
+                # PEFT saves targeted embeddings beside their update, as they are in the base.
+                yield Form({}, "rewritten", "it is this base's own value, and changes nothing")
             yield Form({ref: Diff(InMemory(change), update.key)}, "rewritten", "its change from this base's value")
         elif isinstance(update, Diff):
             value = base.load(ref) + update.delta().reshape(update.shape)
@@ -239,6 +242,9 @@ class _Forms:
         if update.by_parameter and not (ref.path.endswith(".weight") and len(update.shape) > 1):
             return
         home = ModuleRef(ref.component, ref.path.removesuffix(".weight")) if update.by_parameter else ref
+        if home != ref and home in self.taken:
+            # Its module has an update of its own, whose place it would take.
+            return
         if self.dry_run:
             shape = tuple(base.load(ref).shape) if base is not None else update.shape
             yield Form({home: _stub(shape)}, "merged", "to be refactored on the base")
@@ -316,6 +322,7 @@ def convert_adapter(
     removed: list[str] = []
     if not private:
         adapter, removed = strip_private(adapter)
+    notes = _notes(adapter, format)
     plan = plan_conversion(adapter, format, opened, energy=energy, dry_run=dry_run, tick=tick)
     if not dry_run:
         _check_none_lost(plan, adapter, format, based=opened is not None)
@@ -324,6 +331,7 @@ def convert_adapter(
         written = writer.write(ready)
         check_back(ready, written, writer, target)
         write_whole(written, target, overwrite=overwrite, source=adapter.path)
+        notes += written.notes
     return ConvertReport(
         regraft_version=__version__,
         input=str(source),
@@ -332,7 +340,7 @@ def convert_adapter(
         modules=len(plan.adapter.updates),
         changes=list(plan.changes),
         removed=removed,
-        notes=_notes(adapter, format),
+        notes=notes,
         dry_run=dry_run,
     )
 
@@ -369,7 +377,11 @@ def check_back(adapter: Adapter, written: Written, format: Format, target: Path)
     config = written.files.get(ADAPTER_CONFIG)
     file = AdapterFile(
         target,
-        {key: InMemory(tensor) for key, tensor in written.tensors.items()},
+        {
+            key: InMemory(tensor)
+            for tensors in (written.tensors, *written.beside.values())
+            for key, tensor in tensors.items()
+        },
         written.metadata,
         json.loads(config) if isinstance(config, str) else None,
     )
