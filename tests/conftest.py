@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for folder in (".", "cli", "formats"):
+for folder in (".", "cli", "formats", "standard"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 from running import run  # noqa: E402, F401 (a fixture for all tests)

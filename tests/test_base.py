@@ -121,8 +121,9 @@ def original(family: str, text: str) -> dict[str, TensorRef]:
 )
 def test_a_checkpoint_in_the_original_names_is_presented_as_diffusers_components(family: str, text: str) -> None:
     tensors = original(family, text)
-    components = split_components(tensors)
+    components, left_out = split_components(tensors)
     assert set(components) == {"unet", "text_encoder"}
+    assert set(left_out) == {"first_stage_model.encoder.conv_in.weight", "cond_stage_model.logit_scale"}
     pairs = listed(f"{family}-unet.original")["map"]
     assert {name: f"model.diffusion_model.{old}" for old, name in pairs.items()} == {
         name: next(old for old, held in tensors.items() if held is ref) for name, ref in components["unet"].items()
@@ -145,4 +146,4 @@ def made_for(base: Base, path: str) -> LowRank:
 
 def test_other_files_stay_one_model() -> None:
     tensors = {name: InMemory(tensor) for name, tensor in llama().items()}
-    assert split_components(tensors) == {MODEL: tensors}
+    assert split_components(tensors) == ({MODEL: tensors}, ())

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from regraft import InputError, Refused, fit_migration, load_migration, open_base, port
+from regraft import InputError, Refused, Settings, fit_migration, load_migration, open_base, port
 from regraft.base import Base
 from regraft.cache import cached_files, clear_cache, find_cached, keep
-from regraft.migration_file import check_fingerprints
+from regraft.migration_file import KEY, check_fingerprints
+from regraft.migrations.precision import BOUND, halved, rounded
 from regraft.plan import source_modules
 from toys import deltas, drifted, llama, lora, permutation, regauged, relative_error, rotation, save_base
 
@@ -65,6 +68,76 @@ def test_a_foreign_or_stale_migration_is_refused_by_fingerprint(tmp_path: Path, 
         check_fingerprints(migration, old, other)
     with pytest.raises(Refused, match="another old base"):
         check_fingerprints(migration, new, new)
+
+
+def test_the_same_base_in_another_precision_is_the_same_base(tmp_path: Path, bases: tuple[Base, Base]) -> None:
+    old, new = bases
+    half = {name: tensor.half() for name, tensor in drifted(llama(), 0.1).items()}
+    check_fingerprints(fit_migration(old, new, "copy"), old, open_base(save_base(half, tmp_path / "half.safetensors")))
+
+
+def maps_in(file: Path) -> list[torch.Tensor]:
+    with safe_open(file, "pt") as handle:
+        return [handle.get_tensor(name) for name in handle.keys() if name.startswith("map.")]  # noqa: SIM118
+
+
+def test_a_rounded_migration_is_half_as_large_and_as_exact_as_a_half_precision_adapter(tmp_path: Path) -> None:
+    state = llama()
+    old = open_base(save_base(state, tmp_path / "old.safetensors"))
+    moved = drifted(regauged(state, rotation(24, 3), permutation(40, 5)), 0.05)
+    new = open_base(save_base(moved, tmp_path / "new.safetensors"))
+    for method in ("procrustes", "lora-x", "prolora"):
+        exact = fit_migration(old, new, method)
+        file = halved(exact).save(tmp_path / f"{method}.safetensors")
+        single = exact.save(tmp_path / f"{method}-single.safetensors")
+        assert {tensor.dtype for tensor in maps_in(file)} == {torch.float16}
+        assert 2 * sum(t.nbytes for t in maps_in(file)) == sum(t.nbytes for t in maps_in(single))
+        delta = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+        loaded = load_migration(file)
+        for module, entry in exact.entries.items():
+            if entry.transport is None or entry.shape_old != (24, 24):
+                continue
+            # Four factors at most lie on an update's way: U and Uᵀ on each side.
+            error = relative_error(loaded.entries[module].transport.dense(delta), entry.transport.dense(delta))
+            assert error < 4 * BOUND
+        forced = Settings(force=True)
+        before, after = (m.port(lora(state), forced).adapter for m in (exact, loaded))
+        for ref, update in deltas(before).items():
+            assert relative_error(deltas(after)[ref], update) < 4 * BOUND
+
+
+def test_a_map_that_half_precision_would_spoil_stays_in_single() -> None:
+    huge, tiny = torch.tensor([[1e6, 1.0]]), torch.full((2, 2), 1e-7)
+    assert rounded(huge).dtype == rounded(tiny).dtype == torch.float32
+    assert rounded(rotation(8, 0)).dtype == torch.float16
+
+
+def test_the_same_migration_gives_the_same_bytes(tmp_path: Path, bases: tuple[Base, Base]) -> None:
+    first, second = (
+        halved(fit_migration(*bases, "procrustes")).save(tmp_path / f"{name}.safetensors") for name in ("a", "b")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    again = load_migration(first).save(tmp_path / "again.safetensors")
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_migration_names_no_folder_of_its_maker(tmp_path: Path, bases: tuple[Base, Base]) -> None:
+    file = fit_migration(*bases, "copy").save(tmp_path / "m.safetensors")
+    assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_a_migration_of_version_zero_is_told_to_be_fitted_again(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file({"empty": torch.zeros(0)}, file, metadata={KEY: json.dumps({"version": 0, "modules": []})})
+    with pytest.raises(InputError, match=r"version 0, which is no longer read\. Fit it again"):
+        load_migration(file)
+
+
+def test_a_later_major_version_is_told_apart_from_damage(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file({"empty": torch.zeros(0)}, file, metadata={KEY: json.dumps({"version": "2.0", "new": True})})
+    with pytest.raises(InputError, match="Update regraft"):
+        load_migration(file)
 
 
 def test_a_file_that_is_no_migration_is_named(tmp_path: Path, bases: tuple[Base, Base]) -> None:

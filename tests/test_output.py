@@ -129,9 +129,14 @@ def test_links_and_devices(adapter: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a single process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("at_once", [True, False], ids=["one step", "two steps"])
 def test_an_interrupt_at_any_step_of_the_swap_leaves_old_or_new_whole(
-    adapter: Path, number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, number: signal.Signals, step: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not at_once:
+        monkeypatch.setattr(output, "_exchange", lambda *_: False)
+    elif step > 3:
+        pytest.skip("one step has fewer moments")
     old = content(adapter)
     steps = itertools.count()
     true_replace, true_rmtree = os.replace, output.shutil.rmtree
@@ -148,6 +153,7 @@ def test_an_interrupt_at_any_step_of_the_swap_leaves_old_or_new_whole(
         return run
 
     monkeypatch.setattr(os, "replace", interrupted(true_replace))
+    monkeypatch.setattr(output, "_exchange", interrupted(output._exchange))
     monkeypatch.setattr(output.shutil, "rmtree", interrupted(true_rmtree))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -169,6 +175,7 @@ def test_a_swap_that_fails_puts_the_old_folder_back(adapter: Path, monkeypatch: 
             raise OSError("device trouble")
         true_replace(source, target)
 
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)
     monkeypatch.setattr(os, "replace", fails_once)
     with pytest.raises(OutputError, match="device trouble"):
         write_whole(FOLDER, adapter, overwrite=True)

@@ -189,7 +189,7 @@ def test_a_port_of_a_port_is_refused_and_both_are_recorded_when_forced(tmp_path:
         port(once, new, old)
     twice = port(once, new, old, settings=Settings(force=True)).adapter
     first, second = ports_of(twice)
-    assert (first["to"], second["to"]) == (new.fingerprint, old.fingerprint)
+    assert (first["to"]["fingerprint"], second["to"]["fingerprint"]) == (new.fingerprint, old.fingerprint)
     assert not first["forced"]
     assert second["forced"]
 

@@ -27,6 +27,24 @@ class ModuleRef(NamedTuple):
         return self.path if self.component == MODEL else f"{self.component}.{self.path}"
 
 
+class TokenRef(NamedTuple):
+    """An added token, and the text encoder that its embedding belongs to.
+
+    Attributes:
+        component: the text encoder; ``model`` where the file names none and has one alone.
+        token: as prompts spell it.
+        output: the vector replaces what the encoder gives out, not what goes in (OneTrainer's ``_out``).
+    """
+
+    component: str
+    token: str
+    output: bool = False
+
+    def __str__(self) -> str:
+        where = "" if self.component in (MODEL, "text_encoder") else f"{self.component}."
+        return f"{where}{self.token}{' (output)' if self.output else ''}"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Module → update, plus what is needed to write the file again.
@@ -38,11 +56,12 @@ class Adapter:
         metadata: the safetensors header's metadata.
         config: PEFT's ``adapter_config.json``.
         family: name of the base model's family, where the keys tell it.
-        tokens: embeddings of added tokens, by token.
+        tokens: embeddings of added tokens, (width,) or (vectors, width), by token.
         unrecognised: keys that the format's reader did not understand.
         sidecars: files beside the weights that belong to the adapter (tokenizer, README), by name.
         path: where it was read from.
         left_behind: names of further weights files of its folder (optimizer state, another adapter), not carried.
+        base_config: ``config.json`` of the base, where the caller knew it.
     """
 
     updates: Mapping[ModuleRef, Update]
@@ -51,11 +70,12 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     family: str | None = None
-    tokens: Mapping[str, TensorRef] = field(default_factory=dict)
+    tokens: Mapping[TokenRef, TensorRef] = field(default_factory=dict)
     unrecognised: tuple[str, ...] = ()
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     path: Path | None = None
     left_behind: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
     def components(self) -> dict[str, dict[str, Update]]:
         """The updates grouped: component → module path → update."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 from regraft.adapter import MODEL, ModuleRef
 from regraft.checkpoints import open_checkpoint
 from regraft.errors import InputError
-from regraft.fingerprint import ComponentPrint, Fingerprint, fingerprint_component, structure_of
+from regraft.fingerprint import ComponentPrint, Fingerprint, canonical, fingerprint_component, structure_of
+from regraft.hub import hub_id_of
+from regraft.sketch import take_sample
 from regraft.tensors import Shape, TensorRef, check_finite, read_rows
 
 
@@ -27,6 +29,7 @@ class Base:
         configs: component → its ``config.json``.
         description: how it lies on disk, for people (``safetensors``, ``gguf Q4_1``).
         left_out: stored tensors that belong to no shown one.
+        partial: its values lie on the hub and are read in part: a weight's sample of rows stands for it.
     """
 
     path: Path
@@ -34,6 +37,7 @@ class Base:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     description: str = ""
     left_out: tuple[str, ...] = ()
+    partial: bool = False
 
     def modules(self, component: str) -> Iterator[str]:
         """Paths of the modules with a weight of two or more dimensions."""
@@ -63,6 +67,14 @@ class Base:
         part = read_rows(self._ref(module), [range(rows)]).flatten(1)[:, :columns]
         return check_finite(part, self.path, f"{module.path}.weight")
 
+    def rows(self, module: ModuleRef, ranges: Sequence[range]) -> Tensor:
+        """Rows of the module's weight, in its stored dtype.
+
+        Raises:
+            InputError: the file is damaged, or the rows hold NaN or Inf.
+        """
+        return check_finite(read_rows(self._ref(module), ranges), self.path, f"{module.path}.weight")
+
     def parameter(self, module: ModuleRef) -> TensorRef | None:
         """A parameter by its whole name (``module.path``), or None."""
         return self.components.get(module.component, {}).get(module.path)
@@ -90,20 +102,46 @@ class Base:
         return self._prints(content=True)
 
     def _prints(self, *, content: bool) -> Fingerprint:
+        if self.partial:
+            self._fetch_samples()
         parts = {
             name: fingerprint_component(tensors, content=content, file=self.path)
             for name, tensors in self.components.items()
         }
         return Fingerprint(parts)
 
+    def _fetch_samples(self) -> None:
+        from regraft.hub.remote import ahead
 
-def open_base(path: str | Path) -> Base:
-    """Open a base by its headers: a weights file, a shard index, or a transformers / diffusers folder.
+        with ahead():
+            for tensors in self.components.values():
+                for _, ref in canonical(tensors):
+                    take_sample(ref)
+
+
+def open_base(path: str | Path, *, whole: bool = True) -> Base:
+    """Open a base by its headers: a weights file, a shard index, a transformers / diffusers folder, or a hub id.
+
+    Args:
+        path: of it, or its id on the hub (see `regraft.hub`).
+        whole: of a base on the hub, download the weights; else they are read in part as they are used.
 
     Raises:
-        InputError: there is nothing that can be read as a checkpoint.
+        InputError: there is nothing that can be read as a checkpoint, or the hub refuses.
     """
-    path = Path(path).expanduser()
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return _open_local(Path(path).expanduser())
+    # Imported here: a local base needs no huggingface_hub.
+    from regraft.hub.remote import is_remote
+    from regraft.hub.repository import read_from_hub
+
+    base, place = read_from_hub(hub_id, _open_local, whole=whole)
+    partial = any(is_remote(ref) for tensors in base.components.values() for ref in tensors.values())
+    return replace(base, path=place or Path(str(hub_id)), partial=partial)
+
+
+def _open_local(path: Path) -> Base:
     checkpoint = open_checkpoint(path)
     components = {name: tensors for name, tensors in checkpoint.components.items() if tensors}
     if not components:

@@ -17,7 +17,8 @@ from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import OutputError, RegraftError, first_line
 from regraft.migration import Migration
-from regraft.migration_file import VERSION, load_migration, save_migration
+from regraft.migration_file import load_migration, save_migration
+from regraft.migrations.model import VERSION
 
 
 def cache_folder() -> Path:

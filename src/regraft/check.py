@@ -50,6 +50,8 @@ def check_migration(
     # A refusal is the first thing to know; else what stops the port is.
     refused = judgement.verdict == "refused"
     reasons = [*judgement.reasons, *problems] if refused else [*problems, *judgement.reasons]
+    if any(base is not None and base.partial for base in (old, new)):
+        reasons.append("the weights were compared by a sample of their rows, read from the hub")
     return CheckReport(
         regraft_version=__version__,
         input=str(adapter.path),

@@ -5,9 +5,37 @@ The command line prints ``str(error)`` as one line and exits with ``exit_code``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Control characters (C0, DEL, C1), marks that reverse the direction of what follows, line separators and lone
+# surrogates: on a terminal they would do something, not show something.
+_ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# A key from a damaged file may have megabytes; a line that nobody can read tells nothing.
+_LONGEST_KEY, _LONGEST_WHAT = 300, 600
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with every character that a terminal would obey written out, as ``\\x1b``.
+
+    Args:
+        text: words that may come from a stranger's file.
+        keep: characters to leave as they are, such as a line break.
+    """
+    return _ACTIVE.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def shortened(text: str, length: int) -> str:
+    """The beginning and the end of a text that is longer than ``length``."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
 class RegraftError(Exception):
@@ -26,9 +54,11 @@ class RegraftError(Exception):
         self, what: str, *, file: str | Path | None = None, key: str | None = None, remedy: str | None = None
     ) -> None:
         self.what, self.file, self.key, self.remedy = what, file, key, remedy
-        where = ": ".join(str(part) for part in (file, key) if part is not None)
+        told = None if key is None else shortened(key, _LONGEST_KEY)
+        where = ": ".join(str(part) for part in (file, told) if part is not None)
+        what = shortened(what, _LONGEST_WHAT)
         line = f"{where}: {what}" if where else what
-        super().__init__(" ".join((f"{line}. {remedy}" if remedy else line).split()))
+        super().__init__(printable(" ".join((f"{line}. {remedy}" if remedy else line).split())))
 
 
 class InputError(RegraftError):
@@ -64,8 +94,23 @@ def reading(file: str | Path, key: str | None = None) -> Iterator[None]:
         raise InputError("is a folder, not a file", file=file, key=key) from None
     except PermissionError:
         raise InputError("no permission to read", file=file, key=key) from None
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+    except MemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, OverflowError) as error:
         raise InputError(f"can't be read ({first_line(error)})", file=file, key=key) from error
+
+
+@contextmanager
+def understanding(kind: str, file: str | Path) -> Iterator[None]:
+    """The last net under a reader of ``kind``: a header may hold anything where a string or a number should be."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(
+            f"is a damaged {kind} ({type(error).__name__}: {first_line(error)})",
+            file=file,
+            remedy="Get it again, or save it again.",
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ def inspect_adapter(path: str | Path, *, names: BaseNames | None = None) -> Insp
     Raises:
         InputError: it can't be read, or a tensor pair is broken.
     """
-    return describe(load_adapter(path, names=names), path)
+    return describe(load_adapter(path, names=names, whole=False), path)
 
 
 def describe(adapter: Adapter, path: str | Path) -> InspectReport:
@@ -46,7 +46,7 @@ def describe(adapter: Adapter, path: str | Path) -> InspectReport:
         format=adapter.format,
         family=adapter.family,
         components=components,
-        tokens={token: list(ref.shape) for token, ref in adapter.tokens.items()},
+        tokens={str(token): list(ref.shape) for token, ref in adapter.tokens.items()},
         metadata=dict(adapter.metadata),
         unrecognised=list(adapter.unrecognised),
     )

@@ -18,7 +18,8 @@ from regraft.methods import Method, Outcome, Skip, get_method
 from regraft.nearness import Nearness, compare
 from regraft.pairing import Pairing, pair_bases
 from regraft.report.schema import BaseSummary
-from regraft.tensors import Shape
+from regraft.sketch import spread_runs
+from regraft.tensors import InMemory, Shape, n_bytes
 from regraft.transport import Transport
 from regraft.updates import LowRank
 
@@ -43,6 +44,8 @@ class Entry:
         uncovered: the module changed its shape in a way that the method can't carry: not a planned skip.
         row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
             between weights of one shape.
+        bound: whether similarity and distance are bounds out of several steps (`regraft.migrations.compose`), not
+            measured.
     """
 
     target: ModuleRef | None
@@ -53,6 +56,7 @@ class Entry:
     nearness: Nearness = field(default_factory=Nearness)
     uncovered: bool = False
     row_norms: Tensor | None = None
+    bound: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,11 @@ class Migration:
         entries: module of the old base → what becomes of it.
         parameters: component of the old base → names of all its parameters, by which a trained head is known.
         file: where it was read from or written to.
+        file_hash: of that file, ``sha256:…``.
+        base_bytes: size of the new base as it is stored, which the file's own size is held against.
+        license: under which the file is published, an SPDX identifier.
+        composed: hashes of the files that it was composed of, in order.
+        via: the bases between them.
     """
 
     source: BaseSummary | None
@@ -80,6 +89,11 @@ class Migration:
     entries: Mapping[ModuleRef, Entry]
     parameters: Mapping[str, Collection[str]] = field(default_factory=dict)
     file: Path | None = field(default=None)
+    file_hash: str | None = None
+    base_bytes: int | None = None
+    license: str | None = None
+    composed: tuple[str, ...] = ()
+    via: tuple[BaseSummary, ...] = ()
 
     @property
     def components(self) -> Mapping[str, Collection[str]]:
@@ -116,9 +130,19 @@ class Migration:
 
 def summarise(base: Base) -> BaseSummary:
     """Path, family and fingerprints of a base."""
+    prints = base.prints
     return BaseSummary(
-        path=str(base.path), family=family_of_base(base), fingerprint=base.fingerprint, structure=base.structure
+        path=str(base.path),
+        family=family_of_base(base),
+        fingerprint=str(prints),
+        structure=base.structure,
+        sketch=prints.brief(),
+        components={name: part.sample for name, part in prints.components.items()},
     )
+
+
+# Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
+_ROW_RUNS, _ROWS_OF_RUN = 4, 8
 
 
 class _Pairs:
@@ -130,6 +154,11 @@ class _Pairs:
         self.updates: dict[ModuleRef, LowRank] = {}
         self._nearness: dict[ModuleRef, Nearness] = {}
         self._row_norms: dict[ModuleRef, Tensor] = {}
+        self._fetched = False
+
+    @property
+    def sampled(self) -> bool:
+        return self.old.partial or self.new.partial
 
     @property
     def wanted(self) -> Sequence[ModuleRef]:
@@ -147,9 +176,40 @@ class _Pairs:
         return weights
 
     def nearness(self, module: ModuleRef) -> Nearness:
-        if module not in self._nearness:
+        if module not in self._nearness and self.sampled:
+            self._nearness[module] = self._by_rows(module)
+        elif module not in self._nearness:
             self.load(module)
         return self._nearness[module]
+
+    def _by_rows(self, module: ModuleRef) -> Nearness:
+        """The nearness as a sample of the weights' rows shows it."""
+        if not self._fetched:
+            from regraft.hub.remote import ahead
+
+            self._fetched = True
+            with ahead():
+                for wanted in self._wanted:
+                    self._rows(wanted)
+        pair = self._rows(module)
+        if pair is None:
+            return Nearness()
+        old, new, rows = pair
+        update = self.updates.get(module)
+        if update is not None:
+            held = torch.cat([torch.arange(part.start, part.stop) for part in rows])
+            fits = update.up.shape[0] == self.old.shape(module)[0]
+            update = replace(update, up=InMemory(update.up.load()[held]), magnitude=None) if fits else None
+        return compare(old, new, update)
+
+    def _rows(self, module: ModuleRef) -> tuple[Tensor, Tensor, list[range]] | None:
+        target, shape = self.targets[module], self.old.shape(module)
+        if self.new.shape(target) != shape:
+            return None
+        few = shape[0] <= _ROW_RUNS * _ROWS_OF_RUN
+        rows = [range(shape[0])] if few else spread_runs(shape[0], _ROW_RUNS, _ROWS_OF_RUN)
+        old, new = self.old.rows(module, rows), self.new.rows(target, rows)
+        return old.float().flatten(1), new.float().flatten(1), rows
 
     def row_norms(self, module: ModuleRef) -> Tensor | None:
         self.nearness(module)
@@ -171,7 +231,7 @@ class _Computing:
 
     def __init__(self, pairs: _Pairs, device: str, dtype: torch.dtype) -> None:
         self.pairs, self.device, self.dtype = pairs, device, dtype
-        self.wanted, self.nearness = pairs.wanted, pairs.nearness
+        self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
 
     def __iter__(self) -> Iterator[ModuleRef]:
         return iter(self.pairs)
@@ -230,7 +290,22 @@ def fit_migration(
             entries[module] = Entry(None, None, answer.reason, old.shape(module))
             continue
         entries[module] = _entry(pairs, module, outcomes[module], similarity.get(module), answer.reason, moved)
-    return Migration(summarise(old), summarise(new), method, used, reason, settings, entries, parameters_of(old))
+    return Migration(
+        summarise(old),
+        summarise(new),
+        method,
+        used,
+        reason,
+        settings,
+        entries,
+        parameters_of(old),
+        base_bytes=size_of(new),
+    )
+
+
+def size_of(base: Base) -> int:
+    """Bytes of a base's tensors as they are stored."""
+    return sum(n_bytes(ref) for tensors in base.components.values() for ref in tensors.values())
 
 
 def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:

@@ -1,10 +1,13 @@
-"""A migration as one safetensors file: each distinct map once, everything else as JSON in the header."""
+"""A migration as one safetensors file: each distinct map once, everything else as JSON in the header.
+
+The file's format is specified in docs/standard.md; the header's checks are in `regraft.migrations.model`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from math import isfinite, prod
+import hashlib
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,105 +16,107 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError, Refused, reading
+from regraft.lineage import check_major, dumped, told
+from regraft.lineage.model import BaseId
+from regraft.lineage.name_sets import compact, expand
+from regraft.lineage.strict_json import parse_object
 from regraft.migration import Entry, Migration
+from regraft.migrations.base_id import base_id, from_summary, to_summary
+from regraft.migrations.model import VERSION, Header, Map, Row
+from regraft.migrations.recognise import recognise
 from regraft.nearness import Nearness
-from regraft.output import check_writable, whole
-from regraft.report.schema import BaseSummary
+from regraft.output import check_writable, readable, whole
 from regraft.tensors import Shape, TensorRef, read_safetensors
-from regraft.transport import LinearMap, Transport
+from regraft.transport import IDENTITY, LinearMap, Transport
 
 KEY = "regraft_migration"
-VERSION = 0
+#: Bytes of the longest header text that is read; 100,000 modules take a third of it.
+MOST_BYTES = 64 << 20
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_migration(migration: Migration, path: Path, *, overwrite: bool = False) -> Path:
-    """Write it whole or not at all.
+    """Write it whole or not at all; the same migration gives the same bytes.
 
     Raises:
         OutputError: ``path`` exists or can't be written.
     """
     check_writable(path, overwrite=overwrite)
-    tensors, header = _encode(migration)
+    tensors, header = _Encoder().encode(migration)
     # An identity costs nothing, but safetensors wants a tensor: an empty one marks the file.
-    tensors = tensors or {"empty": torch.zeros(0)}
+    tensors = tensors or {"empty.0": torch.zeros(0)}
     with whole(path) as stage:
-        save_file(tensors, stage, metadata={KEY: json.dumps(header, ensure_ascii=False)})
+        save_file(tensors, stage, metadata={KEY: dumped(header)})
+        readable(stage)
     return path
+
+
+def read_header(path: Path) -> tuple[Header, Mapping[str, TensorRef]]:
+    """The checked header of a migration file and its tensors by reference; no map is read.
+
+    Raises:
+        InputError: it is no migration, damaged, or of another major version.
+    """
+    content = read_safetensors(path)
+    if KEY not in content.metadata:
+        raise InputError("is no migration", file=path, remedy="`regraft migration make` writes one.")
+    remedy = "Get it again, or make it anew with `regraft migration make`."
+    try:
+        found = parse_object(content.metadata[KEY], most=MOST_BYTES)
+        if found.get("version") == 0 and not isinstance(found["version"], bool):
+            raise InputError("is a migration of version 0, which is no longer read", file=path, remedy="Fit it again.")
+        check_major(found, file=path, key=KEY)
+        header = Header.model_validate(found)
+        for row in header.modules:
+            _check_row(row, header.maps, content.tensors)
+    except ValidationError as error:
+        raise InputError(f"is a damaged migration ({told(error)})", file=path, key=KEY, remedy=remedy) from None
+    except ValueError as error:
+        raise InputError(f"is a damaged migration ({error})", file=path, key=KEY, remedy=remedy) from None
+    return header, content.tensors
 
 
 def load_migration(path: str | Path) -> Migration:
     """Read a migration; the maps are read with it.
 
     Raises:
-        InputError: it is no migration, damaged, or of a later version.
+        InputError: it is no migration, damaged, or of another major version.
     """
     path = Path(path).expanduser()
-    content = read_safetensors(path)
-    if KEY not in content.metadata:
-        raise InputError("is no migration", file=path, remedy="`regraft port --save-migration` writes one.")
-    damaged = InputError("is a damaged migration", file=path, key=KEY, remedy="Fit it again.")
+    header, tensors = read_header(path)
     with reading(path, KEY):
-        header = json.loads(content.metadata[KEY])
-        if not isinstance(header, dict):
-            raise damaged
-        if header.get("version") != VERSION:
-            raise InputError("is a migration of a later version", file=path, remedy="Update regraft.")
-        try:
-            migration = _decode(header, content.tensors, path)
-        except (ValidationError, TypeError, IndexError, AttributeError, AssertionError):
-            raise damaged from None
-    for module, entry in migration.entries.items():
-        if not _fits(entry):
-            raise InputError(
-                "a map does not fit its module's shape", file=path, key=str(module), remedy="Fit it again."
-            )
-    return migration
+        return _Decoder(path, header, tensors).decode()
 
 
-def _fits(entry: Entry) -> bool:
-    """Whether the transport leads from the old shape to the new one, by finite maps of matching sizes."""
-    if entry.transport is None:
-        return True
-    if entry.shape_new is None or entry.target is None:
-        return False
-    (out, inp), (new_out, new_inp) = _matrix(entry.shape_old), _matrix(entry.shape_new)
-    sides = [pair for left, right in entry.transport.terms for pair in ((left, new_out, out), (right, inp, new_inp))]
-    norms = entry.row_norms
-    return all(_leads(map_, rows, columns) for map_, rows, columns in sides) and (
-        norms is None or (tuple(norms.shape) == (2, out) and bool(norms.isfinite().all()))
-    )
+def file_hash(path: Path) -> str:
+    """``sha256:`` + the SHA-256 of the file: the fingerprint of a migration.
 
-
-def _matrix(shape: Shape) -> tuple[int, int]:
-    return shape[0], prod(shape[1:])
-
-
-def _leads(map_: LinearMap, rows: int, columns: int) -> bool:
-    """Whether the map is a finite (rows, columns) matrix."""
-    if map_.identity != 0 and rows != columns:
-        return False
-    if map_.left is None:
-        return map_.right is None and isfinite(map_.identity)
-    right = map_.right
-    if map_.left.dim() != 2 or (right is not None and right.dim() != 2):
-        return False
-    shape = (map_.left.shape[0], map_.left.shape[1] if right is None else right.shape[1])
-    inner = right is None or map_.left.shape[1] == right.shape[0]
-    finite = bool(map_.left.isfinite().all()) and (right is None or bool(right.isfinite().all()))
-    return shape == (rows, columns) and inner and finite and isfinite(map_.identity)
+    Raises:
+        InputError: it can't be read.
+    """
+    with reading(path), path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def check_fingerprints(migration: Migration, old: Base | None, new: Base | None) -> None:
-    """Refuse a migration that was made for other bases than those given.
+    """Refuse a migration that was made for other bases than those given; another precision is the same base.
 
     Raises:
         Refused: a fingerprint differs; the message says which.
     """
     for which, base, made_for in (("old", old, migration.source), ("new", new, migration.target)):
-        if base is not None and made_for is not None and base.fingerprint != made_for.fingerprint:
+        if base is None or made_for is None or base.fingerprint == made_for.fingerprint:
+            continue
+        wanted, given = BaseId.model_validate(from_summary(made_for)), BaseId.model_validate(base_id(base))
+        modules = migration.entries if which == "old" else [e.target for e in migration.entries.values() if e.target]
+        if recognise(given, {wanted.fingerprint: wanted}, {module.component for module in modules}).base is given:
             raise Refused(
                 f"the migration was made for another {which} base: fingerprint {made_for.fingerprint}, not "
                 f"{base.fingerprint} of {base.path}",
@@ -120,109 +125,244 @@ def check_fingerprints(migration: Migration, old: Base | None, new: Base | None)
             )
 
 
-def _encode(migration: Migration) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    # A map shared by many modules, or a transpose beside its map, lies in the same memory: it is stored once.
-    stored_at: dict[int, list[str]] = {}
+def _check_row(row: Row, maps: list[Map], tensors: Mapping[str, TensorRef]) -> None:
+    """Whether the transport leads from the old shape to the new one, by the header alone.
 
-    def store(tensor: Tensor | None) -> str | None:
-        if tensor is None:
-            return None
-        names = stored_at.setdefault(tensor.data_ptr(), [])
-        for name in names:
-            if torch.equal(tensors[name], tensor):
-                return name
-            if torch.equal(tensors[name].T, tensor):
-                return f"{name}.T"
-        name = f"map.{len(tensors)}"
-        tensors[name] = tensor.contiguous()
-        names.append(name)
+    Raises:
+        ValueError: it does not.
+    """
+    name = row.module[1][:120]
+    if row.target_shape is None:
+        return
+    (out, inp), (new_out, new_inp) = _matrix(tuple(row.shape)), _matrix(tuple(row.target_shape))
+    if row.transport == "identity" and (out, inp) != (new_out, new_inp):
+        raise ValueError(f"{name}: an identity between {row.shape} and {row.target_shape}")
+    for left, right in row.terms or ():
+        for index, rows, columns in ((left, new_out, out), (right, inp, new_inp)):
+            map_ = maps[index]
+            if row.transport == "diagonal" and map_.left is not None:
+                raise ValueError(f"{name}: a diagonal transport with a factored map")
+            if not _leads(map_, rows, columns, tensors):
+                raise ValueError(f"{name}: map {index} does not lead from {columns} to {rows}")
+    if row.row_norms is not None and (out != new_out or _shape(row.row_norms, tensors) != (2, out)):
+        raise ValueError(f"{name}: row norms that do not fit the module's shape")
+
+
+def _matrix(shape: Shape) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])
+
+
+def _leads(map_: Map, rows: int, columns: int, tensors: Mapping[str, TensorRef]) -> bool:
+    """Whether the map is a (rows, columns) matrix."""
+    if (map_.identity != 0 or map_.diagonal is not None) and rows != columns:
+        return False
+    if map_.diagonal is not None and _shape(map_.diagonal, tensors) != (rows,):
+        return False
+    if map_.left is None:
+        return rows == columns
+    left = _shape(map_.left, tensors)
+    if map_.right is None:
+        return left == (rows, columns)
+    right = _shape(map_.right, tensors)
+    return len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == (rows, columns)
+
+
+def _shape(name: str, tensors: Mapping[str, TensorRef]) -> Shape:
+    ref = tensors.get(name.removesuffix(".T"))
+    if ref is None:
+        raise ValueError(f"tensor {name} is not in the file")
+    if ref.dtype not in _DTYPES:
+        raise ValueError(f"tensor {name} is no float of 16, 32 or 64 bits")
+    if name.endswith(".T") and len(ref.shape) != 2:
+        raise ValueError(f"tensor {name} is the transpose of no matrix")
+    return tuple(reversed(ref.shape)) if name.endswith(".T") else ref.shape
+
+
+class _Encoder:
+    """Header and tensors of one migration; equal tensors and equal maps get one name each."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.maps: list[dict[str, Any]] = []
+        self._names: dict[tuple[object, ...], str] = {}
+        self._indices: dict[str, int] = {}
+
+    def encode(self, migration: Migration) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        rows = [self._row(module, entry) for module, entry in migration.entries.items()]
+        header = {
+            "version": VERSION,
+            "from": None if migration.source is None else from_summary(migration.source),
+            "to": from_summary(migration.target),
+            "method": migration.method,
+            "used": migration.used,
+            "reason": migration.reason,
+            "options": dict(migration.options),
+            "maps": self.maps,
+            "modules": rows,
+            "parameters": {component: compact(names) for component, names in migration.parameters.items() if names},
+            "forecast": outlook(migration),
+            "base_bytes": migration.base_bytes,
+            "license": migration.license,
+            "composed": list(migration.composed),
+            "via": [from_summary(base) for base in migration.via],
+            "tool": f"regraft {__version__}",
+        }
+        return self.tensors, {
+            key: value for key, value in header.items() if value not in (None, [], "") or key == "from"
+        }
+
+    def _row(self, module: ModuleRef, entry: Entry) -> dict[str, Any]:
+        near, transport = entry.nearness, entry.transport
+        row: dict[str, Any] = {
+            "module": list(module),
+            "shape": list(entry.shape_old),
+            "transport": kind_of(transport),
+            "reason": entry.reason,
+        }
+        if near.similarity is not None:
+            row["similarity"] = near.similarity
+        # A drift from zero has no ratio.
+        if near.distance is not None and near.distance != float("inf"):
+            row["distance"] = near.distance
+        if entry.bound:
+            row["bound"] = True
+        if transport is None or entry.target is None:
+            return {**row, "planned": not entry.uncovered}
+        row |= {"target": list(entry.target), "target_shape": list(entry.shape_new or entry.shape_old)}
+        if not transport.is_identity:
+            row["terms"] = [[self._map(left), self._map(right)] for left, right in transport.terms]
+        if transport.rotates:
+            row["rotates"] = True
+        norms = entry.row_norms
+        if norms is not None and not torch.equal(norms[0], norms[1]):
+            row["row_norms"] = self._store(norms, "row_norms")
+        return row
+
+    def _map(self, map_: LinearMap) -> int:
+        found: dict[str, Any] = {"identity": map_.identity} if map_.identity != 0.0 else {}
+        for name, tensor in (("left", map_.left), ("right", map_.right), ("diagonal", map_.diagonal)):
+            if tensor is not None:
+                found[name] = self._store(tensor, "map")
+        key = dumped(found)
+        if key not in self._indices:
+            self._indices[key] = len(self.maps)
+            self.maps.append(found)
+        return self._indices[key]
+
+    def _store(self, tensor: Tensor, stem: str) -> str:
+        """The name of the tensor's one copy in the file, or of that which it is the transpose of."""
+        stored = tensor.contiguous()
+        name = self._names.get(_content(stored))
+        if name is not None:
+            return name
+        if stored.dim() == 2 and (name := self._names.get(_content(stored.T.contiguous()))) is not None:
+            return f"{name}.T"
+        name = f"{stem}.{len(self.tensors)}"
+        self.tensors[name] = stored
+        self._names[_content(stored)] = name
         return name
 
-    def encode_map(map_: LinearMap) -> list[Any]:
-        return [map_.identity, store(map_.left), store(map_.right)]
 
-    modules: list[dict[str, Any]] = []
-    for (component, path), entry in migration.entries.items():
-        row: dict[str, Any] = {
-            "module": [component, path],
-            "target": list(entry.target) if entry.target is not None else None,
-            "reason": entry.reason,
-            "shape_old": list(entry.shape_old),
-            "shape_new": list(entry.shape_new) if entry.shape_new is not None else None,
-            "similarity": entry.nearness.similarity,
-            "distance": entry.nearness.distance,
-            "uncovered": entry.uncovered,
-        }
-        if entry.transport is not None:
-            row["rotates"] = entry.transport.rotates
-            row["terms"] = [[encode_map(left), encode_map(right)] for left, right in entry.transport.terms]
-        if entry.row_norms is not None and not torch.equal(entry.row_norms[0], entry.row_norms[1]):
-            tensors[row.setdefault("row_norms", f"row_norms.{len(modules)}")] = entry.row_norms
-        modules.append(row)
-    header = {
-        "version": VERSION,
-        "from": _public(migration.source),
-        "to": _public(migration.target),
-        "method": migration.method,
-        "used": migration.used,
-        "reason": migration.reason,
-        "options": dict(migration.options),
-        "modules": modules,
-        "parameters": {component: list(names) for component, names in migration.parameters.items()},
+def _content(tensor: Tensor) -> tuple[object, ...]:
+    raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest()
+
+
+def kind_of(transport: Transport | None) -> str:
+    """``identity``, ``diagonal``, ``factored`` or ``skipped``."""
+    if transport is None:
+        return "skipped"
+    if transport.is_identity:
+        return "identity"
+    return "diagonal" if all(map_.left is None for term in transport.terms for map_ in term) else "factored"
+
+
+def outlook(migration: Migration) -> dict[str, Any]:
+    """What the header forecasts: similarity and drift over the carried modules, weighted by their sizes."""
+    carried = [entry for entry in migration.entries.values() if entry.transport is not None]
+
+    def mean(values: Iterator[tuple[float | None, Entry]]) -> float | None:
+        known = [(v, prod(entry.shape_old)) for v, entry in values if v is not None and v != float("inf")]
+        total = sum(size for _, size in known)
+        return sum(value * size for value, size in known) / total if total else None
+
+    found = {
+        "similarity": mean((entry.nearness.similarity, entry) for entry in carried),
+        "distance": mean((entry.nearness.distance, entry) for entry in carried),
+        "carried": len(carried),
+        "skipped": len(migration.entries) - len(carried),
     }
-    return tensors, header
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _public(base: BaseSummary | None) -> dict[str, Any] | None:
-    # The file may be published: the folder in which a base lay on its maker's disk stays at home.
-    return None if base is None else {**base.model_dump(), "path": Path(base.path).name}
+class _Decoder:
+    """A migration out of a checked header; each tensor is read once."""
 
+    def __init__(self, path: Path, header: Header, tensors: Mapping[str, TensorRef]) -> None:
+        self.path, self.header, self.tensors = path, header, tensors
+        self._loaded: dict[str, Tensor] = {}
+        self._maps: dict[int, LinearMap] = {}
 
-def _decode(header: Mapping[str, Any], tensors: Mapping[str, TensorRef], path: Path) -> Migration:
-    loaded: dict[str, Tensor] = {}
+    def decode(self) -> Migration:
+        header = self.header
+        return Migration(
+            source=None if header.source is None else to_summary(header.source),
+            target=to_summary(header.target),
+            method=header.method,
+            used=header.used,
+            reason=header.reason,
+            options=dict(header.options),
+            entries={ModuleRef(*row.module): self._entry(row) for row in header.modules},
+            parameters={component: tuple(expand(names)) for component, names in header.parameters.items()},
+            file=self.path,
+            file_hash=file_hash(self.path),
+            base_bytes=header.base_bytes,
+            license=header.license,
+            composed=tuple(header.composed),
+            via=tuple(to_summary(base) for base in header.via),
+        )
 
-    def fetch(name: str | None) -> Tensor | None:
+    def _entry(self, row: Row) -> Entry:
+        norms = self._tensor(row.row_norms)
+        return Entry(
+            target=ModuleRef(*row.target) if row.target is not None else None,
+            transport=self._transport(row),
+            reason=row.reason,
+            shape_old=tuple(row.shape),
+            shape_new=tuple(row.target_shape) if row.target_shape is not None else None,
+            nearness=Nearness(row.similarity, row.distance),
+            uncovered=row.transport == "skipped" and not row.planned,
+            row_norms=norms,
+            bound=row.bound,
+        )
+
+    def _transport(self, row: Row) -> Transport | None:
+        if row.transport == "skipped":
+            return None
+        if row.terms is None:
+            return Transport(rotates=row.rotates)
+        return Transport(tuple((self._map(left), self._map(right)) for left, right in row.terms), row.rotates)
+
+    def _map(self, index: int) -> LinearMap:
+        if index not in self._maps:
+            map_ = self.header.maps[index]
+            plain = map_.identity == 1.0 and map_.left is None and map_.diagonal is None
+            self._maps[index] = (
+                IDENTITY
+                if plain
+                else LinearMap(
+                    map_.identity, self._tensor(map_.left), self._tensor(map_.right), self._tensor(map_.diagonal)
+                )
+            )
+        return self._maps[index]
+
+    def _tensor(self, name: str | None) -> Tensor | None:
         if name is None:
             return None
-        if name.endswith(".T"):
-            whole_map = fetch(name.removesuffix(".T"))
-            assert whole_map is not None
-            return whole_map.T
-        if name not in loaded:
-            loaded[name] = tensors[name].load()
-        return loaded[name]
-
-    def decode_map(row: list[Any]) -> LinearMap:
-        identity, left, right = row
-        return LinearMap(float(identity), fetch(left), fetch(right))
-
-    def decode_transport(row: Mapping[str, Any]) -> Transport:
-        terms = tuple((decode_map(left), decode_map(right)) for left, right in row["terms"])
-        return Transport(terms, bool(row["rotates"]))
-
-    entries = {}
-    for row in header["modules"]:
-        shape_new = row["shape_new"]
-        entries[ModuleRef(*row["module"])] = Entry(
-            target=ModuleRef(*row["target"]) if row["target"] is not None else None,
-            transport=decode_transport(row) if row.get("terms") else None,
-            reason=str(row["reason"]),
-            shape_old=tuple(row["shape_old"]),
-            shape_new=tuple(shape_new) if shape_new is not None else None,
-            nearness=Nearness(row["similarity"], row["distance"]),
-            uncovered=bool(row["uncovered"]),
-            row_norms=fetch(row.get("row_norms")),
-        )
-    source = BaseSummary(**header["from"]) if header["from"] is not None else None
-    return Migration(
-        source=source,
-        target=BaseSummary(**header["to"]),
-        method=str(header["method"]),
-        used=str(header["used"]),
-        reason=str(header["reason"]),
-        options=dict(header["options"]),
-        entries=entries,
-        parameters={str(component): tuple(names) for component, names in header["parameters"].items()},
-        file=path,
-    )
+        stem = name.removesuffix(".T")
+        if stem not in self._loaded:
+            tensor = self.tensors[stem].load()
+            if not bool(tensor.isfinite().all()):
+                raise InputError("holds NaN or Inf", file=self.path, key=stem, remedy="It is damaged: get it again.")
+            self._loaded[stem] = tensor
+        return self._loaded[stem].T if name.endswith(".T") else self._loaded[stem]

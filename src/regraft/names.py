@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 # transformers 5 dropped this level of CLIP's text encoder; checkpoints and adapters made before have it.
@@ -33,26 +34,39 @@ def resolve_names(wanted: Iterable[str], available: Collection[str]) -> dict[str
 
 
 def _best(names: list[str], places: dict[str, str]) -> dict[str, str | None]:
+    """Every name's place under the prefix that finds the most; in one pass, for a file may have 100,000 prefixes."""
+    found: dict[str, list[tuple[tuple[str, str], str]]] = {}
+    hits: Counter[tuple[str, str]] = Counter({("", ""): 0})
     plain = {name: _plain(name) for name in names}
-    strips = {p for name in plain.values() for p, rest in _splits(name) if rest in places}
-    values = set(plain.values())
-    adds = {p for place in places for p, rest in _splits(place) if rest in values}
-    ranked: list[tuple[int, int, dict[str, str | None]]] = []
-    for strip, add in [("", ""), *((p, "") for p in sorted(strips)), *(("", p) for p in sorted(adds))]:
-        moved = {name: places.get(_moved(text, strip, add)) for name, text in plain.items()}
-        hits = sum(target is not None for target in moved.values())
-        length = (strip + add).count(".")
-        ranked.append((-hits, length, moved))
-    ranked.sort(key=lambda entry: entry[:2])
-    best = ranked[0]
-    drawn = [moved for hits, length, moved in ranked if (hits, length) == best[:2]]
-    return {name: best[2][name] if all(other[name] == best[2][name] for other in drawn) else None for name in names}
+    by_text: dict[str, list[str]] = {}
+    for name, text in plain.items():
+        by_text.setdefault(text, []).append(name)
 
+    def note(name: str, change: tuple[str, str], target: str) -> None:
+        found.setdefault(name, []).append((change, target))
+        hits[change] += 1
 
-def _moved(text: str, strip: str, add: str) -> str:
-    if strip:
-        return text.removeprefix(strip) if text.startswith(strip) else ""
-    return add + text
+    for name, text in plain.items():
+        if text in places:
+            note(name, ("", ""), places[text])
+        for prefix, rest in _splits(text):
+            if rest in places:
+                note(name, (prefix, ""), places[rest])
+    for place, target in places.items():
+        for prefix, rest in _splits(place):
+            for name in by_text.get(rest, ()):
+                note(name, ("", prefix), target)
+
+    def rank(change: tuple[str, str]) -> tuple[int, int]:
+        return -hits[change], "".join(change).count(".")
+
+    best = min(map(rank, hits))
+    drawn = {change for change in hits if rank(change) == best}
+    answers = {}
+    for name in names:
+        given = [target for change, target in found.get(name, ()) if change in drawn]
+        answers[name] = given[0] if len(given) == len(drawn) and len(set(given)) == 1 else None
+    return answers
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

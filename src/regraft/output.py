@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -40,7 +42,11 @@ def check_writable(path: Path, *, overwrite: bool, source: Path | None = None) -
         OutputError: ``path`` exists and ``overwrite`` is off, or is a folder that is more than an adapter; or its
             parent folder is missing or read-only.
     """
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise _said(error, path) from None
+    if folder:
         _check_replaceable(path, overwrite=overwrite, source=source)
     elif os.path.lexists(path):
         if not overwrite:
@@ -87,7 +93,8 @@ def whole(path: Path) -> Iterator[Path]:
         path = path.resolve()
     try:
         # A private folder: it can hold a file or a folder alike, and nobody else's name collides with it.
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        # A name of the longest length that a disk allows has no room for more beside it.
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
     except OSError as error:
         raise _said(error, path) from None
     try:
@@ -111,8 +118,11 @@ def _replace(new: Path, path: Path, stage: Path) -> None:
     for old in path.iterdir():
         if not os.path.lexists(new / old.name):
             _keep(old, new / old.name)
+    if _exchange(new, path):
+        # The old folder now lies in the stage, and goes with it.
+        return
     with _undisturbed():
-        # A folder can't be replaced in one step: set the old one aside, and back if the new one can't take its place.
+        # Elsewhere it takes two steps: set the old one aside, and back if the new one can't take its place.
         aside = stage / "replaced"
         os.replace(path, aside)
         try:
@@ -120,6 +130,22 @@ def _replace(new: Path, path: Path, stage: Path) -> None:
         except OSError:
             os.replace(aside, path)
             raise
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Give two paths each other's names in one step, so that not even a kill leaves a name empty; False if it can't.
+
+    Linux has ``renameat2(RENAME_EXCHANGE)`` and macOS ``renamex_np(RENAME_SWAP)``, but not on every disk.
+    """
+    paths = os.fsencode(one), os.fsencode(two)
+    at_cwd, swap = -100, 2
+    try:
+        system = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return bool(system.renamex_np(*paths, swap) == 0)
+        return bool(system.renameat2(at_cwd, paths[0], at_cwd, paths[1], swap) == 0)
+    except (OSError, TypeError, AttributeError):
+        return False
 
 
 def _keep(old: Path, new: Path) -> None:
@@ -179,8 +205,10 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
             file=path,
             remedy="Name a folder without a suffix.",
         )
-    if not folder and path.suffix.lower() in TORCH_SUFFIXES:
-        raise OutputError("the output is a safetensors file", file=path, remedy="Give it the suffix .safetensors.")
+    other = path.suffix.lower() in (*TORCH_SUFFIXES, ".gguf") or content.suffix != ".safetensors"
+    if not folder and other and path.suffix.lower() != content.suffix:
+        what = f"the output is a {content.suffix.removeprefix('.')} file"
+        raise OutputError(what, file=path, remedy=f"Give it the suffix {content.suffix}.")
     with whole(path) as stage:
         if not folder:
             _save(content, stage)
@@ -190,15 +218,20 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
             for name, file in content.files.items():
                 if isinstance(file, Path):
                     shutil.copyfile(file, stage / name)
+                elif callable(file):
+                    file(stage / name)
                 else:
                     (stage / name).write_text(file, encoding="utf-8", newline="")
-        _readable(stage)
+        readable(stage)
     if not folder:
         return [path]
     return [path / content.weights_name, *(path / name for name in content.files)]
 
 
 def _save(content: Written, path: Path) -> None:
+    if content.save is not None:
+        content.save(path)
+        return
     save_file(dict(content.tensors), path, metadata=dict(content.metadata))
     sort_metadata(path)
 
@@ -231,11 +264,12 @@ def write_text(text: str, path: Path, *, overwrite: bool) -> Path:
     check_writable(path, overwrite=overwrite)
     with whole(path) as stage:
         stage.write_text(text, encoding="utf-8")
-        _readable(stage)
+        readable(stage)
     return path
 
 
-def _readable(path: Path) -> None:
+def readable(path: Path) -> None:
+    """Give a staged file or folder the permissions that the umask lets new files have."""
     # mkdtemp's privacy must not outlive the move: others may read what the umask lets them.
     mask = os.umask(0)
     os.umask(mask)

@@ -107,9 +107,15 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
         InputError: the adapter has no update that regraft understands.
         Refused: fewer than half of the adapter's modules fit the old base; both families are named.
     """
+    if adapter.tokens and not adapter.updates and not adapter.unrecognised:
+        what = "holds embeddings of added tokens alone: no method maps those"
+        remedy = "Bases with the same text encoder take the file as it is."
+        raise InputError(what, file=adapter.path, key=str(next(iter(adapter.tokens))), remedy=remedy)
     if not adapter.updates:
         key = adapter.unrecognised[0] if adapter.unrecognised else None
+        other = adapter.layout.get("unsupported")
         what = f"this {adapter.format} file has no update of a kind that regraft carries (LoRA, DoRA)"
+        what += f", it is one of {other}" if other else ""
         raise InputError(what, file=adapter.path, key=key, remedy="`regraft inspect` lists what it holds.")
     base, which = (old, "old") if old is not None else (new, "new")
     located = locate(adapter, base, which)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 
 from regraft._version import __version__
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
 from regraft.forecast import Judgement
 from regraft.lineage import with_port
+from regraft.lineage.port_entry import port_entry
 from regraft.memory import peak_mb
 from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Skip, get_method
@@ -23,6 +25,7 @@ from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_modul
 from regraft.plan import Selection, check_families, locate
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
+from regraft.tokens import tokens_note
 from regraft.updates import Update
 
 # A method that keeps less of the update's energy than this is no longer carrying the whole of it.
@@ -133,10 +136,12 @@ def apply_migration(
         rows.append(row)
         if carried is not None and target is not None:
             updates[target] = carried if settings.save_dtype is None else carried.cast(settings.save_dtype)
+    tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
+    named = {*adapter.unrecognised, *map(str, adapter.tokens)}
     rows += [
         PortedModule(name=key, target=None, status="refused", reason=why, energy_kept=None, rank_in=None, rank_out=None)
         for key, why in ready.problems.items()
-        if key in adapter.unrecognised
+        if key in named
     ]
     if not updates:
         raise InputError(
@@ -155,13 +160,13 @@ def apply_migration(
         options={name: value for name, value in migration.options.items() if value is not None},
         verdict=judgement.verdict if migration.source is not None else None,
         summary=_summary(counts, judgement, ready),
-        reasons=list(judgement.reasons),
+        reasons=[*judgement.reasons, *([tokens_note(tokens, old, new)] if tokens else [])],
         forced=judgement.verdict == "refused",
         counts=counts,
         skipped_share=sum(ready.evidence.shares.get(ref, 0.0) for ref in ready.evidence.skipped),
         modules=rows,
         unrecognised=list(adapter.unrecognised),
-        tokens=list(adapter.tokens),
+        tokens=[str(token) for token in tokens],
         left_behind=list(adapter.left_behind),
         source=migration.source,
         target=migration.target,
@@ -176,9 +181,11 @@ def apply_migration(
     ported = replace(
         adapter,
         updates=updates,
-        metadata=with_port(adapter, _lineage(report, settings)),
+        metadata=with_port(adapter, port_entry(report, settings, migration, adapter)),
         config=config,
+        tokens=tokens,
         unrecognised=(),
+        base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
     metadata = with_base(ported.metadata, _told(migration), old_family=adapter.family)
     ported = replace(ported, metadata=metadata if settings.rank is None else with_ranks(metadata, updates.values()))
@@ -216,6 +223,10 @@ def base_name(path: str) -> tuple[str, str | None]:
     >>> base_name("/cache/models--org--name/snapshots/abc123")
     ('org/name', 'abc123')
     """
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})", path)
+    if hub is not None:
+        # As a migration names a base.
+        return hub[1], hub[2]
     parts = Path(path).parts
     for i, part in enumerate(parts[:-2]):
         if part.startswith("models--") and parts[i + 1] == "snapshots":
@@ -243,22 +254,3 @@ def _after(judgement: Judgement, method: str, rows: list[PortedModule]) -> Judge
         summary="The new base is near, but the method left much of the update behind: measure it with `verify`.",
         reasons=(lost, *judgement.reasons),
     )
-
-
-def _lineage(report: PortReport, settings: Settings) -> dict[str, Any]:
-    # No clock and no paths: the same inputs give the same bytes, and nobody's folders travel with the file.
-    return {
-        "from": report.source.fingerprint if report.source else None,
-        "to": report.target.fingerprint if report.target else None,
-        "family": report.target.family if report.target else None,
-        "method": report.method,
-        "options": report.options,
-        "strength": settings.strength,
-        "block_strength": list(map(list, settings.block_strength)),
-        "rank": settings.rank,
-        "ported": report.counts.ported,
-        "skipped": {row.name: row.reason for row in report.modules if row.status != "ported"},
-        "forced": report.forced,
-        "verdict": report.verdict,
-        "regraft": report.regraft_version,
-    }

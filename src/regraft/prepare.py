@@ -13,6 +13,7 @@ from regraft.migration import Migration
 from regraft.pairing import Named
 from regraft.plan import Located, Selection, locate, same_matrix
 from regraft.tensors import check_finite
+from regraft.tokens import refused_tokens
 from regraft.updates import LowRank
 from regraft.wholes import Whole, plan_wholes
 
@@ -90,6 +91,7 @@ def prepare(
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
     shares = _shares(adapter, left_out)
     problems = _unknown(adapter, located, which, selection)
+    problems |= {str(token): why for token, why in refused_tokens(adapter, new).items()}
     skipped = {ref: why for ref, why in located.missing.items() if ref not in left_out}
     nearness = {}
     for ref, home in located.modules.items():

@@ -62,8 +62,12 @@ def sample_runs(shape: Shape) -> list[range]:
     wanted = _OF_WEIGHT if len(plain_shape(shape)) >= 2 else _OF_VECTOR
     if size <= wanted:
         return [range(size)]
-    length = wanted // _RUNS
-    starts = [((2 * j + 1) * _STEP % 2**32) * (size - length + 1) >> 32 for j in range(_RUNS)]
+    return spread_runs(size, _RUNS, wanted // _RUNS)
+
+
+def spread_runs(size: int, count: int, length: int) -> list[range]:
+    """``count`` runs of ``length`` numbers below ``size``, evenly spread and at no simple fraction of it."""
+    starts = [((2 * j + 1) * _STEP % 2**32) * (size - length + 1) >> 32 for j in range(count)]
     return [range(start, start + length) for start in starts]
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regraft.errors import InputError, first_line, reading
+from regraft.limits import check_dimensions, check_file, check_names, parse_json
+from regraft.pickles import check_legacy, check_zip
 
 Shape = tuple[int, ...]
 
@@ -225,19 +226,29 @@ _HEADER_REMEDIES = {
 }
 
 
+#: Empty files on disk that stand for files elsewhere (see `regraft.hub`) → what opens those.
+STAND_INS: dict[Path, Callable[[], TensorFile]] = {}
+
+
 def read_safetensors(path: Path) -> TensorFile:
     """Names, shapes, dtypes and metadata of a safetensors file, from its header alone.
 
     Raises:
         InputError: the file is missing, truncated or no safetensors file.
     """
+    if path in STAND_INS:
+        return STAND_INS[path]()
+    check_file(path)
     with reading(path):
         try:
             with safe_open(path, framework="pt") as handle:
                 tensors: dict[str, TensorRef] = {}
+                names = handle.keys()
+                check_names(names, path)
                 offsets, stamp = _offsets(path)
-                for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name in names:
                     part = handle.get_slice(name)
+                    check_dimensions(part.get_shape(), path, name)
                     dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                     if dtype is None:
                         raise InputError(
@@ -261,7 +272,7 @@ def _offsets(path: Path) -> tuple[dict[str, int], FileStamp]:
     with path.open("rb") as stream:
         stamp = FileStamp.of(stream)
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        header = parse_json(stream.read(length), path)
     begins = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
     return {name: 8 + length + begin for name, begin in begins.items()}, stamp
 
@@ -272,29 +283,73 @@ def read_torch(path: Path) -> TensorFile:
     Raises:
         InputError: the file is missing, damaged, or holds more than tensors.
     """
+    if path in STAND_INS:
+        return STAND_INS[path]()
+    check_file(path)
     with reading(path):
-        if not path.is_file():
-            raise FileNotFoundError(path)
         content = _unpickled(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise InputError("holds no state dict (name to tensor)", file=path)
-    tensors = {str(name): InMemory(value) for name, value in content.items() if isinstance(value, Tensor)}
+    named = {name: value for name, value in _flattened(content) if isinstance(value, Tensor)}
+    check_names(named, path)
+    tensors = {name: InMemory(_plain(value, path, name)) for name, value in named.items()}
+    _check_sum(tensors, path)
     if not tensors:
         raise InputError("holds no tensors", file=path)
-    return TensorFile(tensors, {})
+    told = {str(name): str(value) for name, value in content.items() if isinstance(value, str | int | float)}
+    return TensorFile(tensors, told)
+
+
+def _flattened(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; those of a dict inside (an embedding's ``string_to_param``) as ``string_to_param.*``."""
+    for name, value in content.items():
+        if isinstance(value, torch.nn.ParameterDict):
+            # An old torch's lacks attributes that its mapping methods now need.
+            value = value.__dict__.get("_parameters", {})
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", it) for inner, it in value.items())
+        else:
+            yield str(name), value
+
+
+def _plain(value: Tensor, path: Path, name: str) -> Tensor:
+    """The tensor, made sure to be an ordinary one with all of its values in the file."""
+    check_dimensions(value.shape, path, name)
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+        kind = next((word for word in ("quantized", "nested", "meta") if getattr(value, f"is_{word}")), "sparse")
+        raise InputError(f"is a {kind} tensor", file=path, key=name, remedy="Save it as an ordinary (dense) tensor.")
+    # A view may repeat one stored value a billion times: small here, and large as soon as it is computed with.
+    if value.nbytes > value.untyped_storage().nbytes():
+        what = f"claims {value.nbytes} bytes, of which the file holds {value.untyped_storage().nbytes()}"
+        raise InputError(what, file=path, key=name, remedy="Save it again after .contiguous().")
+    return value.detach()
+
+
+def _check_sum(tensors: Mapping[str, TensorRef], path: Path) -> None:
+    # Tied weights are two views of one storage; a thousand views of it are a way to fill the memory.
+    claimed, size = sum(map(n_bytes, tensors.values())), path.stat().st_size
+    if claimed > 8 * size:
+        what = f"has tensors of {claimed} bytes in all, but only {size} bytes itself"
+        raise InputError(what, file=path, remedy="Save it again without shared storages.")
 
 
 def _unpickled(path: Path) -> object:
+    # The first textual inversions hold one; it is filled by attribute, so that nothing of the file's runs.
+    torch.serialization.add_safe_globals([torch.nn.ParameterDict])
+    with path.open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"
+    if zipped:
+        check_zip(path)
+    else:
+        check_legacy(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:
-                # Files written before torch 1.6 are no zip archives and can't be mapped.
-                return torch.load(path, map_location="cpu", weights_only=True)
+            # Files written before torch 1.6 are no zip archives and can't be mapped. An archive must be: two of its
+            # entries may be the same bytes, which read twice would take more memory than the file has.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(
             "holds more than tensors, or is no PyTorch file; other objects could run code when loaded",
@@ -314,7 +369,14 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """A weights file of either kind, told apart by its suffix."""
+    """A weights file of any kind, told apart by its suffix; of a GGUF file's pairs the single values are metadata."""
+    if path.suffix.lower() == ".gguf":
+        # Only then is the gguf package needed.
+        from regraft.checkpoints._gguf_file import read_gguf
+
+        content = read_gguf(path)
+        told = {key: str(value) for key, value in content.fields.items() if isinstance(value, str | int | float)}
+        return TensorFile(content.tensors, told)
     return read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else read_safetensors(path)
 
 

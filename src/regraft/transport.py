@@ -1,7 +1,7 @@
 """A transport: how one module's update is carried, ΔW_new = Σ Lᵢ · ΔW_old · Rᵢ.
 
-A map is stored as ``c · I + left @ right``, so that the identity costs nothing, a projection costs its thin basis
-(left = U, right = Uᵀ), and the complement of a projection costs no more (c = 1, left = −U, right = Uᵀ).
+A map is stored as ``c · I + diag(d) + left @ right``, so that the identity costs nothing, a projection costs its thin
+basis (left = U, right = Uᵀ), and the complement of a projection costs no more (c = 1, left = −U, right = Uᵀ).
 """
 
 from __future__ import annotations
@@ -14,37 +14,52 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """x ↦ c · x + left @ (right @ x).
+    """x ↦ c · x + d ⊙ x + left @ (right @ x).
 
     Attributes:
         identity: the coefficient c of the identity.
-        left: (m', k), or None where the map is c · I.
+        left: (m', k), or None where the map is c · I + diag(d).
         right: (k, m); None stands for the identity, so that ``left`` is the whole (m', m) matrix.
+        diagonal: d, (m,); None for zeros.
     """
 
     identity: float = 1.0
     left: Tensor | None = None
     right: Tensor | None = None
+    diagonal: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
-        return self.identity == 1.0 and self.left is None
+        return self.identity == 1.0 and self.left is None and self.diagonal is None
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """The map applied to the columns of x: (m, n) → (m', n)."""
         if self.left is None:
-            return x if self.identity == 1.0 else self.identity * x
+            return self._scaled(x, 0)
         left = self.left.to(x.dtype)
         moved = left @ x if self.right is None else left @ (self.right.to(x.dtype) @ x)
-        return moved if self.identity == 0.0 else self.identity * x + moved
+        return moved if self.is_low else self._scaled(x, 0) + moved
 
     def on_the_right(self, x: Tensor) -> Tensor:
         """x · M for rows x: (n, m') → (n, m)."""
         if self.left is None:
-            return x if self.identity == 1.0 else self.identity * x
+            return self._scaled(x, 1)
         left = self.left.to(x.dtype)
         moved = x @ left if self.right is None else (x @ left) @ self.right.to(x.dtype)
-        return moved if self.identity == 0.0 else self.identity * x + moved
+        return moved if self.is_low else self._scaled(x, 1) + moved
+
+    @property
+    def is_low(self) -> bool:
+        """Whether nothing but ``left @ right`` is there."""
+        return self.identity == 0.0 and self.diagonal is None
+
+    def _scaled(self, x: Tensor, axis: int) -> Tensor:
+        """(c · I + diag(d)) applied along one axis of x."""
+        plain = x if self.identity == 1.0 else self.identity * x
+        if self.diagonal is None:
+            return plain
+        d = self.diagonal.to(x.dtype)
+        return plain + (d[:, None] if axis == 0 else d) * x
 
     @property
     def T(self) -> LinearMap:
@@ -52,12 +67,12 @@ class LinearMap:
         if self.left is None:
             return self
         if self.right is None:
-            return LinearMap(self.identity, self.left.T)
-        return LinearMap(self.identity, self.right.T, self.left.T)
+            return LinearMap(self.identity, self.left.T, None, self.diagonal)
+        return LinearMap(self.identity, self.right.T, self.left.T, self.diagonal)
 
     def squared(self, out_features: int) -> Tensor:
         """The elementwise square of the matrix, (m', m), float32."""
-        eye = torch.eye(out_features) if self.left is None else torch.eye(self._in_features())
+        eye = torch.eye(out_features if self.left is None else self._in_features())
         return (self @ eye).square()
 
     def to_cpu(self, seen: dict[int, Tensor]) -> LinearMap:
@@ -74,7 +89,7 @@ class LinearMap:
             kept = seen.setdefault(base.data_ptr(), base.to("cpu", torch.float32))
             return kept if base is tensor else kept.T
 
-        return LinearMap(self.identity, moved(self.left), moved(self.right))
+        return LinearMap(self.identity, moved(self.left), moved(self.right), moved(self.diagonal))
 
     def _in_features(self) -> int:
         last = self.right if self.right is not None else self.left

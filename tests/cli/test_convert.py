@@ -41,7 +41,7 @@ def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_a_usage_error_that_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cloneofsimo, diffusers, kohya, peft"):
+    with pytest.raises(UsageError, match=r"cloneofsimo, .*diffusers, .*kohya, .*peft"):
         run(REAL, "-o", tmp_path / "out", "--format", "onnx")
 
 

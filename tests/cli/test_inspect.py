@@ -97,6 +97,13 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in modules:
         if getattr(module, "safe_open", None) is safe_open:
             monkeypatch.setattr(module, "safe_open", watched)
+    by_offset = regraft.tensors.Stored._read
+
+    def noted(ref: regraft.tensors.Stored, parts: Any) -> torch.Tensor:
+        names.append(ref.name)
+        return by_offset(ref, parts)
+
+    monkeypatch.setattr(regraft.tensors.Stored, "_read", noted)
     regraft.tensors.read_safetensors(REAL)
     assert opened == 1, "the watch sees no file"
     return names

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from truth import listed
 
 from regraft.base import Base
 from regraft.families import (
@@ -23,14 +22,6 @@ from regraft.families import (
     same_naming,
 )
 from regraft.tensors import InMemory, Shape
-
-BASES = Path(__file__).parents[1] / "golden" / "bases"
-
-
-def listed(name: str) -> dict[str, Any]:
-    file = next(file for file in BASES.iterdir() if file.name.startswith(f"{name}.json"))
-    raw = file.read_bytes()
-    return json.loads(gzip.decompress(raw) if file.suffix == ".gz" else raw)
 
 
 def weights(name: str) -> dict[str, Shape]:
@@ -67,7 +58,7 @@ def test_bases_are_told_by_names_and_shapes() -> None:
     for component in ("unet", "model"):
         assert family_of_base(base(component, module_names("sd15", "unet"))) == "sd15"
         assert family_of_base(base(component, module_names("sdxl", "unet"))) == "sdxl"
-    assert family_of_base(base("model", module_names("sdxl", "text_encoder"))) == "clip-text"
+    assert family_of_base(base("model", module_names("sdxl", "text_encoder"))) == "clip-l"
     narrow = {path: (shape[0] // 2, *shape[1:]) for path, shape in module_names("sd15", "unet").items()}
     assert family_of_base(base("unet", narrow)) == "unet"
     assert family_of_base(base("model", {"encoder.one": (2, 2)})) is None
@@ -99,9 +90,10 @@ ADAPTERS = [
     ("sdxl", {"unet": {"mid_block.attentions.0.transformer_blocks.9.attn2.to_k": (1280, 2048)}}),
     ("sd15", {"model": {"down_blocks.0.attentions.0.proj_in": (320, 320)}}),
     ("unet", {"unet": {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (64, 32)}}),
-    ("unet", {"unet": {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 1024)}}),
-    ("clip-text", {"text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}}),
-    ("clip-text", {"text_encoder": {"encoder.layers.0.mlp.fc1": (3072, 768)}}),
+    ("sd2", {"unet": {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 1024)}}),
+    ("clip-l", {"text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}}),
+    ("clip-text", {"text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj": (64, 64)}}),
+    ("clip-l", {"text_encoder": {"encoder.layers.0.mlp.fc1": (3072, 768)}}),
     ("llama", {"model": {"model.layers.3.self_attn.q_proj": (64, 64), "lm_head": (99, 64)}}),
     ("gpt2", {"model": {"transformer.h.0.attn.c_attn": (64, 192)}}),
     ("bert", {"model": {"bert.encoder.layer.0.attention.self.query": (64, 64)}}),

@@ -19,7 +19,7 @@ def test_the_tool_writes_the_files_that_ship(tmp_path: Path, monkeypatch: pytest
     tool = importlib.import_module("tools.make_families.__main__")
     monkeypatch.setattr(tool, "FOLDER", tmp_path)
     tool.main()
-    for name in ("sd15.json", "sdxl.json"):
-        made = (tmp_path / name).read_text(encoding="utf-8")
-        assert json.loads(made)["components"]
-        assert made == (ROOT / "src" / "regraft" / "families" / name).read_text(encoding="utf-8")
+    for name in tool.MODELS:
+        made = (tmp_path / f"{name}.json").read_text(encoding="utf-8")
+        assert json.loads(made)["parameters"]
+        assert made == (ROOT / "src/regraft/families/tables" / f"{name}.json").read_text(encoding="utf-8")

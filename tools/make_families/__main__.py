@@ -1,155 +1,107 @@
-"""Writes the family files that list every module: ``python -m tools.make_families``.
+"""Writes the tables of the families: ``python -m tools.make_families [table …]``.
 
-The models are built on the meta device from the public configs below, so that nothing is downloaded.
+Models are built on the meta device from public configurations, so that nothing is downloaded; the original names are
+what the real converters make of them.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
-from tools.make_families.sgm import sgm_names
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+import transformers
+from tools.make_families.compact import compact
+from tools.make_families.models import MODELS, Model
+from tools.make_families.trace import assembled, believed, traced
 
-FOLDER = Path(__file__).parents[2] / "src" / "regraft" / "families"
+from regraft.families._tables import fill
+from regraft.families._templates import expand
 
-SD15_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-CLIP_L: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-}
-CLIP_BIG_G: dict[str, Any] = {
-    **CLIP_L,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
+FOLDER = Path(__file__).parents[2] / "src" / "regraft" / "families" / "tables"
 
 
-def modules(model: torch.nn.Module) -> dict[str, list[int]]:
-    """Path → shape of its weight, in the order of the state dict."""
-    return {
-        name.removesuffix(".weight"): list(value.shape)
-        for name, value in model.state_dict().items()
-        if name.endswith(".weight")
-    }
-
-
-def text_modules(config: dict[str, Any], *, projection: bool) -> dict[str, list[int]]:
-    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-    found = modules(kind(CLIPTextConfig(**config)))
+def parameters(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name → shape of everything in the state dict."""
+    with torch.device("meta"):
+        if model.library == "diffusers":
+            made = getattr(diffusers, model.kind)(**model.config)
+        else:
+            kind = getattr(transformers, model.kind)
+            made = kind(kind.config_class(**model.config))
+    found = {name: tuple(value.shape) for name, value in made.state_dict().items()}
     # Files and older libraries say text_model.; transformers 5 leaves it out of CLIPTextModel.
-    return {
-        path if path.startswith(("text_model.", "text_proj")) else f"text_model.{path}": found[path] for path in found
-    }
+    return {name if name.startswith(model.level) else model.level + name: shape for name, shape in found.items()}
 
 
-def unet(config: dict[str, Any]) -> dict[str, Any]:
-    found = modules(UNet2DConditionModel(**config))
-    return {"modules": found, "sgm": sgm_names(list(found), config["layers_per_block"])}
+def table(model: Model) -> dict[str, Any]:
+    """The content of a table's file."""
+    shapes = parameters(model)
+    content: dict[str, Any] = {"class": f"{model.library}.{model.kind}", "config": dict(model.config)}
+    content["parameters"] = packed({name: list(shape) for name, shape in shapes.items()})
+    if model.tied:
+        content["tied"] = dict(model.tied)
+    if model.rules is not None:
+        named = {name: shape for name, shape in shapes.items() if name not in model.tied}
+        belief = believed(model.rules(list(named)) if callable(model.rules) else model.rules, named)
+        if model.convert is not None:
+            original = traced(model.convert, belief, named)
+        else:
+            original = assembled(belief, named, model.chunks, model.swapped)
+        content["original"] = packed(original)
+        if model.spellings:
+            content["spellings"] = {
+                scheme: packed(_respelled(list(original), changes)) for scheme, changes in model.spellings.items()
+            }
+    else:
+        content["original"] = "same"
+    return content
+
+
+def _respelled(names: list[str], changes: Any) -> dict[str, str]:
+    found = {}
+    for name in names:
+        new = name
+        for old, replacement in changes.items():
+            new = new.replace(f".{old}.", f".{replacement}.")
+        if name.startswith(("double_blocks.", "single_blocks.")) or new != name:
+            found[new] = name
+    return found
+
+
+def packed(rows: dict[str, Any]) -> dict[str, Any]:
+    """Templates of the rows, which expand to the very same rows in the same order."""
+    short = compact(rows.items())
+    again = expand(short.items()) if isinstance(next(iter(rows.values())), list) else expand(short.items(), fill)
+    assert list(again) == list(rows.items())
+    return short
 
 
 def write(name: str, content: dict[str, Any]) -> None:
-    """JSON with one line per module, so that a change shows as what it is."""
-    head = {key: value for key, value in content.items() if key != "components"}
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    lines.append(' "components": {')
-    components = []
-    for component, tables in content["components"].items():
-        parts = []
-        for table, rows in tables.items():
-            body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
-            parts.append(f"   {json.dumps(table)}: {{\n{body}\n   }}")
-        components.append(f"  {json.dumps(component)}: {{\n" + ",\n".join(parts) + "\n  }")
-    lines.append(",\n".join(components) + "\n }")
-    (FOLDER / f"{name}.json").write_text("{\n" + "\n".join(lines) + "\n}\n", encoding="utf-8")
+    """JSON with one line per row, so that a change shows as what it is."""
+    lines = []
+    for key, value in content.items():
+        nested = isinstance(value, dict) and key in ("parameters", "original", "spellings")
+        if key == "spellings":
+            inner = ",\n".join(f"  {json.dumps(scheme)}: {_rows(rows, '   ')}" for scheme, rows in value.items())
+            lines.append(f' "spellings": {{\n{inner}\n }}')
+        else:
+            lines.append(f" {json.dumps(key)}: {_rows(value, '  ') if nested else json.dumps(value)}")
+    (FOLDER / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-# The numbers of values that users of block weights give for each family; names are the original's block numbers.
-SD15_BLOCKS = {
-    "17": ["BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02}" for i in range(3, 12))],
-    "26": ["BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))],
-}
-SDXL_BLOCKS = {
-    "12": ["BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02}" for i in range(6))],
-    "20": ["BASE", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9))],
-}
+def _rows(rows: dict[str, Any], indent: str) -> str:
+    body = ",\n".join(f"{indent}{json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
+    return f"{{\n{body}\n{indent[:-1]}}}"
 
 
-def main() -> None:
-    with torch.device("meta"):
-        clip_l = text_modules(CLIP_L, projection=False)
-        big_g = text_modules(CLIP_BIG_G, projection=True)
-        sd15, sdxl = unet(SD15_UNET), unet(SDXL_UNET)
-    write(
-        "sd15",
-        {
-            "title": "Stable Diffusion 1.x",
-            "priority": 10,
-            "naming": "unet",
-            "main": "unet",
-            "varying": ["conv_in"],
-            "original": {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [320, 768]},
-            "prefixes": {"unet": "lora_unet", "text_encoder": "lora_te"},
-            "kohya": "diffusers",
-            "ss_base_model_version": "sd_v1",
-            "blocks": SD15_BLOCKS,
-            "components": {"unet": sd15, "text_encoder": {"modules": clip_l}},
-        },
-    )
-    write(
-        "sdxl",
-        {
-            "title": "Stable Diffusion XL",
-            "priority": 11,
-            "naming": "unet",
-            "main": "unet",
-            "varying": ["conv_in"],
-            "original": {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": [640, 2048]},
-            "prefixes": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-            "kohya": "sgm",
-            "ss_base_model_version": "sdxl_base_v1-0",
-            "blocks": SDXL_BLOCKS,
-            "components": {"unet": sdxl, "text_encoder": {"modules": clip_l}, "text_encoder_2": {"modules": big_g}},
-        },
-    )
+def main(names: list[str] | None = None) -> None:
+    for name in names or MODELS:
+        write(name, table(MODELS[name]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regraft.errors import InputError
+from regraft.errors import InputError, reading, understanding
 from regraft.tensors import TensorRef
 
 
@@ -61,11 +61,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: there is nothing, or nothing that is a checkpoint.
     """
-    if not path.exists():
+    with reading(path):
+        exists = path.exists()
+    if not exists:
         raise InputError("no such file or folder", file=path, remedy="Check the path of the base.")
     for reader in readers():
-        if reader.detect(path):
-            return reader.read(path)
+        with understanding(reader.name, path):
+            if reader.detect(path):
+                return reader.read(path)
     raise InputError(
         "is no checkpoint",
         file=path,

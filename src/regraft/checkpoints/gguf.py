@@ -108,7 +108,8 @@ def _read(path: Path) -> Checkpoint:
     if model is not None:
         shown, left_out = model
         return Checkpoint({MODEL: shown}, {MODEL: _config(file.fields, arch, file.tensors)}, description, left_out)
-    return Checkpoint(split_components(_shaped(file)), {}, description)
+    components, rest = split_components(_shaped(file))
+    return Checkpoint(components, {}, description, rest)
 
 
 READER = Reader("GGUF", 15, _detect, _read)

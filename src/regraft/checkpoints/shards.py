@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from regraft.adapter import MODEL
 from regraft.checkpoints import Checkpoint, Reader
-from regraft.errors import InputError, reading
+from regraft.checkpoints._files import container, describe, kept_inside
+from regraft.checkpoints.quantised import Plain, plain_weights
+from regraft.checkpoints.single_file import split_components
+from regraft.errors import InputError
+from regraft.limits import check_names, read_json_object
 from regraft.tensors import TensorRef, read_tensor_file
+
+_AGAIN = "Download or copy it again."
 
 
 def _detect(path: Path) -> bool:
@@ -21,26 +27,48 @@ def read_shards(index: Path) -> dict[str, TensorRef]:
     Raises:
         InputError: the index is damaged, names a file outside of its folder, or a shard lacks a tensor.
     """
-    with reading(index):
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return _tensors(index, _weight_map(index))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(kept_inside(index, index.parent)).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise InputError("weight_map is no table", file=index)
+        raise InputError("is missing, or no table of names to files", file=index, key="weight_map", remedy=_AGAIN)
+    check_names(weight_map, index)
+    return {name: str(shard) for name, shard in weight_map.items()}
+
+
+def _tensors(index: Path, weight_map: Mapping[str, str]) -> dict[str, TensorRef]:
     tensors: dict[str, TensorRef] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        file = index.parent / shard
+    held: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        held.setdefault(shard, []).append(name)
+    for shard in sorted(held):
         # An index from a stranger must not lead the reader to other places on the disk.
         if Path(shard).name != shard:
-            raise InputError("names a shard outside of its folder", file=index, key=shard)
+            raise InputError("names a shard outside of its folder", file=index, key=shard, remedy=_AGAIN)
+        file = kept_inside(index.parent / shard, index.parent)
         content = read_tensor_file(file).tensors
-        for name in (name for name, holder in weight_map.items() if holder == shard):
+        for name in held[shard]:
             if name not in content:
-                raise InputError("the index names a tensor that is not in its shard", file=file, key=name)
+                what = "the index names a tensor that is not in its shard"
+                raise InputError(what, file=file, key=name, remedy=_AGAIN)
             tensors[name] = content[name]
     return tensors
 
 
+def read_plain_shards(index: Path, config: Mapping[str, Any] | None = None) -> tuple[Plain, str]:
+    """Every tensor that the index names, with quantisation undone, and a description."""
+    weight_map = _weight_map(index)
+    plain = plain_weights(_tensors(index, weight_map), config)
+    kinds = (container(Path(shard)) for shard in weight_map.values())
+    return plain, describe(kinds, plain.kinds)
+
+
 def _read(path: Path) -> Checkpoint:
-    return Checkpoint({MODEL: read_shards(path)})
+    plain, description = read_plain_shards(path)
+    components, left_out = split_components(plain.tensors)
+    return Checkpoint(components, {}, description, plain.left_out + left_out)
 
 
 READER = Reader("shard index", 10, _detect, _read)

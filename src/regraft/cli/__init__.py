@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import signal
+import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,6 +20,7 @@ from regraft.errors import RegraftError, first_line
 VERBS = (
     "demo",
     "inspect",
+    "identify",
     "check",
     "port",
     "verify",
@@ -27,6 +30,8 @@ VERBS = (
     "extract",
     "diff",
     "methods",
+    "lineage",
+    "migration",
     "cache",
 )
 
@@ -106,6 +111,9 @@ def main() -> None:
     """Console script: run the app; an error becomes one line and its exit code, never a traceback."""
     prepare_terminal()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not sys.warnoptions:
+        # Libraries warn their callers, not the user; `python -W default -m regraft` shows what they say.
+        warnings.simplefilter("ignore")
     try:
         register()()
     except RegraftError as error:

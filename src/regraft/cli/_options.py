@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from regraft.adapter import Adapter
+from regraft.adapter import MODEL, Adapter
 from regraft.base import Base, open_base
 from regraft.carry import matches
 from regraft.errors import RegraftError, UsageError
@@ -19,10 +20,16 @@ from regraft.methods import get_method
 from regraft.pairing import Named
 from regraft.plan import Selection
 
-AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, or a PEFT folder.")]
+AdapterArgument = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, a PEFT folder, or its hub id.")
+]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="OLD", help="The base that it was trained on: file, shard index or folder."),
+    typer.Option(
+        "--from",
+        metavar="OLD",
+        help="The base that it was trained on: file, index, folder, or hub id (org/name[@revision][:file]).",
+    ),
 ]
 To = Annotated[Path | None, typer.Option("--to", metavar="NEW", help="The base that it is to run on.")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="See `regraft methods`.")]
@@ -143,20 +150,25 @@ def _that_match(given: tuple[tuple[str, float], ...], adapter: Adapter) -> tuple
     return given
 
 
-def open_bases(old: Path | None, new: Path | None) -> tuple[Base | None, Base]:
-    """Both bases from ``--from`` and ``--to``.
+def open_bases(old: Path | None, new: Path | None, *, whole: bool = True) -> tuple[Base | None, Base]:
+    """Both bases from ``--from`` and ``--to``; those on the hub downloaded (``whole``), or to be read in part.
 
     Raises:
         UsageError: ``--to`` is missing.
     """
     if new is None:
         raise UsageError("--to is missing", remedy="Give the base that the adapter is to run on.")
-    return (open_base(old) if old is not None else None), open_base(new)
+    return (open_base(old, whole=whole) if old is not None else None), open_base(new, whole=whole)
 
 
 def names_of(named: Named) -> dict[str, tuple[str, ...]]:
     """Module names of a base or migration by component, to un-flatten underscored names by."""
     return {component: tuple(named.modules(component)) for component in named.components}
+
+
+def config_of(base: object) -> Mapping[str, Any] | None:
+    """``config.json`` of a base that is one model alone; a migration has none."""
+    return base.configs.get(MODEL) if isinstance(base, Base) else None
 
 
 def use_hardware(device: str, compute: str, threads: int | None) -> dict[str, Any]:

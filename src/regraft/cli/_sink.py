@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 
+from regraft.errors import printable
 from regraft.report.schema import Record
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """A console on which keys and metadata of a stranger's file are shown, and never obeyed by the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text, keep="\n\t"), segment.style)
+
+
+out = _Console(highlight=False, soft_wrap=False)
+err = _Console(stderr=True, highlight=False)
 
 #: Called with (steps done, steps in all, what is at work now).
 Ticker = Callable[[int, int, str], None]
@@ -41,10 +53,15 @@ def fail(line: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _escaped(json: str) -> str:
+    # JSON escapes what lies below the space; C1's controls and marks of direction it leaves to its writer.
+    return re.sub("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", lambda c: f"\\u{ord(c[0]):04x}", json)
+
+
 def emit(record: Record, *, json: bool, quiet: bool, table: Callable[[Console], None]) -> None:
     """Print a record: as JSON, not at all, or as the table that ``table`` draws."""
     if json:
-        sys.stdout.write(record.to_json() + "\n")
+        sys.stdout.write(_escaped(record.to_json()) + "\n")
     elif not quiet:
         table(out)
 
@@ -67,6 +84,6 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Ticker]:
 
         def tick(done: int, total: int, what: str) -> None:
             elapsed = bar.tasks[task].elapsed or 0.0
-            bar.update(task, completed=done, total=total, what=what, visible=elapsed > 2.0)
+            bar.update(task, completed=done, total=total, what=escape(what), visible=elapsed > 2.0)
 
         yield tick

@@ -55,8 +55,9 @@ def check(
         loaded = load_adapter(adapter, names=o.names_of(read))
         record = check_migration(loaded, read, chosen)
     else:
-        source, target = o.open_bases(old, new)
-        loaded = load_adapter(adapter, names=o.names_of(source or target))
+        # These two judge by how near the weights are, for which a sample of a base on the hub is enough.
+        source, target = o.open_bases(old, new, whole=method not in ("auto", "copy"))
+        loaded = load_adapter(adapter, names=o.names_of(source or target), base_config=o.config_of(source or target))
         with progress("Checking", quiet=quiet) as tick:
             record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **computing, **options)
     if report is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -13,18 +14,20 @@ from regraft.cache import find_cached, keep
 from regraft.carry import Settings
 from regraft.check import check_migration
 from regraft.cli import _options as o
-from regraft.cli._sink import Ticker, emit, out, progress
+from regraft.cli._sink import Ticker, emit, progress
+from regraft.cli._ways import Ends, migration_along, say_size
 from regraft.errors import UsageError
 from regraft.formats import get_format, load_adapter
 from regraft.methods import get_method
-from regraft.migration import Migration, fit_migration, remeasure
-from regraft.migration_file import check_fingerprints, load_migration
-from regraft.output import check_writable, write_text
+from regraft.migration import Migration, fit_migration, remeasure, size_of
+from regraft.migration_file import check_fingerprints, file_hash, load_migration
+from regraft.migrations.graph import Way
+from regraft.migrations.precision import halved
+from regraft.output import check_writable, whole, write_text
 from regraft.plan import check_families, source_modules
 from regraft.port import apply_migration, fit_for
 from regraft.prepare import check_understood
 from regraft.report.tables import check_table, port_table
-from regraft.tensors import n_bytes
 
 
 def port(
@@ -52,6 +55,17 @@ def port(
     exclude: o.Exclude = None,
     components: o.Components = None,
     migration: o.SavedMigration = None,
+    migrations: Annotated[
+        Path | None,
+        typer.Option("--migrations", metavar="FOLDER", help="Find the way from its base to NEW in this folder."),
+    ] = None,
+    to_fingerprint: Annotated[
+        str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
+    ] = None,
+    via: Annotated[
+        list[str] | None,
+        typer.Option("--via", metavar="FILE|BASE", help="--migrations: the way passes this; repeatable."),
+    ] = None,
     save_migration: Annotated[
         Path | None,
         typer.Option("--save-migration", metavar="M", help="Fit every module of the pair and keep it."),
@@ -81,18 +95,28 @@ def port(
     rank_out = o.number_or_share(rank, "--rank")
     subspace = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold)
+    if migrations is None and (to_fingerprint or via):
+        raise UsageError("--to-fingerprint and --via belong to --migrations", remedy="Give --migrations FOLDER.")
+    if migrations is not None and (migration is not None or save_migration is not None):
+        raise UsageError("--migrations excludes --migration and --save-migration", remedy="Give one of them.")
     read = load_migration(migration) if migration is not None else None
+    way: Way = ()
     source: Base | None
     target: Base | None
     named: Base | Migration
-    if read is None:
+    if read is None and migrations is None:
         source, target = o.open_bases(old, new)
         named, which = (source or target), "old" if source is not None else "new"
     else:
         source, target = (open_base(path) if path is not None else None for path in (old, new))
+        if migrations is not None:
+            read, way = migration_along(
+                adapter, migrations, Ends(source, target, to_fingerprint), via or [], quiet=quiet
+            )
+        assert read is not None
         check_fingerprints(read, source, target)
         named, which = read, "old" if read.source is not None else "new"
-    loaded = load_adapter(adapter, names=o.names_of(named))
+    loaded = load_adapter(adapter, names=o.names_of(named), base_config=o.config_of(source or target))
     settings = Settings(
         selection=o.selection(include, exclude, components),
         strength=o.finite(strength, "--strength"),
@@ -105,11 +129,17 @@ def port(
     )
     if not allow_partial and loaded.updates:
         check_understood(loaded, named, which, settings.selection)
-    with progress("Porting", quiet=quiet) as tick:
+    with ExitStack() as stack:
+        tick = stack.enter_context(progress("Porting", quiet=quiet))
         if read is None:
             assert target is not None
             job = _Job(loaded, source, target, method, settings, {**computing, **options})
             read = job.fit(tick, whole=save_migration is not None, cached=not no_cache)
+            if save_migration is not None and not dry_run:
+                # Written first, since the ported file names it by its hash; it takes its place with the ported file.
+                staged = stack.enter_context(whole(save_migration))
+                read.save(staged)
+                read = replace(read, file_hash=file_hash(staged))
         elif source is not None and target is not None:
             read = remeasure(read, source, target, loaded)
         if dry_run:
@@ -117,13 +147,13 @@ def port(
             emit(plan, json=json, quiet=quiet, table=lambda console: check_table(plan, console))
             return
         result = apply_migration(loaded, read, settings, old=source, new=target, tick=tick, started=started)
-    assert output is not None
-    written = result.save(output, format=format, overwrite=overwrite)
-    record = result.report.model_copy(update={"outputs": [str(file) for file in written]})
+        assert output is not None
+        written = result.save(output, format=format, overwrite=overwrite)
+    record = result.report.model_copy(
+        update={"outputs": [str(file) for file in written], "path": [str(edge.file) for edge in way]}
+    )
     kept = save_migration or migration
     if kept is not None:
-        if save_migration is not None:
-            read.save(save_migration, overwrite=overwrite)
         size = kept.stat().st_size
         record = record.model_copy(update={"migration": str(kept), "migration_bytes": size})
     if report is not None:
@@ -132,12 +162,8 @@ def port(
         checked = check_migration(loaded, read, settings.selection, source, target)
         write_text(render_port(record, check=checked), report, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: port_table(record, console))
-    if save_migration is not None and not (json or quiet):
-        size = save_migration.stat().st_size
-        out.print(
-            f"Migration: {save_migration} ({size / 1e6:.2f} MB, {size / _size(target):.1%} of the new base)",
-            markup=False,
-        )
+    if save_migration is not None and target is not None and not (json or quiet):
+        say_size(save_migration, size_of(target))
 
 
 @dataclass(frozen=True)
@@ -156,7 +182,8 @@ class _Job:
         source, target, selection = self.source, self.target, self.settings.selection
         if source is not None and whole:
             check_families(self.adapter, source, target)
-            fitted = fit_migration(source, target, self.method, tick=tick, **self.options)
+            # Rounded as the file is to be: a port through it gives the same bytes as this one.
+            fitted = halved(fit_migration(source, target, self.method, tick=tick, **self.options))
             return remeasure(fitted, source, target, self.adapter)
         # `auto` chooses by the modules at hand, and a copy costs nothing to fit: neither is worth a file.
         if source is None or not cached or self.method == "auto" or not get_method(self.method).needs:
@@ -175,7 +202,3 @@ class _Job:
         return fit_for(
             self.adapter, self.source, self.target, self.method, selection=selection, tick=tick, **self.options
         )
-
-
-def _size(base: Base | None) -> int:
-    return sum(n_bytes(ref) for tensors in base.components.values() for ref in tensors.values()) if base else 1

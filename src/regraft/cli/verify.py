@@ -66,7 +66,8 @@ def verify(
     o.use_hardware(device, "float32", threads)
     texts = read_prompts(prompts) if prompts is not None else None
     trained, carried = (
-        load_adapter(path, names=o.names_of(open_base(base))) for path, base in ((original, old), (ported, new))
+        load_adapter(path, names=o.names_of(opened), base_config=o.config_of(opened))
+        for path, opened in ((original, open_base(old)), (ported, open_base(new)))
     )
     with progress("Verifying", quiet=quiet) as tick:
         record = verify_adapters(

@@ -1,96 +1,61 @@
 """Model families as data: one JSON file each, read here. Adding a family is adding a file.
 
-A file either lists every module of the family with its weight's shape (``components``), or says by patterns how its
-names look (``adapter``, ``base``, ``config``). `docs/formats.md` explains the fields.
+A family's file names the tables of its components (``tables/``: every parameter with its shape, and its name in the
+original code), or says by patterns how its names look. `docs/formats.md` explains the fields.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from regraft.adapter import MODEL
+from regraft.families._family import Family, families, get_family
+from regraft.families._recognise import (
+    Match,
+    Recognition,
+    alike,
+    family_of_modules,
+    fits_names,
+    main_of,
+    recognise,
+)
+from regraft.families._tables import CANONICAL, ORIGINAL, Named, Piece, Table, flattened, table
 from regraft.tensors import Shape
 
 if TYPE_CHECKING:
     from regraft.base import Base
 
+__all__ = [
+    "CANONICAL",
+    "ORIGINAL",
+    "Family",
+    "Match",
+    "Modules",
+    "Named",
+    "Piece",
+    "Recognition",
+    "Table",
+    "aliases",
+    "block_names",
+    "block_of",
+    "families",
+    "family_of_base",
+    "family_of_modules",
+    "find_shape",
+    "flattened",
+    "get_family",
+    "module_names",
+    "recognise",
+    "refine_by_hint",
+    "same_naming",
+    "table",
+    "without_text_model",
+]
+
 #: Component → module path → shape of ΔW or of the weight.
 Modules = Mapping[str, Mapping[str, Shape]]
-
-# Share of an adapter's modules that must be in a family's table; the rest may be extras such as a new input layer.
-_ENOUGH = 0.9
-_MAIN = ("unet", "transformer", "prior", MODEL)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One data file.
-
-    Attributes:
-        name: of the file.
-        title: for people.
-        priority: order of recognition, lowest first.
-        naming: families of equal naming can't always be told apart by an adapter's names alone.
-        main: the component that an adapter of a single model changes; ``model`` where there are no components.
-        tables: component → module path → weight shape.
-        sgm: component → module path → name in the original code.
-        varying: modules whose shape differs between variants of one family (inpainting's first convolution).
-        rules: the patterns by which names are recognised.
-        data: everything else in the file.
-    """
-
-    name: str
-    title: str
-    priority: int
-    naming: str
-    main: str
-    tables: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
-    sgm: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    varying: tuple[str, ...] = ()
-    rules: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-
-@cache
-def families() -> dict[str, Family]:
-    """Every family by name, in the order of recognition."""
-    found = []
-    for file in resources.files(__name__).iterdir():
-        name, _, suffix = file.name.partition(".")
-        if suffix not in ("json", "json.gz") or name.startswith("_"):
-            continue
-        raw = file.read_bytes()
-        found.append(_family(name, json.loads(gzip.decompress(raw) if suffix == "json.gz" else raw)))
-    return {family.name: family for family in sorted(found, key=lambda f: (f.priority, f.name))}
-
-
-def _family(name: str, data: Mapping[str, Any]) -> Family:
-    components: Mapping[str, Any] = data.get("components", {})
-    return Family(
-        name,
-        data["title"],
-        data["priority"],
-        data["naming"],
-        data.get("main", MODEL),
-        {c: {path: tuple(shape) for path, shape in t["modules"].items()} for c, t in components.items()},
-        {c: t["sgm"] for c, t in components.items() if "sgm" in t},
-        tuple(data.get("varying", ())),
-        data.get("recognise", {}),
-        data,
-    )
-
-
-def get_family(name: str | None) -> Family | None:
-    """The family of that name, or None."""
-    return families().get(name) if name else None
 
 
 def module_names(family: str, component: str) -> dict[str, Shape]:
@@ -110,18 +75,21 @@ def same_naming(first: str | None, second: str | None) -> bool:
     one, two = get_family(first), get_family(second)
     if one is None or two is None or one == two:
         return True
+    if _ancestor(one) == _ancestor(two):
+        return True
     # Two families that list their modules with shapes are told apart; a pattern may stand for any of its kind.
-    return one.naming == two.naming and not (one.tables and two.tables)
+    return one.naming == two.naming and not (one.components and two.components)
+
+
+def _ancestor(family: Family) -> str:
+    while family.descends and (older := get_family(family.descends)):
+        family = older
+    return family.name
 
 
 def without_text_model(path: str) -> str:
     """The path without the ``text_model.`` level, which transformers 5 leaves out of CLIPTextModel."""
     return path.removeprefix("text_model.")
-
-
-def _alike(one: Shape, two: Shape) -> bool:
-    # A 1 × 1 convolution and a linear layer of the same width hold the same update.
-    return one[:2] == two[:2] and prod(one) == prod(two)
 
 
 def find_shape(family: str, component: str, path: str) -> Shape | None:
@@ -131,61 +99,10 @@ def find_shape(family: str, component: str, path: str) -> Shape | None:
     return table.get(path) or table.get(f"text_model.{path}")
 
 
-def _fits_tables(family: Family, modules: Modules) -> bool:
-    if family.main not in modules and not (set(modules) == {MODEL} and family.main in family.tables):
-        return False
-    known = total = 0
-    for component, paths in modules.items():
-        name = family.main if component == MODEL else component
-        for path, shape in paths.items():
-            total += 1
-            expected = find_shape(family.name, name, path)
-            if expected is not None and not _alike(expected, shape) and path not in family.varying:
-                return False
-            known += expected is not None
-    return total > 0 and known >= _ENOUGH * total
-
-
-def _fits_names(rules: Mapping[str, Any], names: list[str], *, every: bool) -> bool:
-    if every and not all(re.search(rules["every"], name) for name in names):
-        return False
-    some = rules.get("some", [])
-    absent = rules.get("absent", [])
-    return all(any(re.search(pattern, name) for name in names) for pattern in some) and not any(
-        re.search(pattern, name) for pattern in absent for name in names
-    )
-
-
-def _main_of(components: Mapping[str, Any]) -> str | None:
-    return next((name for name in (*_MAIN, *components) if components.get(name)), None)
-
-
-def family_of_modules(modules: Modules) -> str | None:
-    """The family that an adapter's modules belong to, or None.
-
-    Families that list their modules are told by names and shapes; the others by names alone, so that the answer is
-    the common one of families with the same naming (``llama`` for Mistral and Qwen2 too; see `same_naming`).
-
-    Args:
-        modules: component → module path → shape of ΔW: (out, in) or (out, in, kh, kw).
-    """
-    main = _main_of(modules)
-    if main is None:
-        return None
-    names = list(modules[main])
-    for family in families().values():
-        if family.tables:
-            if _fits_tables(family, modules):
-                return family.name
-        elif "adapter" in family.rules and _fits_names(family.rules["adapter"], names, every=True):
-            return family.name
-    return None
-
-
 def refine_by_hint(family: str | None, hint: str) -> str | None:
     """A family of the same naming that ``hint`` (the base's class or path, as a config tells it) speaks of."""
     known = get_family(family)
-    if known is None or known.tables:
+    if known is None or known.components:
         return family
     for other in families().values():
         pattern = other.rules.get("hint")
@@ -196,7 +113,7 @@ def refine_by_hint(family: str | None, hint: str) -> str | None:
 
 def family_of_base(base: Base) -> str | None:
     """The family of a base model by its names, shapes and ``config.json``, or None. No tensor is read."""
-    main = _main_of(base.components)
+    main = main_of(base.components)
     if main is None:
         return None
     tensors = base.components[main]
@@ -204,24 +121,45 @@ def family_of_base(base: Base) -> str | None:
     kind = str(config.get("model_type") or config.get("_class_name") or "")
     named = [family for family in families().values() if kind and kind in family.rules.get("config", [])]
     for family in families().values():
-        if family.tables:
-            table = family.tables.get(family.main, {}) if main in (MODEL, family.main) else {}
-            fixed = {path: shape for path, shape in table.items() if path not in family.varying}
-            if fixed and all(_has(tensors, f"{path}.weight", shape) for path, shape in fixed.items()):
-                return family.name
-            original = family.data.get("original", {})
-            if original and all(_has(tensors, name, tuple(shape)) for name, shape in original.items()):
-                return family.name
+        if main in (MODEL, family.main) and not family.descends and _holds(tensors, family):
+            return _of_more_components(family, base).name
     if named:
         return named[0].name
     for family in families().values():
-        if "base" in family.rules and _fits_names(family.rules["base"], list(tensors), every=False):
+        if "base" in family.rules and fits_names(family.rules["base"], list(tensors), every=False):
             return family.name
     return None
 
 
+def _of_more_components(family: Family, base: Base) -> Family:
+    """Of the families of one table, the one that the other components speak of: Wan 2.2 has two transformers."""
+    for other in families().values():
+        wanted = other.rules.get("components")
+        if (
+            wanted
+            and other.components[other.main] == family.components[family.main]
+            and base.components.keys() >= {*wanted}
+        ):
+            return other
+    return family
+
+
+def _holds(tensors: Mapping[str, Any], family: Family) -> bool:
+    """Whether all of the main model's weights are there, in canonical names or, in a whole checkpoint, the original."""
+    if family.main not in family.components:
+        return False
+    one = family.table(family.main)
+    first = next(iter(one.data["parameters"]))
+    if "{" in first or first in tensors or f"{first}.weight" in tensors:
+        fixed = {path: shape for path, shape in one.modules.items() if path not in family.varying}
+        if all(_has(tensors, f"{path}.weight", shape) for path, shape in fixed.items()):
+            return True
+    marks: Mapping[str, Any] = family.rules.get("checkpoint", {})
+    return bool(marks) and all(_has(tensors, name, tuple(shape)) for name, shape in marks.items())
+
+
 def _has(tensors: Mapping[str, Any], name: str, shape: Shape) -> bool:
-    return name in tensors and _alike(tuple(tensors[name].shape), shape)
+    return name in tensors and alike(tuple(tensors[name].shape), shape)
 
 
 def block_of(family: str | None, module: str, component: str | None = None) -> str | None:
@@ -235,7 +173,7 @@ def block_of(family: str | None, module: str, component: str | None = None) -> s
     known = get_family(family)
     if known is None:
         return None
-    for name in known.tables:
+    for name in known.components:
         if component in (None, name) and module.startswith(f"{name}."):
             component, module = name, module.removeprefix(f"{name}.")
             break

@@ -6,7 +6,6 @@ A format file defines ``FORMAT = Format(...)``. The order of detection is by ``s
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from regraft.adapter import Adapter
-from regraft.errors import InputError, UsageError, reading
+from regraft.errors import InputError, UsageError, reading, understanding
+from regraft.hub import hub_id_of
+from regraft.limits import read_json_object
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
 
@@ -33,6 +34,7 @@ class AdapterFile:
         config: ``adapter_config.json`` beside the weights, if there is one.
         sidecars: other files of the folder (tokenizer, README), by name.
         left_behind: names of the folder's other weights files.
+        base_config: ``config.json`` of the base, where the caller knows it.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class AdapterFile:
     config: Mapping[str, Any] | None = None
     sidecars: Mapping[str, Path] = field(default_factory=dict)
     left_behind: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,22 @@ class Written:
     Attributes:
         tensors: key → tensor, contiguous, on the CPU.
         metadata: the safetensors header's metadata.
-        files: further files by name: text, or a file to copy. If there are any, or ``folder`` is set, the
-            output is a folder.
+        files: further files by name: text, a file to copy, or what writes one. If there are any, or ``folder`` is
+            set, the output is a folder.
         weights_name: name of the weights file inside of such a folder.
+        save: writes the weights file, where that is no safetensors file.
+        suffix: that such a file must have.
+        notes: what had to be changed on the way, for the user.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    files: Mapping[str, str | Path] = field(default_factory=dict)
+    files: Mapping[str, str | Path | Callable[[Path], None]] = field(default_factory=dict)
     folder: bool = False
     weights_name: str = "adapter_model.safetensors"
+    save: Callable[[Path], None] | None = None
+    suffix: str = ".safetensors"
+    notes: tuple[str, ...] = ()
 
 
 #: Component → every module or parameter path of the base, to un-flatten underscored names by.
@@ -109,7 +118,15 @@ def get_format(name: str) -> Format:
     return formats()[name]
 
 
-_WEIGHTS_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+_WEIGHTS_NAMES = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+    "learned_embeds.safetensors",
+    "learned_embeds.bin",
+    "spectral_shifts.safetensors",
+)
 _NOT_CARRIED = (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -127,43 +144,87 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def open_adapter_file(path: Path) -> AdapterFile:
-    """Header, PEFT config and companions of an adapter file or folder; no tensor is read.
+def _adapter_in(folder: Path) -> Path:
+    """The folder itself, or the one adapter in it: PEFT saves an adapter with a name into a folder of that name."""
+    if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("*.safetensors")):
+        return folder
+    inside = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inside) > 1:
+        names = ", ".join(found.name for found in inside)
+        raise InputError(f"this folder holds several adapters: {names}", file=folder, remedy="Name one of them.")
+    return inside[0] if inside else folder
+
+
+def open_adapter_file(path: Path, *, whole: bool = True) -> AdapterFile:
+    """Header, PEFT config and companions of an adapter file, folder or hub id; no tensor is read.
+
+    Args:
+        path: of it, or its id on the hub (see `regraft.hub`).
+        whole: download an adapter on the hub; else its tensors are fetched as they are used.
 
     Raises:
-        InputError: it is missing, damaged or empty.
+        InputError: it is missing, damaged or empty, or the hub refuses.
     """
-    weights = _weights_in(path) if path.is_dir() else path
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return _open_local(path)
+    from regraft.hub.repository import read_from_hub
+
+    file, place = read_from_hub(hub_id, _open_local, whole=whole, companions=True)
+    return replace(file, path=place or Path(str(hub_id)))
+
+
+def _open_local(path: Path) -> AdapterFile:
+    with reading(path):
+        path = _adapter_in(path) if path.is_dir() else path
+        weights = _weights_in(path) if path.is_dir() else path
     content = read_tensor_file(weights)
     if not content.tensors:
         raise InputError("holds no tensors", file=weights)
     config_file, config = weights.parent / ADAPTER_CONFIG, None
     # A bare file may lie beside another adapter's config: only PEFT's own name ties them.
     if config_file.is_file() and (path.is_dir() or weights.stem == "adapter_model"):
-        with reading(config_file):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise InputError("is not a JSON object", file=config_file)
-    beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
-    sidecars = {f.name: f for f in beside if f.suffix not in _NOT_CARRIED and f.name != ADAPTER_CONFIG}
-    left_behind = tuple(f.name for f in beside if f.suffix in _NOT_CARRIED and f.name != weights.name)
+        config = read_json_object(config_file)
+    with reading(path):
+        beside = sorted(file for file in weights.parent.iterdir() if file.is_file()) if config is not None else []
+    others = [file for file in beside if file.name not in (ADAPTER_CONFIG, weights.name)]
+    sidecars = {file.name: file for file in others if file.suffix not in _NOT_CARRIED and _stays_inside(file)}
+    left_behind = tuple(file.name for file in others if file.name not in sidecars)
     return AdapterFile(path, content.tensors, content.metadata, config, sidecars, left_behind)
 
 
-def load_adapter(path: str | Path, *, names: BaseNames | None = None) -> Adapter:
+def _stays_inside(file: Path) -> bool:
+    """Whether a file that may be a link lies in its own folder, or where the hub's cache keeps such a folder's files.
+
+    A stranger's folder with a link to a private file must not put a copy of it into what is published next.
+    """
+    true, folder = file.resolve(), file.parent.resolve()
+    return true.is_relative_to(folder) or true.parent == folder.parent.parent / "blobs"
+
+
+def load_adapter(
+    path: str | Path,
+    *,
+    names: BaseNames | None = None,
+    base_config: Mapping[str, Any] | None = None,
+    whole: bool = True,
+) -> Adapter:
     """Read an adapter of any known format; tensors stay on disk until they are used.
 
     Args:
-        path: a weights file, or a PEFT folder.
+        path: a weights file, a PEFT folder, or a hub id.
         names: component → module names of the base, needed only for underscored names of unknown families.
+        base_config: ``config.json`` of the base, needed only for the values of a GGUF LoRA of Llama.
+        whole: download an adapter on the hub; else its tensors are fetched as they are used.
 
     Raises:
         InputError: it can't be read, no format knows it, or a tensor pair is broken.
     """
-    file = open_adapter_file(Path(path).expanduser())
+    file = replace(open_adapter_file(Path(path).expanduser(), whole=whole), base_config=base_config)
     for format in formats().values():
-        if format.detect(file):
-            return replace(format.read(file, names), left_behind=file.left_behind)
+        with understanding(f"{format.name} file", file.path):
+            if format.detect(file):
+                return replace(format.read(file, names), left_behind=file.left_behind, base_config=base_config)
     some = ", ".join(list(file.tensors)[:3])
     raise InputError(
         f"no known adapter format has keys like {some}",
@@ -178,4 +239,8 @@ def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, ove
     writer = get_format(name).write
     if writer is None:
         raise UsageError(f"format {name!r} can be read, not written", remedy="Choose another with --format.")
-    return write_whole(writer(adapter), path, overwrite=overwrite, source=adapter.path)
+    from regraft.lineage.updates import restated
+
+    written = writer(adapter)
+    written = replace(written, metadata=restated(adapter, written))
+    return write_whole(written, path, overwrite=overwrite, source=adapter.path)

@@ -1,4 +1,4 @@
-"""What several formats share: checked pairs, remembered spellings, many tensors read through one open file."""
+"""What several formats share: checked pairs, remembered spellings, many tensors read at once."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
-from regraft.errors import InputError, OutputError, reading
+from regraft.errors import InputError, OutputError
 from regraft.families import get_family
 from regraft.formats._factors import Reshaped
 from regraft.formats._hashes import KEYS as HASHES
+from regraft.hub import fetch_ahead
 from regraft.tensors import InMemory, Shape, Stored, TensorRef, Transposed, check_finite
-from regraft.updates import LowRank, Update
+from regraft.updates import GLora, LoHa, LoKr, LowRank, Tucker, Update
 
 K = TypeVar("K", bound=Hashable)
+#: Kinds whose scale is alpha / rank.
+Scaled = LowRank | Tucker | LoHa | LoKr | GLora
+
+
+_SAVE_AGAIN = "The file is damaged: get another one."
 
 
 def stored(ref: TensorRef) -> Stored | None:
@@ -32,30 +37,9 @@ def stored(ref: TensorRef) -> Stored | None:
 
 
 def load_many(refs: Mapping[K, TensorRef]) -> dict[K, Tensor]:
-    """Every tensor, each file opened once: an SDXL adapter has 3000 tensors behind one long header."""
-    loaded: dict[K, Tensor] = {}
-    by_file: dict[Path, list[K]] = {}
-    for key, ref in refs.items():
-        inner = stored(ref)
-        if inner is not None:
-            by_file.setdefault(inner.file, []).append(key)
-        else:
-            loaded[key] = ref.load()
-    for file, keys in by_file.items():
-        with reading(file), safe_open(file, framework="pt") as handle:
-            for key in keys:
-                loaded[key] = _view(refs[key], handle)
-    return {key: loaded[key] for key in refs}
-
-
-def _view(ref: TensorRef, handle: Any) -> Tensor:
-    if isinstance(ref, Transposed):
-        return _view(ref.of, handle).T.contiguous()
-    if isinstance(ref, Reshaped):
-        return _view(ref.of, handle).reshape(ref.shape)
-    assert isinstance(ref, Stored)
-    tensor: Tensor = handle.get_tensor(ref.name)
-    return tensor
+    """Every tensor, read at its offset, so that a file that changed in between is noticed and none is mapped."""
+    fetch_ahead(refs.values())
+    return {key: ref.load() for key, ref in refs.items()}
 
 
 def scalars(refs: Mapping[K, TensorRef], file: Path) -> dict[K, float]:
@@ -70,16 +54,18 @@ def scalars(refs: Mapping[K, TensorRef], file: Path) -> dict[K, float]:
                 f"alpha must be one number, but has shape {list(ref.shape)}",
                 file=file,
                 key=key_of(ref, str(key)),
-                remedy="The file is damaged: get another one.",
+                remedy=_SAVE_AGAIN,
             )
+        if ref.dtype.is_complex:
+            raise InputError("alpha is a complex number", file=file, key=key_of(ref, str(key)), remedy=_SAVE_AGAIN)
     values = {key: float(tensor.reshape(()).item()) for key, tensor in load_many(refs).items()}
     for key, value in values.items():
         if not math.isfinite(value):
-            raise InputError("alpha is NaN or Inf", file=file, key=key_of(refs[key], str(key)))
+            raise InputError("alpha is NaN or Inf", file=file, key=key_of(refs[key], str(key)), remedy=_SAVE_AGAIN)
     return values
 
 
-def alphas_of(updates: Mapping[K, LowRank]) -> dict[K, TensorRef]:
+def alphas_of(updates: Mapping[K, Scaled]) -> dict[K, TensorRef]:
     """The alpha tensor of every update that has one, true for its scale and rank: alpha = scale · rank.
 
     The file's own tensor where that holds (and where it is 0, which trainers read as the rank); otherwise a new one.
@@ -88,23 +74,25 @@ def alphas_of(updates: Mapping[K, LowRank]) -> dict[K, TensorRef]:
     values = {key: float(tensor.reshape(()).item()) for key, tensor in load_many(refs).items()}
     true = {}
     for key, ref in refs.items():
-        wanted = updates[key].scale * updates[key].rank
+        wanted = updates[key].scale * (updates[key].rank or 1)
         holds = math.isclose(values[key], wanted, rel_tol=1e-6) or (values[key] == 0 and updates[key].scale == 1.0)
         true[key] = ref if holds else new_alpha(updates[key], ref.dtype)
     return true
 
 
-def new_alpha(update: LowRank, dtype: torch.dtype = torch.float32) -> TensorRef:
+def new_alpha(update: Scaled, dtype: torch.dtype = torch.float32) -> TensorRef:
     """A scalar tensor alpha = scale · rank, in ``dtype`` where that holds the value, else in float32."""
-    alpha = torch.tensor(update.scale * update.rank, dtype=torch.float64)
+    alpha = torch.tensor(update.scale * (update.rank or 1), dtype=torch.float64)
     cast = alpha.to(dtype)
     return InMemory(cast if torch.isclose(cast.double(), alpha, rtol=1e-6) else alpha.float())
 
 
 def key_of(ref: TensorRef, otherwise: str) -> str:
     """The file's own key of a tensor."""
-    inner = stored(ref)
-    return inner.name if inner is not None else otherwise
+    # Views of several kinds lie over a file's tensor.
+    while hasattr(ref, "of"):
+        ref = ref.of
+    return ref.name if isinstance(ref, Stored) else otherwise
 
 
 @dataclass
@@ -218,7 +206,7 @@ def check_values(adapter: Adapter) -> None:
         InputError: a tensor holds NaN or Inf, or can't be read.
     """
     named = [(str(module), ref) for module, update in adapter.updates.items() for ref in parts_of(update)]
-    named += adapter.tokens.items()
+    named += [(str(token), ref) for token, ref in adapter.tokens.items()]
     for number, tensor in load_many({number: ref for number, (_, ref) in enumerate(named)}).items():
         name, ref = named[number]
         check_finite(tensor, adapter.path, key_of(ref, name))
@@ -230,10 +218,10 @@ def parts_of(update: Update) -> Iterable[TensorRef]:
 
 
 def shapes_of(adapter_updates: Mapping[ModuleRef, Update]) -> dict[str, dict[str, Shape]]:
-    """Component → path → shape of ΔW, of the low-rank updates: what `family_of_modules` takes."""
+    """Component → path → shape of ΔW, of the updates that know it: what `family_of_modules` takes."""
     shapes: dict[str, dict[str, Shape]] = {}
     for (component, path), update in adapter_updates.items():
-        if isinstance(update, LowRank):
+        if not update.by_parameter and len(update.shape) > 1:
             shapes.setdefault(component, {})[path] = update.shape
     return shapes
 

@@ -9,11 +9,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from regraft.errors import InputError
+from regraft.errors import InputError, shortened
+from regraft.patterns import Pattern, TooComplex, compiled, matches
 from regraft.updates import LowRank
 
 Config = Mapping[str, Any]
@@ -41,16 +41,15 @@ MINIMAL: Config = {
 }
 
 
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str) -> Pattern | re.Pattern[str]:
     # The rule of peft.utils.other.get_pattern_key (0.21): a whole name, or the end of one after a dot.
-    return re.compile(rf"(.*\.)?({pattern})$")
+    return compiled(pattern, around=r"(.*\.)?({})$")
 
 
 def by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
     """The value of the first pattern that matches a module's name, as PEFT looks it up."""
     for pattern, value in (patterns or {}).items():
-        if _compiled(pattern).match(path):
+        if matches(_compiled(pattern), path):
             return value
     return default
 
@@ -76,28 +75,48 @@ def check_config(config: Config, file: Path, prefix: str = "") -> None:
     """Make sure that rank and alpha can be read out of a LoRA config.
 
     Raises:
-        InputError: ``r`` or ``lora_alpha`` is missing or no number, or a pattern is no regular expression.
+        InputError: ``r`` or ``lora_alpha`` is missing or no number, a pattern is no regular expression, or a list of
+            names is none.
     """
     remedy = "Give the config that was saved with these weights."
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            what = "is missing" if value is None else f"must be a number, not {value!r}"
+        if not _is_number(value):
+            what = "is missing" if value is None else f"must be a number, not {_told(value)}"
             raise InputError(what, file=file, key=f"{prefix}{name}", remedy=remedy)
+    wrapped = config.get("target_parameters")
+    if wrapped is not None and not (isinstance(wrapped, list) and all(isinstance(name, str) for name in wrapped)):
+        raise InputError("must be a list of names", file=file, key=f"{prefix}target_parameters", remedy=remedy)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         key = f"{prefix}{name}"
         if not isinstance(patterns, Mapping):
             raise InputError("must map module names to numbers", file=file, key=key, remedy=remedy)
         for pattern, value in patterns.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                what = f"{pattern!r} must have a number, not {value!r}"
+            told = _told(pattern)
+            if not _is_number(value):
+                what = f"{told} must have a number, not {_told(value)}"
                 raise InputError(what, file=file, key=key, remedy=remedy)
             try:
                 _compiled(pattern)
             except re.error:
-                what = f"{pattern!r} is no regular expression"
+                what = f"{told} is no regular expression"
                 raise InputError(what, file=file, key=key, remedy=remedy) from None
+            except TooComplex as error:
+                what = f"{told} {error}, which no module name needs"
+                raise InputError(what, file=file, key=key, remedy=remedy) from None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number that a factor can be made of."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # JSON's whole numbers have no end, and floats do.
+    return abs(value) < 1 << 64 if isinstance(value, int) else math.isfinite(value)
+
+
+def _told(value: object) -> str:
+    return shortened(repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "one beyond 64 bits", 120)
 
 
 def corrected(config: Config, updates: Mapping[str, LowRank], *, keep_targets: bool) -> dict[str, Any]:

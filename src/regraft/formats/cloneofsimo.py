@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import MODEL, Adapter, ModuleRef, TokenRef
 from regraft.errors import InputError
 from regraft.families import family_of_modules, without_text_model
 from regraft.formats import AdapterFile, BaseNames, Format, Written
@@ -32,6 +32,7 @@ TARGETS = {
     "text_encoder": ("CLIPAttention",),
 }
 EMBEDDED = "<embed>"
+TEXT = "text_encoder"
 
 _KEY = re.compile(r"(?P<component>unet|text_encoder):(?P<number>\d+):(?P<role>up|down)")
 _RANK = re.compile(r"(unet|text_encoder):\d+:rank")
@@ -72,7 +73,7 @@ def _targets_are_known(component: str, metadata: Mapping[str, str], file: Adapte
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     parts: dict[ModuleRef, Parts] = {}
-    tokens: dict[str, TensorRef] = {}
+    tokens: dict[TokenRef, TensorRef] = {}
     unrecognised: list[str] = []
     known = {component: _targets_are_known(component, file.metadata, file) for component in TARGETS}
     for key, ref in file.tensors.items():
@@ -80,7 +81,7 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         if found is None:
             if file.metadata.get(key) == EMBEDDED:
                 check_float(ref, file.path, key)
-                tokens[key] = ref
+                tokens[TokenRef(TEXT, key)] = ref
             else:
                 unrecognised.append(key)
             continue
@@ -129,7 +130,10 @@ def _write(adapter: Adapter) -> Written:
         metadata[f"{name}:rank"] = str(update.rank)
         metadata.setdefault(component, json.dumps(list(TARGETS[component])))
     for token, ref in adapter.tokens.items():
-        tensors[token], metadata[token] = ref, EMBEDDED
+        if token.component not in (MODEL, TEXT) or token.output or len(ref.shape) != 1:
+            what = "an embedding that is not one vector of the first text encoder"
+            raise cannot_hold("cloneofsimo", what, token, "It would be lost: write a1111-embedding.")
+        tensors[token.token], metadata[token.token] = ref, EMBEDDED
     return Written(contiguous(tensors), metadata)
 
 

@@ -12,6 +12,9 @@ Facts (diffusers 0.42):
   rules hold. Without it alpha = rank, scale 1. Other tools put ``.alpha`` beside the pair.
 - One model's ``save_lora_adapter`` leaves the component out of the keys and of those entries (``r``, ``lora_alpha``).
 - DoRA: ``lora_magnitude_vector``, from OneTrainer with ``.weight``, and its norms per input as ``dora_scale``.
+- Flux' control LoRAs have a ``lora_B.bias`` for each pair, and the norms of query and key stored whole
+  (``….attn.norm_q.weight``), which the Flux pipelines set. OneTrainer bundles embeddings of tokens
+  (`regraft.formats._bundled_embeddings`). A raw state dict has the adapter's name in it: ``.lora_A.default.weight``.
 - transformers 5 leaves ``text_model.`` out of CLIPTextModel's names: both spellings occur.
 """
 
@@ -27,6 +30,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.families import family_of_modules, without_text_model
 from regraft.formats import AdapterFile, BaseNames, Format, Written
+from regraft.formats._bundled_embeddings import TokenKeys, bundled, read_bundled
 from regraft.formats._common import (
     Choices,
     Parts,
@@ -59,6 +63,7 @@ COMPONENTS = (
 # Generation → what follows the module path for (down, up).
 _PAIRS = {
     "lora_A": (".lora_A.weight", ".lora_B.weight"),
+    "lora_A default": (".lora_A.default.weight", ".lora_B.default.weight"),
     "lora": (".lora.down.weight", ".lora.up.weight"),
     "lora_linear_layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 }
@@ -77,8 +82,11 @@ _PROCESSOR = re.compile(
 )
 _UNET_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _TEXT_PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
-# A file without components is a U-Net's, as its first names say.
+# A file without components is a U-Net's or a transformer's, as its first names say.
 _BARE_UNET = re.compile(r"(down_blocks|up_blocks|mid_block)\.")
+_BARE_TRANSFORMER = re.compile(r"((single_)?transformer_blocks\.\d+|blocks\.\d+\.attn[12]\.(to|add)_)")
+# Norms that the Flux pipelines set from a control LoRA's file; of other parameters none is loaded.
+_WHOLE = re.compile(r"(?P<path>.+\.norm_(added_)?[qk])\.weight")
 
 
 def _split(key: str, *, one_model: bool = False) -> tuple[str, str, str, str] | None:
@@ -98,8 +106,13 @@ def _split(key: str, *, one_model: bool = False) -> tuple[str, str, str, str] | 
     return None
 
 
+def _is_bare_transformer(file: AdapterFile) -> bool:
+    """Whether the keys are those of a transformer alone, without its component in front."""
+    return any(map(_BARE_TRANSFORMER.match, file.tensors)) and any(map(_SUFFIX.search, file.tensors))
+
+
 def _detect(file: AdapterFile) -> bool:
-    if METADATA in file.metadata:
+    if METADATA in file.metadata or _is_bare_transformer(file):
         return True
     return any(part is not None and part[2] in ("down", "up") for part in map(_split, file.tensors))
 
@@ -109,12 +122,21 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     main, one_model = _main_component(file.tensors), "" in configs
     if one_model:
         configs[main] = configs.pop("") | configs.get(main, {})
+    named = one_model or _is_bare_transformer(file)
+    tokens, token_keys = read_bundled(file.tensors, file.path)
+    whole: dict[ModuleRef, Update] = {}
     parts: dict[ModuleRef, Parts] = {}
     generations, magnitudes = Choices(), Choices()
     unrecognised: list[str] = []
     bare = False
     for key, ref in file.tensors.items():
-        split = _split(key, one_model=one_model)
+        if key in token_keys.values():
+            continue
+        split = _split(key, one_model=named)
+        if split is None and (parameter := _parameter(key, main if named else "")):
+            whole[parameter] = Full(ref, key)
+            bare |= not key.startswith(f"{parameter.component}.")
+            continue
         if split is None:
             unrecognised.append(key)
             continue
@@ -132,10 +154,12 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         module: _low_rank(module, part, values.get(module), configs.get(module.component), file.path)
         for module, part in parts.items()
     }
+    updates |= whole
     layout = {
         "generations": generations.to_layout(),
         "magnitudes": magnitudes.to_layout(),
         "bare": bare,
+        "tokens": token_keys,
         "unprefixed": main if one_model else "",
         "modules": {component: tuple(paths) for component, paths in _grouped(parts).items()},
     }
@@ -145,9 +169,18 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         layout,
         file.metadata,
         family=family_of_modules(shapes_of(updates)),
+        tokens=tokens,
         unrecognised=tuple(unrecognised),
         path=file.path,
     )
+
+
+def _parameter(key: str, unprefixed: str) -> ModuleRef | None:
+    """The transformer's norm that a key stores whole; None for other keys."""
+    component, _, rest = key.partition(".")
+    if component != "transformer":
+        component, rest = unprefixed, key
+    return ModuleRef(component, rest) if component == "transformer" and _WHOLE.fullmatch(rest) else None
 
 
 def _main_component(keys: Iterable[str]) -> str:
@@ -206,17 +239,23 @@ def _low_rank(
 
 
 def _write(adapter: Adapter) -> Written:
-    if adapter.tokens:
-        token = next(iter(adapter.tokens))
-        raise cannot_hold("diffusers", "embeddings of added tokens", token, "They would be lost: keep the old format.")
     own = adapter.format == "diffusers"
+    token_keys: TokenKeys = adapter.layout.get("tokens", {}) if own else {}
+    for token in adapter.tokens:
+        if token not in token_keys:
+            # diffusers' own loader passes them over: only a file that had them keeps them.
+            remedy = "They would be lost: keep the old format."
+            raise cannot_hold("diffusers", "embeddings of added tokens", token, remedy)
     components: dict[str, dict[str, LowRank]] = {}
-    tensors: dict[str, TensorRef] = {}
+    tensors: dict[str, TensorRef] = bundled(adapter.tokens, token_keys)
     for module, update in adapter.updates.items():
         component = component_for(adapter, module.component, "diffusers")
+        if isinstance(update, Full) and component == "transformer" and _WHOLE.fullmatch(module.path):
+            tensors[_stem(adapter.layout if own else {}, component, module.path)] = update.value
+            continue
         if isinstance(update, Full):
             remedy = "They would be lost: keep PEFT's format."
-            raise cannot_hold("diffusers", "parameters stored whole", module, remedy)
+            raise cannot_hold("diffusers", "parameters stored whole, but for norms of query and key", module, remedy)
         if not isinstance(update, LowRank):
             remedy = "It would be lost: keep the old format."
             raise cannot_hold("diffusers", f"{update.kind} updates", module, remedy)

@@ -11,6 +11,8 @@ Facts (peft 0.21):
 - ``fan_in_fan_out`` (GPT-2's Conv1D): the base's weight is (in, out), so ΔW is (B A)ᵀ there too.
 - DoRA: ``lora_magnitude_vector`` without ``.weight``; (out,), or (1, out, 1, 1) for a convolution. ``lora_B.bias`` is
   scaled like ΔW.
+- Other tuners (LoHa, LoKr, OFT, BOFT, IA3, trainable tokens): `regraft.formats._peft_kinds`. One file holds one kind.
+- ``target_parameters`` (experts stacked in one parameter) are no plain products: their keys are listed, not read.
 - Parameters stored whole: ``modules_to_save``, trained biases (``<module>.bias``, with a segment ``base_layer`` where
   the module has a LoRA too), and a copy of a targeted embedding's weight (``<module>.base_layer.weight``).
 """
@@ -19,21 +21,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regraft.adapter import MODEL, Adapter, ModuleRef
+from regraft.adapter import MODEL, Adapter, ModuleRef, TokenRef
 from regraft.errors import OutputError
 from regraft.families import family_of_modules, refine_by_hint
 from regraft.formats import AdapterFile, BaseNames, Format, Written
+from regraft.formats._bundled_embeddings import check_embedding
 from regraft.formats._common import Choices, Parts, chosen, contiguous, shapes_of, training_metadata
 from regraft.formats._factors import Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
 from regraft.formats._model_card import CARD, with_base
 from regraft.formats._peft_config import MINIMAL, check_config, corrected, scale_of
+from regraft.formats._peft_kinds import (
+    TOKENS,
+    TYPES,
+    build_kind,
+    check_kind,
+    check_kind_config,
+    corrected_kind,
+    kind_keys,
+    split_kind,
+    split_tokens,
+    token_of,
+)
 from regraft.output import ADAPTER_CONFIG
 from regraft.tensors import TensorRef, Transposed
-from regraft.updates import Full, LowRank, Update
+from regraft.updates import Full, LoHa, LoKr, LowRank, Update
 from regraft.updates.lowrank import Orientation
 
 PREFIX = "base_model.model."
@@ -57,6 +73,7 @@ _OTHER_TUNERS = re.compile(
     r"\.(lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|trainable_tokens|token_adapter|glora_|ln_tuning|hra_|vblora_|"
     r"fourierft_|prompt_|adaption_|randlora_|shira_|c3a_|miss_|bone_|road_|waveft_|osf_|gralora_|delora_)"
 )
+_READ = ("LORA", *TYPES, TOKENS)
 # The weights of these heads are (out, in) even in a model whose blocks are Conv1D.
 _LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "summary")
 
@@ -70,44 +87,30 @@ def _detect(file: AdapterFile) -> bool:
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     config = file.config
     prefix = PREFIX if any(key.startswith(PREFIX) for key in file.tensors) else ""
-    kind = str((config or {}).get("peft_type") or "LORA").upper()
-    if config is not None and kind == "LORA":
+    stated = None if config is None else str(config.get("peft_type") or "LORA").upper()
+    keys = _sorted_keys(file, prefix, stated)
+    if config is not None:
         where = file.path / CONFIG if file.path.is_dir() else file.path.with_name(CONFIG)
-        check_config(config, where)
-    wrapped = _wrapped_parameters(config)
-    parts: dict[str, Parts] = {}
-    full: dict[str, Full] = {}
-    unrecognised: list[str] = []
-    adapter_names: set[str] = set()
-    magnitudes = Choices()
-    for key, ref in file.tensors.items():
-        found = _LORA.fullmatch(key.removeprefix(prefix))
-        role = _ROLES.get((found["part"], found["suffix"])) if found else None
-        if kind != "LORA" or not key.startswith(prefix) or (found and found["path"].endswith(wrapped)):
-            unrecognised.append(key)
-        elif found and role:
-            parts.setdefault(found["path"], Parts()).add(role, key, ref, file.path)
-            if found["name"]:
-                adapter_names.add(found["name"])
-            if role == "magnitude":
-                magnitudes.note(MODEL, found["path"], found["suffix"] or "")
-            if "embedding" in found["part"]:
-                parts[found["path"]].embedding = True
-        elif _OTHER_TUNERS.search(f".{key}"):
-            unrecognised.append(key)
-        else:
-            full[_whole_parameter(key.removeprefix(prefix))] = Full(ref, key)
+        if stated == "LORA":
+            check_config(config, where)
+        elif keys.kinds:
+            check_kind_config(config, str(stated), where)
     updates: dict[ModuleRef, Update] = {
-        ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in parts.items()
+        ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in keys.lora.items()
     }
-    updates |= {ModuleRef(MODEL, path): update for path, update in full.items()}
+    for (kind, path), parts in keys.kinds.items():
+        updates[ModuleRef(MODEL, path)] = build_kind(kind, path, parts, file)
+    updates |= {ModuleRef(MODEL, path): update for path, update in keys.full.items()}
     layout = {
         "bare": config is None,
         "prefix": prefix,
-        "adapter_name": next(iter(adapter_names)) if len(adapter_names) == 1 else "",
-        "magnitude": magnitudes.to_layout(),
-        "modules": tuple(parts),
+        "adapter_name": next(iter(keys.names)) if len(keys.names) == 1 else "",
+        "magnitude": keys.magnitudes.to_layout(),
+        "modules": (*keys.lora, *(path for _, path in keys.kinds)),
         "base_model": (config or {}).get("base_model_name_or_path"),
+        "nested": keys.nested,
+        "tokens": {token: key for token, (key, _) in keys.tokens.items()},
+        "unsupported": stated if stated is not None and stated not in _READ else "",
     }
     family = refine_by_hint(family_of_modules(shapes_of(updates)), _hint(config))
     return Adapter(
@@ -117,10 +120,63 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         file.metadata,
         config,
         family,
-        unrecognised=tuple(unrecognised),
+        tokens={token: ref for token, (_, ref) in keys.tokens.items()},
+        unrecognised=tuple(keys.unrecognised),
         sidecars=file.sidecars,
         path=file.path,
     )
+
+
+@dataclass
+class _Keys:
+    """The keys of a file by what they are."""
+
+    lora: dict[str, Parts] = field(default_factory=dict)
+    kinds: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+    full: dict[str, Full] = field(default_factory=dict)
+    tokens: dict[TokenRef, tuple[str, TensorRef]] = field(default_factory=dict)
+    unrecognised: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    nested: dict[str, str] = field(default_factory=dict)
+    magnitudes: Choices = field(default_factory=Choices)
+
+
+def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
+    """Tell LoRA's keys, those of the other kinds and whole parameters apart; ``stated`` is the config's peft_type."""
+    wrapped = _wrapped_parameters(file.config)
+    keys = _Keys()
+    for key, ref in file.tensors.items():
+        name = key.removeprefix(prefix)
+        found = _LORA.fullmatch(name)
+        role = _ROLES.get((found["part"], found["suffix"])) if found else None
+        kind = split_kind(name)
+        embedding = split_tokens(name)
+        if not key.startswith(prefix) or stated not in (None, *_READ) or (found and found["path"].endswith(wrapped)):
+            keys.unrecognised.append(key)
+        elif found and role and stated in (None, "LORA"):
+            # Beside `target_parameters` the modules inside of the wrapped one have a level more.
+            path = found["path"].replace(".base_layer.", ".")
+            if path != found["path"]:
+                keys.nested[path] = found["path"]
+            part = keys.lora.setdefault(path, Parts())
+            part.add(role, key, ref, file.path)
+            part.embedding |= "embedding" in found["part"]
+            if found["name"]:
+                keys.names.add(found["name"])
+            if role == "magnitude":
+                keys.magnitudes.note(MODEL, path, found["suffix"] or "")
+        elif kind and stated in (None, kind[0]):
+            keys.kinds.setdefault((kind[0], kind[1]), {})[kind[2]] = key
+            if kind[3]:
+                keys.names.add(kind[3])
+        elif embedding and stated in (None, "LORA", TOKENS):
+            check_embedding(ref, file.path, key)
+            keys.tokens[token_of(embedding, file.config)] = (key, ref)
+        elif _OTHER_TUNERS.search(f".{key}"):
+            keys.unrecognised.append(key)
+        else:
+            keys.full[_whole_parameter(name)] = Full(ref, key)
+    return keys
 
 
 def _wrapped_parameters(config: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -168,41 +224,74 @@ def _write(adapter: Adapter) -> Written:
             file=adapter.path,
             remedy="Write it as diffusers or kohya.",
         )
-    if adapter.tokens:
-        token = next(iter(adapter.tokens))
-        raise cannot_hold("PEFT", "embeddings of added tokens", token, "They would be lost: keep the old format.")
-    paths = next(iter(components.values()), {})
     own = adapter.format == "peft"
+    token_keys: Mapping[TokenRef, str] = adapter.layout.get("tokens", {}) if own else {}
+    for token in adapter.tokens:
+        if token not in token_keys:
+            lost = "They would be lost: keep the old format."
+            raise cannot_hold("PEFT", "embeddings of added tokens", token, lost)
+    paths = next(iter(components.values()), {})
     bare = own and bool(adapter.layout.get("bare"))
     low_rank = {path: update for path, update in paths.items() if isinstance(update, LowRank)}
+    others = {path: update for path, update in paths.items() if not isinstance(update, LowRank | Full)}
+    kind = _one_kind(low_rank, others, own=own)
     _check_uniform(low_rank)
-    tensors: dict[str, TensorRef] = {}
+    tensors: dict[str, TensorRef] = {token_keys[token]: ref for token, ref in adapter.tokens.items()}
     for path, update in paths.items():
         if isinstance(update, Full):
             tensors[_full_key(adapter, path, update)] = update.value
         elif isinstance(update, LowRank):
             tensors |= _keys(adapter, path, folded(update) if bare else update)
         else:
-            raise cannot_hold("PEFT", f"{update.kind} updates", path, "It would be lost: keep the old format.")
+            tensors |= kind_keys(update, *_stem(adapter, path))
     metadata = dict(adapter.metadata) if own else {"format": "pt", **training_metadata(adapter.metadata)}
     if bare:
-        _check_bare(low_rank)
+        _check_bare(paths)
         return Written(contiguous(tensors), metadata)
-    config = adapter.config if own and adapter.config is not None else MINIMAL
-    keep = own and adapter.config is not None and set(adapter.layout.get("modules", ())) == set(low_rank)
-    config = corrected(config, low_rank, keep_targets=keep)
-    if any(update.orientation == "conv1d" for update in low_rank.values()):
-        config["fan_in_fan_out"] = True
-    files: dict[str, str | Path] = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n", **adapter.sidecars}
+    config = _config(adapter, kind, low_rank, others, own=own)
+    files: dict[str, str | Path | Callable[[Path], None]] = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n",
+        **adapter.sidecars,
+    }
     if CARD in files and own:
         old, new = adapter.layout.get("base_model"), config.get("base_model_name_or_path")
         files[CARD] = with_base(adapter.sidecars[CARD], old, new)
     return Written(contiguous(tensors), metadata, files, folder=True)
 
 
-def _check_bare(updates: Mapping[str, LowRank]) -> None:
+def _one_kind(low_rank: Mapping[str, LowRank], others: Mapping[str, Update], *, own: bool) -> str:
+    """The peft_type of a file that holds these updates: there is one for all."""
+    kinds = {check_kind(update, path, own=own): path for path, update in others.items()}
+    if low_rank:
+        kinds["LORA"] = next(iter(low_rank))
+    if len(kinds) > 1:
+        names = " beside ".join(sorted(kinds))
+        raise cannot_hold(
+            "PEFT", f"{names}: one file has one peft_type", list(kinds.values())[1], "Keep the old format."
+        )
+    return next(iter(kinds), "LORA")
+
+
+def _config(
+    adapter: Adapter, kind: str, low_rank: Mapping[str, LowRank], others: Mapping[str, Update], *, own: bool
+) -> dict[str, Any]:
+    keep = own and adapter.config is not None
+    keep = keep and set(adapter.layout.get("modules", ())) == {*low_rank, *others}
+    old = adapter.config if own and adapter.config is not None else None
+    if kind != "LORA":
+        return corrected_kind(old, kind, others, keep_targets=keep)
+    config = corrected(MINIMAL if old is None else old, low_rank, keep_targets=keep)
+    if any(update.orientation == "conv1d" for update in low_rank.values()):
+        config["fan_in_fan_out"] = True
+    return config
+
+
+def _check_bare(updates: Mapping[str, Update]) -> None:
     for path, update in updates.items():
-        if update.orientation == "conv1d":
+        if isinstance(update, LoHa | LoKr) and update.scale != 1.0:
+            remedy = "Without its config nothing says the scale: write a folder."
+            raise cannot_hold("bare PEFT", f"a {update.kind} update of another scale than 1", path, remedy)
+        if isinstance(update, LowRank) and update.orientation == "conv1d":
             remedy = "Without its config nothing says that the weights are transposed: write a folder."
             raise cannot_hold("bare PEFT", "an update of a Conv1D layer", path, remedy)
 
@@ -224,10 +313,16 @@ def _full_key(adapter: Adapter, path: str, update: Full) -> str:
     return f"{prefix}{path}"
 
 
-def _keys(adapter: Adapter, path: str, update: LowRank) -> dict[str, TensorRef]:
+def _stem(adapter: Adapter, path: str) -> tuple[str, str]:
+    """What stands before and, as a raw state dict's adapter name, behind a part's name."""
     layout = adapter.layout if adapter.format == "peft" else {}
     name = f".{layout['adapter_name']}" if layout.get("adapter_name") else ""
-    stem = f"{layout.get('prefix', PREFIX)}{path}"
+    return f"{layout.get('prefix', PREFIX)}{layout.get('nested', {}).get(path, path)}", name
+
+
+def _keys(adapter: Adapter, path: str, update: LowRank) -> dict[str, TensorRef]:
+    layout = adapter.layout if adapter.format == "peft" else {}
+    stem, name = _stem(adapter, path)
     up, down = update.up, update.down
     if update.orientation == "embedding":
         keys = {f"{stem}.lora_embedding_A{name}": transposed(up), f"{stem}.lora_embedding_B{name}": transposed(down)}

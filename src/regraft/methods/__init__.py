@@ -49,6 +49,11 @@ class WeightPairs(Protocol):
         """The old base's modules that need a transport."""
         ...
 
+    @property
+    def sampled(self) -> bool:
+        """Whether the weights are far away, so that a method should do with `nearness` if it can."""
+        ...
+
     def __iter__(self) -> Iterator[ModuleRef]:
         """All paired modules of the old base, in its order: further evidence beside the wanted ones."""
         ...

@@ -53,6 +53,9 @@ def auto(pairs: WeightPairs) -> Fit:
     if near and in_place >= _IN_PLACE:
         reason = f"the weights are still in place (similarity {in_place:.2f}), where a copy is hard to beat"
         return Fit(_copied(near, resized), "copy", reason)
+    if pairs.sampled:
+        reason = "the weights are not in place; the bases were read in part, which is not enough to look for more"
+        return Fit(_copied(near, resized), "copy", reason)
     if near and not resized and not _same_spectra(pairs, list(near)):
         return Fit(
             _copied(near, resized), "copy", "no correspondence found between the weights: nothing better than a copy"

@@ -31,14 +31,20 @@ def no_ticker(done: int, total: int, what: str) -> None:
     """Of a caller that wants to hear nothing."""
 
 
-def read_whole(path: str | Path, names: BaseNames | None = None) -> Adapter:
+def read_whole(path: str | Path, base: Base | None = None, *, names: BaseNames | None = None) -> Adapter:
     """An adapter of which every key is understood and every value is a number.
+
+    Args:
+        path: of it.
+        base: its names un-flatten underscored ones, its config says how GGUF orders rows.
+        names: those alone, where there is no more of the base.
 
     Raises:
         InputError: it can't be read, or holds NaN or Inf.
         OutputError: keys are not understood, which a result would lose.
     """
-    adapter = load_adapter(path, names=names)
+    names = names_in(base) if base is not None else names
+    adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
     if adapter.unrecognised:
         count = len(adapter.unrecognised)
         raise OutputError(
@@ -67,13 +73,19 @@ class BaseWeights:
         homes: dict[ModuleRef, ModuleRef] = {}
         for component, updates in self.adapter.components().items():
             wanted = {parameter_of(path, update): path for path, update in updates.items()}
-            home = find_component(self.base, component, [name.rpartition(".")[0] for name in wanted])
+            home = self._component(component, wanted)
             if home is None:
                 continue
             for name, found in resolve_names(wanted, set(self.base.components[home])).items():
                 if found is not None:
                     homes[ModuleRef(component, wanted[name])] = ModuleRef(home, found)
         return homes
+
+    def _component(self, component: str, names: Iterable[str]) -> str | None:
+        found = find_component(self.base, component, [name.rpartition(".")[0] for name in names])
+        # Norms and biases alone name no module that it knows.
+        alone = component == MODEL and len(self.base.components) == 1
+        return next(iter(self.base.components)) if found is None and alone else found
 
     def find(self, ref: ModuleRef) -> TensorRef | None:
         """The parameter in the base, still on disk, or None."""
@@ -158,9 +170,10 @@ def aligned_names(adapters: Iterable[Adapter]) -> list[dict[ModuleRef, ModuleRef
     """
     adapters = list(adapters)
     components = {component for adapter in adapters for component in adapter.components()}
+    known = next((adapter.family for adapter in adapters if adapter.family is not None), None)
     aligned = []
     for adapter in adapters:
-        family = get_family(adapter.family)
+        family = get_family(adapter.family or known)
         main = family.main if family is not None and components != {MODEL} else MODEL
         named: dict[ModuleRef, ModuleRef] = {}
         for ref in adapter.updates:

@@ -19,7 +19,8 @@ from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.errors import OutputError, UsageError
-from regraft.formats import AdapterFile, Format, Written, get_format
+from regraft.families import get_family
+from regraft.formats import AdapterFile, Format, Written, formats, get_format
 from regraft.formats.peft import PREFIX
 from regraft.metadata import strip_private, with_ranks
 from regraft.ops._common import (
@@ -31,7 +32,6 @@ from regraft.ops._common import (
     change_on,
     factored,
     for_target,
-    names_in,
     no_ticker,
     read_whole,
 )
@@ -199,6 +199,7 @@ class _Forms:
     """Other forms of the same change, the best first."""
 
     def __init__(self, adapter: Adapter, base: Base | None, energy: float | None, *, dry_run: bool) -> None:
+        self.adapter = adapter
         self.base = BaseWeights(base, adapter) if base is not None else None
         self.factors = Factors(adapter, self.base)
         self.energy, self.dry_run = energy, dry_run
@@ -209,7 +210,7 @@ class _Forms:
         if exact is not None and exact is not update:
             reason = f"a {update.kind} equals a LoRA of rank {exact.rank}"
             yield Form({ref: exact}, "rewritten", reason)
-        if exact is not None and exact.bias is not None:
+        if exact is not None and exact.bias is not None and self._has_bias(ref):
             bias = exact.bias.load().float() * exact.scale
             path = f"{ref.path}.bias"
             parts: dict[ModuleRef, Update] = {
@@ -256,10 +257,21 @@ class _Forms:
             return
         path = f"{home.path}.bias"
         yield Form({home: replace(found, bias=InMemory(bias))}, "merged", said, kept)
-        yield Form({home: found, ModuleRef(home.component, path): Diff(InMemory(bias), path)}, "merged", said, kept)
+        if self._has_bias(ref):
+            yield Form({home: found, ModuleRef(home.component, path): Diff(InMemory(bias), path)}, "merged", said, kept)
+
+    def _has_bias(self, ref: ModuleRef) -> bool:
+        """Whether the layer has a bias that can be changed, by the base or else by the family."""
+        if self.base is not None:
+            return self.base.bias(ref) is not None
+        family = get_family(self.adapter.family)
+        known = family.parameters.get(ref.component, {}) if family is not None else {}
+        return f"{ref.path}.weight" not in known or f"{ref.path}.bias" in known
 
     def _bias_change(self, ref: ModuleRef, update: Update) -> Tensor | None:
-        """What PEFT's IA3 does to the layer's bias on the base, (out,), or None."""
+        """What the update does to the layer's bias, (out,), or None: PEFT's ``lora_bias``, its IA3 on the base."""
+        if isinstance(update, LowRank) and update.bias is not None:
+            return update.bias.load().float() * update.scale
         found = self.base.bias(ref) if self.base is not None and isinstance(update, Ia3) else None
         if found is None or not isinstance(update, Ia3):
             return None
@@ -313,7 +325,7 @@ def convert_adapter(
     if not dry_run:
         check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
     opened = open_base(base) if base is not None else None
-    adapter = for_target(read_whole(source, names_in(opened) if opened is not None else None), target, format)
+    adapter = for_target(read_whole(source, opened), target, format)
     removed: list[str] = []
     if not private:
         adapter, removed = strip_private(adapter)
@@ -375,7 +387,15 @@ def check_back(adapter: Adapter, written: Written, format: Format, target: Path)
         json.loads(config) if isinstance(config, str) else None,
     )
     names = {component: tuple(updates) for component, updates in adapter.components().items()}
-    back = format.read(file, names)
+    reader = next((known for known in formats().values() if known.detect(file)), None)
+    if reader is None:
+        raise OutputError(
+            f"nothing in a {format.name} file of this adapter would tell what it is",
+            file=adapter.path,
+            key=next(iter(written.tensors)),
+            remedy="Choose another format.",
+        )
+    back = reader.read(file, names)
     ours, theirs = ({name: ref for ref, name in named.items()} for named in aligned_names((adapter, back)))
     for name, ref in ours.items():
         if name not in theirs or not _alike(adapter.updates[ref], back.updates[theirs[name]]):
@@ -402,4 +422,12 @@ def _alike(meant: Update, got: Update) -> bool:
         return isclose(meant.norm(), got.norm(), rel_tol=tolerance, abs_tol=1e-30)
     except ValueError:
         # It depends on the base's weight: the same tensors are the same change.
-        return meant.kind == got.kind and len(meant.parts()) == len(got.parts())
+        ours, theirs = _sizes(meant), _sizes(got)
+        if meant.kind != got.kind or ours.keys() != theirs.keys():
+            return False
+        return all(isclose(size, theirs[role], rel_tol=tolerance) for role, size in ours.items())
+
+
+def _sizes(update: Update) -> dict[str, float]:
+    """Role → norm of the tensor, without alpha, which a format may state or leave out."""
+    return {role: float(ref.load().float().norm()) for role, ref in update.parts().items() if role != "alpha"}

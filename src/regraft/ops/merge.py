@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regraft._version import __version__
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import Adapter, ModuleRef, TokenRef
 from regraft.base import Base, open_base
 from regraft.errors import Refused, UsageError
 from regraft.families import same_naming
@@ -31,7 +31,6 @@ from regraft.ops._common import (
     change_on,
     factored,
     for_target,
-    names_in,
     no_ticker,
     read_whole,
     same_tensors,
@@ -140,15 +139,15 @@ def _config(adapters: Sequence[Adapter]) -> dict[str, Any] | None:
     return {**config, "modules_to_save": list(dict.fromkeys(saved))} if saved else config
 
 
-def _tokens(adapters: Sequence[Adapter]) -> dict[str, TensorRef]:
-    tokens: dict[str, TensorRef] = {}
+def _tokens(adapters: Sequence[Adapter]) -> dict[TokenRef, TensorRef]:
+    tokens: dict[TokenRef, TensorRef] = {}
     for adapter in adapters:
         for token, ref in adapter.tokens.items():
             if token in tokens and not same_tensors({"": tokens[token]}, {"": ref}):
                 raise Refused(
                     "two of the inputs have different embeddings for this token",
                     file=adapter.path,
-                    key=token,
+                    key=str(token),
                     remedy="Rename the token in one of them.",
                 )
             tokens[token] = ref
@@ -349,8 +348,7 @@ def merge_adapters(
     for source in sources:
         check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
     opened = open_base(base) if base is not None else None
-    names = names_in(opened) if opened is not None else None
-    adapters = [read_whole(source, names) for source in sources]
+    adapters = [read_whole(source, opened) for source in sources]
     merged, rows = merge(adapters, settings, opened, tick=tick)
     into = format or merged.format
     written = for_target(cast(merged, save_dtype), target, into).save(target, format=into, overwrite=overwrite)

@@ -18,7 +18,7 @@ from regraft.carry import matches
 from regraft.errors import OutputError, UsageError
 from regraft.formats import get_format
 from regraft.metadata import with_ranks
-from regraft.ops._common import BaseWeights, Factors, Ticker, cast, for_target, names_in, no_ticker, read_whole
+from regraft.ops._common import BaseWeights, Factors, Ticker, cast, for_target, no_ticker, read_whole
 from regraft.output import check_writable
 from regraft.report.ops_schema import ResizedModule, ResizeReport
 from regraft.transport import Transport
@@ -155,7 +155,7 @@ def resize_adapter(
     target = Path(target).expanduser()
     check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
     opened = open_base(base) if base is not None else None
-    adapter = read_whole(source, names_in(opened) if opened is not None else None)
+    adapter = read_whole(source, opened)
     resized, rows, kept = resize(adapter, sizes, to_lora=to_lora, base=opened, tick=tick)
     if not any(isinstance(update, LowRank) for update in resized.updates.values()):
         raise OutputError("no module of this file has factors to resize", file=source, remedy=_remedy(rows, to_lora))

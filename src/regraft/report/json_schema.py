@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
+from regraft.report.identify_schema import IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
 from regraft.report.schema import (
     SCHEMA_VERSION,
@@ -28,6 +29,7 @@ from regraft.report.schema import (
 #: What each verb prints with ``--json``.
 RECORDS: dict[str, Any] = {
     "inspect": InspectReport,
+    "identify": IdentifyReport,
     "check": CheckReport,
     "port": PortReport,
     "verify": VerifyReport,

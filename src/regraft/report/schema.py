@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 SCHEMA_VERSION = 1
 
@@ -60,6 +61,9 @@ class BaseSummary(Record):
     family: str | None
     fingerprint: str
     structure: str
+    # For files that name the base, not for reports: a lineage or migration is to recognise it in another precision.
+    sketch: SkipJsonSchema[str | None] = Field(default=None, exclude=True, repr=False)
+    components: SkipJsonSchema[dict[str, str]] = Field(default_factory=dict, exclude=True, repr=False)
 
 
 class CheckedModule(Record):
@@ -153,6 +157,7 @@ class PortReport(VersionedRecord):
     target: BaseSummary | None = Field(default=None, alias="to")
     migration: str | None = Field(default=None, description="migration file that was used or written")
     migration_bytes: int | None = Field(default=None, description="its size")
+    path: list[str] = Field(default_factory=list, description="migration files of `--migrations`, in order")
     tokens: list[str] = Field(default_factory=list, description="added tokens, carried as they are")
     left_behind: list[str] = Field(default_factory=list, description="other weights files that lay beside it")
     removed: list[str] = Field(default_factory=list, description="header entries taken out by --strip-private")

@@ -1,0 +1,247 @@
+"""PEFT's tuners beside LoRA whose change of a weight is known: their keys, configs and conventions.
+
+Facts (peft 0.21.2; merged weights are judged in tests/formats/test_peft_kinds.py):
+
+- LoHa, LoKr: ``hada_w1_a`` …, ``lokr_w1`` … without ``.weight``; scale = alpha / r, also where both halves of a LoKr
+  are full. ``rank_pattern`` and ``alpha_pattern`` as for LoRA, with ``alpha`` in place of ``lora_alpha``.
+- OFT: ``oft_R.weight``, the upper triangles of the blocks. BOFT: ``boft_R`` and ``boft_s``.
+- IA3: ``ia3_l``, (out, 1), or (1, in) where ``feedforward_modules`` names the module; (1, n, 1, 1) on convolutions,
+  where the config alone tells the axis.
+- Trainable tokens: ``trainable_tokens_delta`` (tokens, width) holds new rows of an embedding, by the config's indices;
+  beside a LoRA with a level ``token_adapter`` before it.
+- Without a config: scale 1, OFT by PEFT's defaults, IA3's axis by shape.
+- Every other tuner (VeRA, FourierFT, prompts, …) is named, and its keys are listed: nothing of it is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.adapter import MODEL, TokenRef
+from regraft.errors import InputError
+from regraft.formats import AdapterFile
+from regraft.formats._common import Parts, check_float
+from regraft.formats._factors import cannot_hold
+from regraft.formats._peft_config import Config, by_pattern, exactly, is_matched
+from regraft.formats._suffixes import build
+from regraft.tensors import InMemory, TensorRef
+from regraft.updates import Boft, Ia3, LoHa, LoKr, Oft, Update
+
+#: peft_type → kind of update.
+TYPES = {"LOHA": LoHa, "LOKR": LoKr, "OFT": Oft, "BOFT": Boft, "IA3": Ia3}
+TOKENS = "TRAINABLE_TOKENS"
+_BEGINNINGS = {"hada": "LOHA", "lokr": "LOKR", "oft": "OFT", "boft": "BOFT", "ia3": "IA3"}
+_KEY = re.compile(
+    r"(?P<path>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_R|boft_[Rs]|ia3_l)"
+    r"(?:\.(?!weight$)(?P<name>[^.]+))?(?P<suffix>\.weight)?"
+)
+_TOKENS_KEY = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+# Fields that narrow down what target_modules names.
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+# PEFT's own defaults, for a file without its config.
+_NEUMANN_TERMS = 5
+
+
+def split_kind(key: str) -> tuple[str, str, str, str] | None:
+    """peft_type, module path, part and adapter name of a key without its prefix; None for other keys."""
+    found = _KEY.fullmatch(key)
+    if found is None or (found["part"] == "oft_R") != bool(found["suffix"]):
+        return None
+    return _BEGINNINGS[found["part"].partition("_")[0]], found["path"], found["part"], found["name"] or ""
+
+
+def split_tokens(key: str) -> str | None:
+    """Path of the embedding whose rows a key replaces; None for other keys."""
+    found = _TOKENS_KEY.fullmatch(key)
+    return found["path"] if found else None
+
+
+def token_of(path: str, config: Config | None) -> TokenRef:
+    """The name of an embedding's replaced rows, with their numbers where the config tells them."""
+    numbers = (config or {}).get("token_indices")
+    given = (config or {}).get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        numbers = next((value for name, value in given.items() if is_matched(path, [str(name)])), None)
+    elif given is not None:
+        numbers = given
+    return TokenRef(MODEL, f"{path}{numbers if isinstance(numbers, list) else '[…]'}")
+
+
+def build_kind(kind: str, path: str, parts: Mapping[str, str], file: AdapterFile) -> Update:
+    """The update of one module.
+
+    Args:
+        kind: peft_type.
+        path: of the module.
+        parts: part (``hada_w1_a``) → key.
+        file: that holds the keys.
+
+    Raises:
+        InputError: a part is missing, of a wrong dtype or shape.
+    """
+    config = file.config
+    if kind in ("LOHA", "LOKR"):
+        update = build({f".{part}": key for part, key in parts.items()}, file, None)
+        assert isinstance(update, LoHa | LoKr)
+        return replace(update, scale=1.0 if config is None else kind_scale(config, path, update.rank))
+    held = Parts()
+    for part, key in parts.items():
+        held.add(part, key, file.tensors[key], file.path)
+        check_float(file.tensors[key], file.path, key)
+    if kind == "OFT":
+        blocks = _shaped(held, "oft_R", 2, file.path)
+        own = config or {}
+        series = own.get("use_cayley_neumann", True)
+        terms = int(own.get("num_cayley_neumann_terms", _NEUMANN_TERMS)) if series else None
+        return Oft(blocks, convention="peft", terms=terms, eps=float(own["eps"]) if own.get("coft") else None)
+    if kind == "BOFT":
+        return Boft(_shaped(held, "boft_R", 4, file.path), _shaped(held, "boft_s", 2, file.path), convention="peft")
+    factors = held.tensors["ia3_l"]
+    on_input = _on_input(path, factors, config)
+    if (config or {}).get("fan_in_fan_out"):
+        # Our axis is that of the base's own weight, which is (in, out) there.
+        on_input = not on_input
+    return Ia3(factors, InMemory(torch.tensor(int(on_input))), convention="peft")
+
+
+def _on_input(path: str, factors: TensorRef, config: Config | None) -> bool:
+    if config is not None:
+        named = config.get("feedforward_modules") or []
+        return bool(re.fullmatch(named, path)) if isinstance(named, str) else is_matched(path, map(str, named))
+    return len(factors.shape) == 2 and factors.shape[0] == 1
+
+
+def _shaped(held: Parts, part: str, dims: int, file: Path) -> TensorRef:
+    if part not in held.tensors:
+        raise InputError(
+            f"has no matching {part} tensor: the update is incomplete",
+            file=file,
+            key=next(iter(held.keys.values())),
+            remedy="Get the file again, or save it again from its trainer.",
+        )
+    ref = held.tensors[part]
+    if len(ref.shape) != dims or 0 in ref.shape:
+        what = f"must have {dims} dimensions, but has shape {list(ref.shape)}"
+        raise InputError(what, file=file, key=held.keys[part], remedy="The file is damaged: get another one.")
+    return ref
+
+
+def kind_scale(config: Config, path: str, rank: int | None) -> float:
+    """alpha / r of LoHa and LoKr; r is the tensors' own, or the config's where both halves are full."""
+    alpha = by_pattern(config.get("alpha_pattern"), path, config["alpha"])
+    return alpha / (rank or by_pattern(config.get("rank_pattern"), path, config["r"]))
+
+
+def check_kind_config(config: Config, kind: str, file: Path) -> None:
+    """Make sure that what `build_kind` reads out of a config is there.
+
+    Raises:
+        InputError: a field is missing, or no number.
+    """
+    numbers = {"LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}.get(kind, ())
+    for name in numbers:
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            what = "is missing" if value is None else f"must be a number above 0, not {value!r}"
+            raise InputError(what, file=file, key=name, remedy="Give the config that was saved with these weights.")
+    for name in ("rank_pattern", "alpha_pattern") if numbers else ():
+        for pattern, value in (config.get(name) or {}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or (name == "rank_pattern" and value <= 0):
+                what = f"{pattern!r} must have a number, not {value!r}"
+                raise InputError(what, file=file, key=name, remedy="Give the config that was saved with these weights.")
+
+
+def kind_keys(update: Update, stem: str, name: str) -> dict[str, TensorRef]:
+    """The keys of an update of one of `TYPES`.
+
+    Args:
+        update: of PEFT's convention.
+        stem: prefix and module path.
+        name: the adapter's, with its dot, as a raw state dict has it; or empty.
+    """
+    if isinstance(update, LoHa | LoKr):
+        start = "hada" if isinstance(update, LoHa) else "lokr"
+        left_out = ("alpha", "magnitude")
+        parts = {f"{start}_{role}": ref for role, ref in update.parts().items() if role not in left_out}
+        return {f"{stem}.{part}{name}": ref for part, ref in parts.items()}
+    if isinstance(update, Oft):
+        return {f"{stem}.oft_R{name}.weight": update.blocks}
+    if isinstance(update, Boft):
+        assert update.rescale is not None
+        return {f"{stem}.boft_R{name}": update.blocks, f"{stem}.boft_s{name}": update.rescale}
+    assert isinstance(update, Ia3)
+    return {f"{stem}.ia3_l{name}": update.weight}
+
+
+def check_kind(update: Update, path: str, *, own: bool) -> str:
+    """The peft_type that holds an update.
+
+    Raises:
+        OutputError: PEFT has no place for it.
+    """
+    lost = "It would be lost: keep the old format."
+    kind = next((name for name, known in TYPES.items() if isinstance(update, known)), None)
+    if kind is None:
+        raise cannot_hold("PEFT", f"{update.kind} updates", path, lost)
+    if update.magnitude is not None:
+        raise cannot_hold("PEFT", f"DoRA's magnitude beside a {update.kind} update", path, lost)
+    if isinstance(update, Oft | Boft | Ia3) and (update.convention != "peft" or not own):
+        raise cannot_hold("PEFT", f"{update.kind} updates of another tool's convention", path, lost)
+    if isinstance(update, Oft | Boft) and update.strength != 1.0:
+        raise cannot_hold("PEFT", f"{update.kind} updates at a strength other than 1", path, lost)
+    if isinstance(update, LoKr) and not own:
+        # On loading, PEFT cuts the sizes by its own rule from r and decompose_factor.
+        raise cannot_hold("PEFT", "LoKr updates that another tool cut into halves", path, lost)
+    return kind
+
+
+def corrected_kind(
+    config: Config | None, kind: str, updates: Mapping[str, Update], *, keep_targets: bool
+) -> dict[str, Any]:
+    """The config, true for these updates, all of one peft_type.
+
+    Args:
+        config: the adapter's old config, or None.
+        kind: peft_type.
+        updates: module path → update.
+        keep_targets: the modules are those that the config was saved with.
+    """
+    result: dict[str, Any] = dict(config) if config is not None else {"peft_type": kind, "inference_mode": True}
+    if kind in ("LOHA", "LOKR"):
+        _scales(result, config, updates)
+    if kind == "LOHA" and config is None:
+        result["use_effective_conv2d"] = any(isinstance(u, LoHa) and u.t1 is not None for u in updates.values())
+    if not keep_targets:
+        result["target_modules"] = sorted(updates)
+        for field in _NARROWING:
+            if result.get(field) is not None:
+                result[field] = None
+        if kind == "IA3" and not isinstance(result.get("feedforward_modules"), str):
+            turned = bool(result.get("fan_in_fan_out"))
+            inner = {path for path, update in updates.items() if isinstance(update, Ia3) and update.per_input != turned}
+            result["feedforward_modules"] = sorted(inner)
+    return result
+
+
+def _scales(result: dict[str, Any], config: Config | None, updates: Mapping[str, Update]) -> None:
+    """Set rank and alpha per module where the old config doesn't give them."""
+    known = {path: update for path, update in updates.items() if isinstance(update, LoHa | LoKr)}
+    if config is not None and all(
+        abs(kind_scale(config, path, update.rank) - update.scale) <= 1e-6 * abs(update.scale)
+        and (update.rank is None or by_pattern(config.get("rank_pattern"), path, config["r"]) == update.rank)
+        for path, update in known.items()
+    ):
+        return
+    ranks = {path: update.rank or int((config or {}).get("r", 1)) for path, update in known.items()}
+    alphas = {path: update.scale * ranks[path] for path, update in known.items()}
+    for values, field, pattern in ((ranks, "r", "rank_pattern"), (alphas, "alpha", "alpha_pattern")):
+        usual = Counter(values.values()).most_common(1)[0][0]
+        result[field] = usual
+        result[pattern] = {exactly(path): value for path, value in values.items() if value != usual}

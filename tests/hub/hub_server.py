@@ -1,0 +1,230 @@
+"""A local server that speaks the hub's protocol, with a second one as its CDN, and faults on the way.
+
+Facts: ``GET /api/models/ID/revision/REV?blobs=true`` lists the files; ``/ID/resolve/REV/FILE`` answers with
+``X-Repo-Commit`` and ``ETag``, and for LFS files redirects to a signed link of another host, with ``X-Linked-Size`` and
+``X-Linked-ETag``. Refusals have ``X-Error-Code``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+LFS = (".safetensors", ".bin", ".gguf")
+
+
+@dataclass
+class Fault:
+    """What goes wrong, for the next ``times`` requests whose path matches ``where``."""
+
+    where: str
+    kind: str
+    times: int = 1
+    after: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+    server: str
+
+
+@dataclass
+class Hub:
+    """The repositories, what was asked, and how many bytes of files went out.
+
+    Attributes:
+        repos: ``org/name`` → file → its bytes.
+        private: needs a token; gated: needs consent too.
+        revisions: branch or tag → commit.
+    """
+
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    gated: set[str] = field(default_factory=set)
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    sent: int = 0
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    url: str = ""
+    cdn: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fault(self, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and re.search(fault.where, path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def paths(self, method: str = "GET") -> list[str]:
+        return [request.path for request in self.requests if request.method == method]
+
+    def digest(self, content: bytes) -> str:
+        """The content's hash, by which the CDN gives it out."""
+        known = next((digest for digest, held in self.blobs.items() if held is content), None)
+        if known is None:
+            known = hashlib.sha256(content).hexdigest()
+            self.blobs[known] = content
+        return known
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    name: str
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        request = Request(
+            self.command, unquote(self.path), self.headers.get("Range"), self.headers.get("Authorization"), self.name
+        )
+        with self.hub.lock:
+            self.hub.requests.append(request)
+        fault = self.hub.fault(self.path)
+        if fault is not None and fault.kind.isdigit():
+            self._plain(int(fault.kind), b"{}", fault.headers)
+        elif self.name == "cdn":
+            content = self.hub.blobs.get(urlsplit(self.path).path.rpartition("/")[2])
+            self._plain(404, b"") if content is None else self._file(content, {}, fault)
+        elif self.path.startswith("/api/models/"):
+            self._listing()
+        else:
+            self._resolve(fault)
+
+    def _refused(self, repo: str) -> bool:
+        if repo not in self.hub.repos or (repo in self.hub.private and not self.headers.get("Authorization")):
+            self._plain(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif repo in self.hub.gated:
+            self._plain(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        else:
+            return False
+        return True
+
+    def _commit(self, revision: str) -> str | None:
+        commit = self.hub.revisions.get(revision, revision)
+        if commit in self.hub.revisions.values():
+            return commit
+        self._plain(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+        return None
+
+    def _listing(self) -> None:
+        parts = [unquote(part) for part in urlsplit(self.path).path.removeprefix("/api/models/").split("/")]
+        repo, revision = "/".join(parts[:2]), parts[3] if len(parts) > 3 else "main"
+        if self._refused(repo) or (commit := self._commit(revision)) is None:
+            return
+        siblings = []
+        for name, content in self.hub.repos[repo].items():
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
+            if name.endswith(LFS):
+                digest = self.hub.digest(content)
+                entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
+            siblings.append(entry)
+        self._plain(200, json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode())
+
+    def _resolve(self, fault: Fault | None) -> None:
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(urlsplit(self.path).path))
+        if found is None:
+            self._plain(404, b"")
+            return
+        repo, revision, name = found.groups()
+        if self._refused(repo) or (commit := self._commit(revision)) is None:
+            return
+        content = self.hub.repos[repo].get(name)
+        if content is None:
+            self._plain(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            return
+        digest = self.hub.digest(content)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{digest}"'}
+        if name.endswith(LFS):
+            linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{digest}"'}
+            location = {"Location": f"{self.hub.cdn}/blobs/{digest}?Signature=SIGNED"}
+            self._plain(302, b"", {**headers, **linked, **location})
+        else:
+            self._file(content, headers, fault)
+
+    def _file(self, content: bytes, headers: dict[str, str], fault: Fault | None) -> None:
+        kind = fault.kind if fault is not None else ""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        start, stop, status = 0, len(content), 200
+        if wanted is not None and kind != "ignores ranges":
+            start, status = int(wanted[1]), 206
+            stop = min(len(content), int(wanted[2]) + 1) if wanted[2] else len(content)
+            if kind == "other range":
+                start, stop = start + 1, stop + 1
+            total = len(content) + (1 if kind == "other size" else 0)
+            headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{total}"}
+        body = content[start:stop]
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body)), "Accept-Ranges": "bytes"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if kind == "cut" and fault is not None:
+            body = body[: fault.after]
+            self.close_connection = True
+        with self.hub.lock:
+            self.hub.sent += len(body)
+        # A client that has enough hangs up.
+        try:
+            self.wfile.write(body)
+            self.wfile.flush()
+        except OSError:
+            self.close_connection = True
+
+    def _plain(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that hangs up is no news."""
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """The hub and its CDN on two ports of this machine."""
+    servers = []
+    for name in ("hub", "cdn"):
+        handler = type("Handler", (_Handler,), {"hub": hub, "name": name})
+        server = _Server(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+    hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    try:
+        yield hub
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
