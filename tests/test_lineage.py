@@ -296,3 +296,15 @@ def test_measured_figures_join_the_last_port(
     assert "texts that the old model wrote" in cosine["how"]
     assert "effect_cosine 0.9" in run("lineage", "show", "told").out
     assert run("lineage", "stamp", "lora", "--measured", "verified.json", "-o", "x").code == 1
+
+
+def test_a_port_by_the_cache_tells_the_same_as_the_first(
+    bases: tuple[Base, Base], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora(llama()).save(tmp_path / "lora")
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors", "-m", "prolora", "--quiet")
+    for name in ("fitted", "cached"):
+        assert run("port", "lora", *pair, "-o", name).code == 0
+    first, second = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("fitted", "cached"))
+    assert first == second

@@ -16,7 +16,7 @@ from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import OutputError, RegraftError, first_line
-from regraft.migration import Migration
+from regraft.migration import Migration, summarise
 from regraft.migration_file import load_migration, save_migration
 from regraft.migrations.model import VERSION
 
@@ -80,7 +80,8 @@ def find_cached(
     with suppress(RegraftError):
         migration = load_migration(file)
         if all(module in migration.entries for module in wanted):
-            return migration
+            # A port tells the same whether its migration was fitted now or before: of the bases, not of the cache.
+            return replace(migration, source=summarise(old), target=summarise(new), file_hash=None)
     return None
 
 

@@ -19,9 +19,12 @@ from regraft.prepare import Preparation
 from regraft.report.schema import PortedModule, Status
 from regraft.tensors import InMemory, Shape, check_finite
 from regraft.transport import Transport
-from regraft.updates import Full, LowRank, Update
+from regraft.updates import Diff, Full, LoHa, LoKr, LowRank, Slice, Tucker, Update
+from regraft.updates.columns import widen
+from regraft.updates.exact import as_lowrank
 from regraft.updates.lowrank import is_per_column
 from regraft.wholes import changed, respelled
+from regraft.widening import widens
 
 
 def matches(glob: str, ref: ModuleRef, family: str | None) -> bool:
@@ -79,32 +82,45 @@ class Carrier:
                 return self._row(ref, update, "skipped", reasons[ref]), None, None
         if str(ref) in ready.problems:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
-        if isinstance(update, Full):
+        if isinstance(update, Full | Diff):
             return self._carry_whole(ref, update)
-        if not isinstance(update, LowRank):
-            raise InputError(
-                f"{update.kind} updates can't be carried",
-                file=self.adapter.path,
-                key=str(ref),
-                remedy="Convert the file to LoRA first, or leave the module out with --exclude.",
-            )
         entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None
         target = respelled(ref, entry.target)
-        carried, kept, cut = self._transport(ref, update, entry, entry.transport)
-        row = self._row(ref, update, "ported", entry.reason, target=target, entry=entry)
+        factors = self._factored(ref, update, entry.transport)
+        carried, kept, cut = self._transport(ref, factors, entry, entry.transport)
+        reason = entry.reason
+        if carried.kind != update.kind:
+            reason += f"; a {update.kind} as the LoRA that it equals"
+        row = self._row(ref, update, "ported", reason, target=target, entry=entry)
         row = row.model_copy(update={"energy_kept": kept, "cut_loss": cut, "rank_out": carried.rank})
         return row, target, carried
 
+    def _factored(self, ref: ModuleRef, update: Update, transport: Transport) -> Update:
+        """The update itself where a copy does, else the LoRA that it equals.
+
+        Raises:
+            InputError: it equals none, and is to have another rank.
+        """
+        magnitude = update.magnitude
+        copied = transport.is_identity and self.settings.rank in (None, update.rank)
+        if copied and (magnitude is None or not isinstance(update, Slice)):
+            return update
+        found = as_lowrank(update)
+        if found is None:
+            what = f"is of the kind {update.kind}, which has no other rank"
+            remedy = "Port it without --rank, or leave the module out with --exclude."
+            raise InputError(what, file=self.adapter.path, key=str(ref), remedy=remedy)
+        return found
+
     def _transport(
-        self, ref: ModuleRef, update: LowRank, entry: Entry, transport: Transport
-    ) -> tuple[LowRank, float, float]:
+        self, ref: ModuleRef, update: Update, entry: Entry, transport: Transport
+    ) -> tuple[Update, float, float]:
         settings = self.settings
         strength = settings.strength_of(ref, self.adapter.family)
-        if transport.is_identity and settings.rank in (None, update.rank):
-            carried, kept, cut = update, 1.0, 0.0
-        else:
+        carried, kept, cut = update, 1.0, 0.0
+        if isinstance(update, LowRank) and not (transport.is_identity and settings.rank in (None, update.rank)):
             up, down = update.factors()
             moved = transport.factors(up, down, settings.rank)
             shape = _shape_like(update.shape, entry.shape_new or entry.shape_old)
@@ -115,6 +131,7 @@ class Carrier:
             kept, cut = moved.energy_kept, moved.cut_loss
         carried = carried.scaled(strength)
         if update.magnitude is not None:
+            assert isinstance(carried, LowRank | Tucker | LoHa | LoKr)
             norms = self._norms(ref, update.magnitude.shape, entry)
             magnitude = carry_magnitude(update.magnitude.load(), norms, transport, strength)
             if magnitude is None:
@@ -137,15 +154,21 @@ class Carrier:
         columns = [weight.float().transpose(0, 1).flatten(1).norm(dim=1) for weight in weights]
         return torch.stack(columns) if columns[0].shape == columns[1].shape else None
 
-    def _carry_whole(self, ref: ModuleRef, update: Full) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+    def _carry_whole(self, ref: ModuleRef, update: Full | Diff) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         whole = self.ready.wholes[ref]
         if whole.fate == "skip":
             return self._row(ref, update, "skipped", whole.reason), None, None
         check_finite(update.value.load(), self.adapter.path, update.key)
         row = self._row(ref, update, "ported", whole.reason, target=whole.target)
+        strength = self.settings.strength_of(ref, self.adapter.family)
+        if isinstance(update, Diff):
+            wide = whole.after is not None and widens(update.shape, whole.after.shape)
+            carried = widen(update, whole.after.shape[1]) if whole.after is not None and wide else update
+            assert carried is not None
+            return row, whole.target, carried.scaled(strength)
         if whole.fate == "own":
             return row, whole.target, update
-        return row, whole.target, changed(update, whole, self.settings.strength_of(ref, self.adapter.family))
+        return row, whole.target, changed(update, whole, strength)
 
     def _row(
         self,

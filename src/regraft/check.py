@@ -10,6 +10,7 @@ from regraft.base import Base
 from regraft.migration import Migration, Ticker
 from regraft.plan import Selection
 from regraft.port import fit_for
+from regraft.prediction import Prediction, of_base, of_family, of_metadata, warnings_of
 from regraft.prepare import Preparation, prepare
 from regraft.report.schema import CheckedModule, CheckReport, Status
 
@@ -65,7 +66,22 @@ def check_migration(
         modules=_rows(adapter, ready),
         source=migration.source,
         target=migration.target,
+        warnings=_warnings(adapter, migration, old, new),
     )
+
+
+def _warnings(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> list[str]:
+    """What weights don't show: a change of what the models predict."""
+    before, after = (
+        _predicted(base, summary.family if summary else None)
+        for base, summary in ((old, migration.source), (new, migration.target))
+    )
+    # Where the old base is not at hand, the adapter's header may say what it was trained to predict.
+    return warnings_of(of_metadata(adapter.metadata) or before if old is None else before, after)
+
+
+def _predicted(base: Base | None, family: str | None) -> Prediction | None:
+    return of_base(base.path, family) if base is not None else of_family(family)
 
 
 def _unfit(problems: int) -> str:

@@ -38,6 +38,10 @@ class FileHashes:
     data: str | None
 
 
+#: (start, size) of what the legacy hash is of.
+LEGACY_SPAN = (_LEGACY_FROM, _LEGACY_SIZE)
+
+
 def legacy_hash(file: Path) -> str:
     """The 8 digits of the legacy hash; reads 64 KiB.
 
@@ -46,7 +50,12 @@ def legacy_hash(file: Path) -> str:
     """
     with reading(file), file.open("rb") as stream:
         stream.seek(_LEGACY_FROM)
-        return hashlib.sha256(stream.read(_LEGACY_SIZE)).hexdigest()[:_LEGACY_DIGITS]
+        return legacy_digits(stream.read(_LEGACY_SIZE))
+
+
+def legacy_digits(part: bytes) -> str:
+    """The legacy hash, of the bytes that it is of."""
+    return hashlib.sha256(part).hexdigest()[:_LEGACY_DIGITS]
 
 
 def file_hashes(file: Path) -> FileHashes:

@@ -1,8 +1,10 @@
 """The fingerprint of a base model, version 1: what architecture it is, and which weights.
 
-A base is a set of components (``unet``, ``text_encoder``, …; a model alone is the component ``model``), each a set of
-named tensors. Every component has a fingerprint of its own, since an adapter belongs to the components that it
-changes. The words MUST, SHOULD and MAY are those of RFC 2119; every hash is SHA-256, every number little-endian.
+A base is a set of components, each a set of named tensors: those that adapters change, by diffusers' names (``unet``,
+``transformer``, ``transformer_2``, ``text_encoder``, ``text_encoder_2``, ``text_encoder_3``, ``prior``), or ``model``
+for a model alone. Every component has a fingerprint of its own, since an adapter belongs to the components that it
+changes: a tool that decides whether an adapter fits SHOULD compare these, and no others. The words MUST, SHOULD and
+MAY are those of RFC 2119; every hash is SHA-256, every number little-endian.
 
 Tensors
     1. Names MUST be canonical: those of the model's class in diffusers or transformers, whatever the file calls them;

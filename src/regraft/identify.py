@@ -14,20 +14,24 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base, open_base
 from regraft.errors import InputError, RegraftError, UsageError
 from regraft.families import family_of_base
-from regraft.filehash import EMPTY_LEGACY, file_hashes, legacy_hash
+from regraft.filehash import EMPTY_LEGACY, LEGACY_SPAN, FileHashes, file_hashes, legacy_digits, legacy_hash
 from regraft.fingerprint import Fingerprint, parse_brief
+from regraft.hub import hub_id_of
 from regraft.likeness import compare_sketches
 from regraft.lineage import KEY as LINEAGE
-from regraft.plan import locate, same_matrix
+from regraft.plan import locate
 from regraft.report.identify_schema import CandidateSummary, ClueSummary, IdentifyReport, Match
 from regraft.tensors import TORCH_SUFFIXES
+
+if TYPE_CHECKING:
+    from regraft.hub.repository import PublishedFile
 
 _WEIGHTS = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 _HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
@@ -99,7 +103,7 @@ def identify_base(adapter: Adapter, candidates: Sequence[str | Path], *, tick: T
 
     Args:
         adapter: as it was read.
-        candidates: bases (files or folders), or folders of such.
+        candidates: bases (files, folders or hub ids), or folders of such.
         tick: called before each candidate is looked at.
 
     Raises:
@@ -139,6 +143,9 @@ def expand(candidates: Sequence[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for given in candidates:
         path = Path(given).expanduser()
+        if hub_id_of(path) is not None:
+            found[path] = None
+            continue
         if not path.exists():
             raise InputError("no such file or folder", file=path, remedy="Check the path of the base.")
         if not path.is_dir():
@@ -166,7 +173,7 @@ def _may_be_base(path: Path) -> bool:
 def _judge(adapter: Adapter, clues: Sequence[Clue], path: Path) -> CandidateSummary:
     """How well one candidate matches, and why."""
     try:
-        base = open_base(path)
+        base = open_base(path, whole=False)
     except RegraftError as error:
         return CandidateSummary(path=str(path), family=None, match="unfit", evidence=[f"can't be read: {error.what}"])
     family, evidence = family_of_base(base), list[str]()
@@ -188,7 +195,7 @@ def _judge(adapter: Adapter, clues: Sequence[Clue], path: Path) -> CandidateSumm
 def _fit(adapter: Adapter, base: Base) -> tuple[int, int]:
     """Modules of the adapter that have a weight of their shape in the base, and all of them."""
     located = locate(adapter, base, "old")
-    fits = sum(same_matrix(adapter.updates[ref].shape, base.shape(home)) for ref, home in located.modules.items())
+    fits = sum(adapter.updates[ref].fits(base.shape(home)) for ref, home in located.modules.items())
     return fits, len(located.modules) + len(located.unknown) + len(located.missing)
 
 
@@ -214,14 +221,55 @@ def _by_sketch(clue: Clue, base: Base, evidence: list[str]) -> Match | None:
     return "same" if likeness.verdict == "same" else "other"
 
 
+class _Hashed(Protocol):
+    """A weights file, by the hashes that a clue may be."""
+
+    @property
+    def name(self) -> str: ...
+    def legacy(self) -> str: ...
+    def whole(self) -> FileHashes: ...
+
+
+@dataclass(frozen=True)
+class _LocalFile:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def legacy(self) -> str:
+        return legacy_hash(self.path)
+
+    def whole(self) -> FileHashes:
+        return file_hashes(self.path)
+
+
+@dataclass(frozen=True)
+class _FileOnHub:
+    published: PublishedFile
+
+    @property
+    def name(self) -> str:
+        return self.published.name
+
+    def legacy(self) -> str:
+        file, (start, size) = self.published.file, LEGACY_SPAN
+        start = min(start, file.size)
+        return legacy_digits(file.read([(start, min(size, file.size - start))])[0])
+
+    def whole(self) -> FileHashes:
+        return FileHashes(self.published.sha256 or "", None)
+
+
 def _by_hashes(clues: Sequence[Clue], base: Base, evidence: list[str]) -> Match | None:
     """All hashes at once: the legacy one, which is read in no time, spares the others most of the files."""
-    files = _weights_files(base.path)
-    if not clues or not files:
+    files = _weights_files(base) if clues else []
+    if not files:
         return None
     legacy = [clue for clue in clues if len(clue.value) == _LEGACY]
     for file in files:
-        if legacy and legacy_hash(file) not in [clue.value for clue in legacy]:
+        if legacy and file.legacy() not in [clue.value for clue in legacy]:
             continue
         longer = [clue for clue in clues if len(clue.value) > _LEGACY]
         if not longer:
@@ -235,22 +283,29 @@ def _by_hashes(clues: Sequence[Clue], base: Base, evidence: list[str]) -> Match 
     return "other"
 
 
-def _has_hash(file: Path, value: str) -> bool:
-    hashes = file_hashes(file)
+def _has_hash(file: _Hashed, value: str) -> bool:
+    hashes = file.whole()
     of_data = len(value) in (_AUTO_V3, _SHA256) and (hashes.data or "").startswith(value)
     return hashes.sha256.startswith(value) or of_data
 
 
-def _weights_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.glob("*") if file.is_file() and file.suffix.lower() in _WEIGHTS)
+def _weights_files(base: Base) -> Sequence[_Hashed]:
+    hub_id = hub_id_of(base.path)
+    if hub_id is not None:
+        from regraft.hub.repository import published_files
+
+        return [_FileOnHub(file) for file in published_files(hub_id)]
+    inside = [base.path] if base.path.is_file() else sorted(base.path.glob("*"))
+    return [_LocalFile(file) for file in inside if file.is_file() and file.suffix.lower() in _WEIGHTS]
 
 
 def _by_name(clue: Clue, base: Base, evidence: list[str]) -> Match | None:
     from regraft.port import base_name
 
     name, revision = base_name(str(base.path))
+    hub_id = hub_id_of(base.path)
+    if hub_id is not None:
+        name, revision = hub_id.repo, hub_id.revision
     own = {name, base.path.name, base.path.stem} | {
         str(config["_name_or_path"]) for config in base.configs.values() if config.get("_name_or_path")
     }

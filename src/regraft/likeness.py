@@ -26,8 +26,8 @@ ROUNDING: dict[str, tuple[float, float]] = {
     "F8_E4M3": (2.0**-4, 2.0**-10),
     "F8_E5M2": (2.0**-3, 2.0**-17),
 }
-# Relative error ‖Q(W) − W‖ / ‖W‖ up to which quantised values count as those of W, by the name's beginning, the
-# longest first: about 1.3 times what each cost on heavy-tailed weights (Student's t, 5 degrees of freedom); for q6,
+# Relative error ‖Q(W) − W‖ / ‖W‖ up to which quantised values count as those of W, by the beginning of a word
+# of its name: about 1.3 times what each cost on heavy-tailed weights (Student's t, 5 degrees of freedom); for q6,
 # q3, q2 and iq, which the gguf package can't make, from their step sizes. A drift below it can't be seen.
 QUANTISED: dict[str, float] = {
     "q8": 0.015,
@@ -186,8 +186,9 @@ class _Pair:
 
 
 def _tolerance(kind: str) -> float:
-    known = [name for name in QUANTISED if kind.startswith(name)]
-    return QUANTISED[max(known, key=len)] if known else _OTHER_QUANTISED
+    # Readers name the tool too: "bnb nf4".
+    known = {name: size for name, size in QUANTISED.items() if any(word.startswith(name) for word in kind.split())}
+    return max(known.values(), default=_OTHER_QUANTISED)
 
 
 def _relative(pairs: Iterable[_Pair]) -> float:

@@ -22,6 +22,7 @@ from regraft.sketch import spread_runs
 from regraft.tensors import InMemory, Shape, n_bytes
 from regraft.transport import Transport
 from regraft.updates import LowRank
+from regraft.widening import widened, widens
 
 if TYPE_CHECKING:
     from regraft.carry import Settings
@@ -44,7 +45,7 @@ class Entry:
         uncovered: the module changed its shape in a way that the method can't carry: not a planned skip.
         row_norms: (2, out): norms of the old and new weight's rows, which DoRA's magnitude is carried by; only
             between weights of one shape.
-        bound: whether similarity and distance are bounds out of several steps (`regraft.migrations.compose`), not
+        derived: whether similarity and distance are derived from several steps (`regraft.migrations.compose`), not
             measured.
     """
 
@@ -56,7 +57,7 @@ class Entry:
     nearness: Nearness = field(default_factory=Nearness)
     uncovered: bool = False
     row_norms: Tensor | None = None
-    bound: bool = False
+    derived: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +129,9 @@ class Migration:
         return save_migration(self, Path(path), overwrite=overwrite)
 
 
-def summarise(base: Base) -> BaseSummary:
-    """Path, family and fingerprints of a base."""
-    prints = base.prints
+def summarise(base: Base, *, exact: bool = False) -> BaseSummary:
+    """Path, family and fingerprints of a base; ``exact`` reads all of it, for the hash of every stored byte."""
+    prints = base.exact_prints() if exact else base.prints
     return BaseSummary(
         path=str(base.path),
         family=family_of_base(base),
@@ -138,11 +139,12 @@ def summarise(base: Base) -> BaseSummary:
         structure=base.structure,
         sketch=prints.brief(),
         components={name: part.sample for name, part in prints.components.items()},
+        content={name: part.content for name, part in prints.components.items() if part.content is not None},
     )
 
 
 # Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
-_ROW_RUNS, _ROWS_OF_RUN = 4, 8
+_ROW_RUNS, _ROWS_OF_RUN = 2, 16
 
 
 class _Pairs:
@@ -334,6 +336,9 @@ def _fit(
 
 def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mapping[str, Any]) -> Outcome:
     """One module by a per-module method, or a `Skip` where the method can't carry this change of shape."""
+    wide = widened(old, new) if old is not None and old.shape != new.shape and not method.resizes else None
+    if wide is not None:
+        return wide
     if old is not None and old.shape != new.shape and not method.resizes:
         sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
         return Skip(f"{method.name} carries equal sizes only: {sizes}", planned=False)
@@ -350,6 +355,11 @@ def _entry(
     target = pairs.targets[module]
     nearness = as_carried(nearness, outcome, aligned)
     row_norms = pairs.row_norms(module)
+    if widens(shape_old, pairs.new.shape(target)) and not outcome.rotates:
+        before, after = pairs.load(module)
+        nearness = compare(before, after[:, : before.shape[1]], pairs.updates.get(module))
+        row_norms = torch.stack([before.norm(dim=1), after.norm(dim=1)])
+        reason += "; the inputs that the new base added stay its own"
     return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
 
 

@@ -20,6 +20,7 @@ from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError, Refused, reading
+from regraft.hub import hub_id_of
 from regraft.lineage import check_major, dumped, told
 from regraft.lineage.model import BaseId
 from regraft.lineage.name_sets import compact, expand
@@ -81,12 +82,20 @@ def read_header(path: Path) -> tuple[Header, Mapping[str, TensorRef]]:
 
 
 def load_migration(path: str | Path) -> Migration:
-    """Read a migration; the maps are read with it.
+    """Read a migration; the maps are read with it. One on the hub is downloaded (``org/name:file``).
 
     Raises:
         InputError: it is no migration, damaged, or of another major version.
     """
-    path = Path(path).expanduser()
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return _load_local(Path(path).expanduser())
+    from regraft.hub.repository import read_from_hub
+
+    return read_from_hub(hub_id, _load_local, whole=True)[0]
+
+
+def _load_local(path: Path) -> Migration:
     header, tensors = read_header(path)
     with reading(path, KEY):
         return _Decoder(path, header, tensors).decode()
@@ -224,8 +233,8 @@ class _Encoder:
         # A drift from zero has no ratio.
         if near.distance is not None and near.distance != float("inf"):
             row["distance"] = near.distance
-        if entry.bound:
-            row["bound"] = True
+        if entry.derived:
+            row["derived"] = True
         if transport is None or entry.target is None:
             return {**row, "planned": not entry.uncovered}
         row |= {"target": list(entry.target), "target_shape": list(entry.shape_new or entry.shape_old)}
@@ -333,7 +342,7 @@ class _Decoder:
             nearness=Nearness(row.similarity, row.distance),
             uncovered=row.transport == "skipped" and not row.planned,
             row_norms=norms,
-            bound=row.bound,
+            derived=row.derived,
         )
 
     def _transport(self, row: Row) -> Transport | None:

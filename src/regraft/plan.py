@@ -14,7 +14,7 @@ from regraft.families import family_of_base
 from regraft.names import resolve_names
 from regraft.pairing import Named, find_component
 from regraft.tensors import Shape
-from regraft.updates import Full, Update
+from regraft.updates import Update
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def locate(adapter: Adapter, base: Named, which: str) -> Located:
     missing: dict[ModuleRef, str] = {}
     unknown: list[ModuleRef] = []
     for component, updates in adapter.components().items():
-        paths = [path for path, update in updates.items() if not isinstance(update, Full)]
+        paths = [path for path, update in updates.items() if not update.by_parameter]
         home = find_component(base, component, paths or [path.rpartition(".")[0] for path in updates])
         if home is None:
             missing.update({ModuleRef(component, path): f"the {which} base has no {component}" for path in updates})
@@ -120,7 +120,7 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
     base, which = (old, "old") if old is not None else (new, "new")
     located = locate(adapter, base, which)
     wanted = len(located.modules) + len(located.unknown)
-    fits = sum(same_matrix(adapter.updates[ref].shape, base.shape(home)) for ref, home in located.modules.items())
+    fits = sum(adapter.updates[ref].fits(base.shape(home)) for ref, home in located.modules.items())
     # A few names and shapes are common to many families; half of them are not.
     if 2 * fits >= wanted and (wanted or not located.missing):
         return

@@ -11,10 +11,11 @@ from regraft.errors import InputError
 from regraft.forecast import Evidence, Judgement, judge
 from regraft.migration import Migration
 from regraft.pairing import Named
-from regraft.plan import Located, Selection, locate, same_matrix
+from regraft.plan import Located, Selection, locate
 from regraft.tensors import check_finite
 from regraft.tokens import refused_tokens
-from regraft.updates import LowRank
+from regraft.updates import Update
+from regraft.updates.exact import is_factored
 from regraft.wholes import Whole, plan_wholes
 
 
@@ -74,7 +75,7 @@ def prepare(
     old: Base | None = None,
     new: Base | None = None,
 ) -> Preparation:
-    """Decide what becomes of each module; reads the updates, no weight of a base.
+    """Decide what becomes of each module; reads the updates, and a weight of the old base where one acts on it alone.
 
     Args:
         adapter: as it was read.
@@ -89,7 +90,7 @@ def prepare(
     which = "old" if migration.source is not None else "new"
     located = locate(adapter, migration, which)
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
-    shares = _shares(adapter, left_out)
+    shares = _shares(adapter, left_out, located, old)
     problems = _unknown(adapter, located, which, selection)
     problems |= {str(token): why for token, why in refused_tokens(adapter, new).items()}
     skipped = {ref: why for ref, why in located.missing.items() if ref not in left_out}
@@ -98,12 +99,14 @@ def prepare(
         update, entry = adapter.updates[ref], migration.entries.get(home)
         if entry is None or ref in left_out:
             continue
-        if not same_matrix(update.shape, entry.shape_old):
+        if not update.fits(entry.shape_old):
             problems[str(ref)] = f"changes {tuple(update.shape)}, the base's weight is {tuple(entry.shape_old)}"
         elif entry.uncovered:
             problems[str(ref)] = entry.reason
         elif entry.transport is None:
             skipped[ref] = entry.reason
+        elif not entry.transport.is_identity and not is_factored(update):
+            problems[str(ref)] = f"is of the kind {update.kind}, which a copy can carry, and no other method"
         if migration.source is not None and (entry.target is not None or entry.uncovered):
             nearness[ref] = entry.nearness
     wholes = plan_wholes(adapter, migration, old, new)
@@ -121,14 +124,32 @@ def prepare(
     return Preparation(migration, located, evidence, judgement, wholes, problems, left_out)
 
 
-def _shares(adapter: Adapter, left_out: Mapping[ModuleRef, str]) -> dict[ModuleRef, float]:
+def _shares(
+    adapter: Adapter, left_out: Mapping[ModuleRef, str], located: Located, old: Base | None
+) -> dict[ModuleRef, float]:
     """Each module's share of ‖ΔW‖² over what is to be carried."""
-    squares = {}
+    squares: dict[ModuleRef, float | None] = {}
     for ref, update in adapter.updates.items():
-        if isinstance(update, LowRank) and ref not in left_out:
-            for part in (update.up, update.down, update.magnitude, update.bias):
-                if part is not None:
-                    check_finite(part.load(), adapter.path, getattr(part, "name", str(ref)))
+        if update.by_parameter or ref in left_out:
+            continue
+        for part in update.parts().values():
+            check_finite(part.load(), adapter.path, getattr(part, "name", str(ref)))
+        if update.additive or update.magnitude is not None:
             squares[ref] = update.norm() ** 2
-    total = sum(squares.values())
-    return {ref: square / total if total > 0 else 0.0 for ref, square in squares.items()}
+        else:
+            squares[ref] = _square_on(update, located.modules.get(ref), old)
+    known = [square for square in squares.values() if square is not None]
+    # Without the weight that such an update acts on, it counts as much as the others do on average.
+    usual = sum(known) / len(known) if known else 1.0
+    filled = {ref: usual if square is None else square for ref, square in squares.items()}
+    total = sum(filled.values())
+    return {ref: square / total if total > 0 else 0.0 for ref, square in filled.items()}
+
+
+def _square_on(update: Update, home: ModuleRef | None, old: Base | None) -> float | None:
+    """‖ΔW‖² on the old base's weight, where that is there."""
+    if old is None or home is None or f"{home.path}.weight" not in old.components.get(home.component, {}):
+        return None
+    if not update.fits(old.shape(home)):
+        return None
+    return update.norm(old.weight(home)) ** 2

@@ -288,8 +288,10 @@ def read_torch(path: Path) -> TensorFile:
     check_file(path)
     with reading(path):
         content = _unpickled(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    # Training code keeps the weights beside its own state: Lightning's "state_dict", DeepSpeed's "module".
+    for inner in ("state_dict", "module"):
+        if isinstance(content, dict) and isinstance(content.get(inner), dict):
+            content = content[inner]
     if not isinstance(content, dict):
         raise InputError("holds no state dict (name to tensor)", file=path)
     named = {name: value for name, value in _flattened(content) if isinstance(value, Tensor)}

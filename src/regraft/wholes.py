@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,8 @@ from regraft.migration import Migration
 from regraft.names import resolve_names
 from regraft.pairing import Pairing, find_component, pair_bases
 from regraft.tensors import TensorRef
-from regraft.updates import Full
+from regraft.updates import Diff, Full
+from regraft.widening import widens
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Whole:
 
 
 def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> dict[ModuleRef, Whole]:
-    """Decide for every `Full` update, from headers.
+    """Decide for every `Full` and `Diff` update, from headers.
 
     Args:
         adapter: any.
@@ -48,7 +50,7 @@ def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: B
     wholes: dict[ModuleRef, Whole] = {}
     pairing = pair_bases(old, new) if old is not None and new is not None and _has_wholes(adapter) else None
     for component, updates in adapter.components().items():
-        paths = [path for path, update in updates.items() if isinstance(update, Full)]
+        paths = [path for path, update in updates.items() if isinstance(update, Full | Diff)]
         if not paths:
             continue
         # Without an old base, the migration knows the names of the new one.
@@ -60,10 +62,12 @@ def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: B
         parents = resolve_names({path.rpartition(".")[0] for path in paths}, stems)
         for path in paths:
             ref, update, place = ModuleRef(component, path), updates[path], found[path]
-            assert isinstance(update, Full)
-            if place is not None:
-                wholes[ref] = _change(ref, update, ModuleRef(home or component, place), old, new, pairing)
-            elif parents.get(path.rpartition(".")[0]) is not None:
+            at = ModuleRef(home or component, place or "")
+            if place is not None and isinstance(update, Diff):
+                wholes[ref] = _difference(ref, update, at, migration, old, new, pairing)
+            elif place is not None and isinstance(update, Full):
+                wholes[ref] = _change(ref, update, at, old, new, pairing)
+            elif isinstance(update, Diff) or parents.get(path.rpartition(".")[0]) is not None:
                 reason = "matches no parameter of the base, and its module is not the adapter's own"
                 wholes[ref] = Whole("problem", reason)
             else:
@@ -72,7 +76,7 @@ def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: B
 
 
 def _has_wholes(adapter: Adapter) -> bool:
-    return any(isinstance(update, Full) for update in adapter.updates.values())
+    return any(update.by_parameter for update in adapter.updates.values())
 
 
 def _change(
@@ -80,7 +84,8 @@ def _change(
 ) -> Whole:
     if old is None or new is None or pairing is None:
         return Whole("problem", "is stored whole and carried as its change, which takes both bases (--from and --to)")
-    target = _counterpart(home, pairing, new)
+    answers = {module: (answer.module, answer.reason) for module, answer in pairing.counterparts.items()}
+    target = _counterpart(home, answers, new)
     if isinstance(target, str):
         return Whole("skip", target)
     before, after = old.parameter(home), new.parameter(target)
@@ -98,20 +103,56 @@ def _change(
     return Whole("change", reason, respelled(ref, target), before, after)
 
 
-def _counterpart(home: ModuleRef, pairing: Pairing, new: Base) -> ModuleRef | str:
-    """The parameter's name on the new base, or why it has none: it goes where its block goes."""
-    exact = pairing.counterparts.get(ModuleRef(home.component, home.path.rpartition(".")[0]))
-    if exact is not None:
-        if exact.module is None:
-            return exact.reason
-        return ModuleRef(exact.module.component, f"{exact.module.path}.{home.path.rpartition('.')[2]}")
+def _difference(
+    ref: ModuleRef,
+    update: Diff,
+    home: ModuleRef,
+    migration: Migration,
+    old: Base | None,
+    new: Base | None,
+    pairing: Pairing | None,
+) -> Whole:
+    """A stored change needs no base's values: it goes along as it is, where the coordinates stay."""
+    if any(entry.transport is not None and entry.transport.rotates for entry in migration.entries.values()):
+        return Whole("problem", "is the change of a whole parameter, which a copy can carry, and no other method")
+    answers = {module: (entry.target, entry.reason) for module, entry in migration.entries.items()}
+    if pairing is not None:
+        answers = {module: (answer.module, answer.reason) for module, answer in pairing.counterparts.items()}
+    target = _counterpart(home, answers, new)
+    if isinstance(target, str):
+        return Whole("skip", target)
+    before = old.parameter(home) if old is not None else None
+    after = new.parameter(target) if new is not None else None
+    wide = after is not None and widens(update.shape, after.shape)
+    for there in (before, None if wide else after):
+        if there is not None and not update.fits(there.shape):
+            return Whole("problem", f"changes {list(update.shape)}, a base's parameter is {list(there.shape)}")
+    reason = "its change, as it is" + ("; the inputs that the new base added stay its own" if wide else "")
+    return Whole("change", reason, respelled(ref, target), before, after)
+
+
+def _counterpart(
+    home: ModuleRef, answers: Mapping[ModuleRef, tuple[ModuleRef | None, str]], new: Base | None
+) -> ModuleRef | str:
+    """The parameter's name on the new base, or why it has none: it goes where its block goes.
+
+    Args:
+        home: its name on the old base.
+        answers: the old base's modules → those of the new base, or None and why.
+        new: to look for parameters outside of blocks; without it they keep their names.
+    """
+    stem, _, last = home.path.rpartition(".")
     block = _block(home.path)
-    for module, answer in pairing.counterparts.items():
-        if module.component == home.component and block and module.path.startswith(block):
-            if answer.module is None:
-                return answer.reason
-            return ModuleRef(answer.module.component, respelled(home, answer.module).path)
-    component = next((a.module.component for a in pairing.counterparts.values() if a.module), home.component)
+    exact = answers.get(ModuleRef(home.component, stem))
+    if exact is not None:
+        module, reason = exact
+        return reason if module is None else ModuleRef(module.component, f"{module.path}.{last}")
+    for there, (module, reason) in answers.items():
+        if there.component == home.component and block and there.path.startswith(block):
+            return reason if module is None else ModuleRef(module.component, respelled(home, module).path)
+    component = next((module.component for module, _ in answers.values() if module), home.component)
+    if new is None:
+        return ModuleRef(component, home.path)
     place = resolve_names([home.path], set(new.components.get(component, ()))).get(home.path)
     return ModuleRef(component, place) if place is not None else "the new base has no such parameter"
 

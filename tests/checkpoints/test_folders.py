@@ -106,6 +106,20 @@ def test_an_only_gguf_in_a_folder_is_the_model(tmp_path: Path) -> None:
     assert len(open_base(tmp_path).components[MODEL]) == 2
 
 
+def test_a_quantisation_that_is_not_known_is_named_and_left_alone(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    base = open_base(tmp_path)
+    assert base.description == "safetensors, mxfp4 (as stored)"
+    assert set(base.components[MODEL]) == set(STATE)
+
+
+@pytest.mark.parametrize("inner", ["state_dict", "module"])
+def test_weights_beside_a_trainers_own_state_are_found(tmp_path: Path, inner: str) -> None:
+    torch.save({inner: STATE, "epoch": 3}, tmp_path / "m.pt")
+    assert set(open_base(tmp_path / "m.pt").components[MODEL]) == set(STATE)
+
+
 # ---- links
 
 

@@ -15,9 +15,9 @@ gguf = pytest.importorskip("gguf")
 from regraft import open_base  # noqa: E402
 from regraft.adapter import MODEL  # noqa: E402
 from regraft.checkpoints._gguf_file import read_gguf  # noqa: E402
-from regraft.checkpoints._gguf_names import ARCHITECTURES  # noqa: E402
-from regraft.checkpoints._views import stored_names  # noqa: E402
-from regraft.tensors import read_rows  # noqa: E402
+from regraft.checkpoints._gguf_names import ARCHITECTURES, transformers_names  # noqa: E402
+from regraft.checkpoints._views import leaves  # noqa: E402
+from regraft.tensors import InMemory, read_rows  # noqa: E402
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q6_K", "Q4_K", "Q2_K", "IQ4_XS"]
 
@@ -131,16 +131,41 @@ def test_a_fused_query_key_value_is_shown_head_by_head(tmp_path: Path, arch: str
     assert torch.equal(read_rows(ref, [range(7, 50)]), whole[7:50])
 
 
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "d_model": 32,
+    "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu", "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1,
+    "shared_expert_intermediate_size": 16, "mlp_only_layers": [], "attention_bias": True, "use_qkv_bias": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_each_name_is_the_one_that_llama_cpp_maps_from(arch: str) -> None:
-    name_map = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), 3)
-    wrong = {}
-    for stored, name in ARCHITECTURES[arch].names.items():
-        ours = name.replace(".experts.{}", ".experts") if name.count("{}") == 2 else name
-        known = name_map.get_name(ours.format(2))
-        if known is not None and known != stored.format(2):
-            wrong[stored] = known
-    assert not wrong
+def test_each_parameter_of_transformers_model_gets_its_own_name_back(arch: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model_type = ARCHITECTURES[arch].model_type
+    config = transformers.AutoConfig.for_model(model_type, **SMALL)
+    kind = {"bert": "BertModel", "t5": "T5ForConditionalGeneration", "t5encoder": "T5EncoderModel"}.get(arch)
+    with torch.device("meta"):
+        causal = transformers.AutoModelForCausalLM
+        model = getattr(transformers, kind)(config) if kind else causal.from_config(config)
+    name_map = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), 2)
+    stored, unknown = {}, []
+    for name, tensor in model.named_parameters():
+        module, _, suffix = name.rpartition(".")
+        # llama.cpp's names of Bloom start from BloomModel's.
+        theirs = name_map.get_name(module) or name_map.get_name(module.removeprefix("transformer."))
+        if theirs is None:
+            unknown.append(name)
+        else:
+            stored[f"{theirs}.{suffix}"] = (name, tensor)
+    # The pooler and the experts of transformers 5, which are one tensor, have no counterpart.
+    assert all("pooler" in name or ".experts." in name for name in unknown), unknown
+    assert len(stored) > 9
+    found = transformers_names({key: InMemory(tensor) for key, (_, tensor) in stored.items()}, arch, {})
+    assert found is not None
+    # In GPT-NeoX's files the head has its old name; transformers 5 maps it while loading.
+    assert {name.replace("embed_out", "lm_head") for name in found[0]} == {name for name, _ in stored.values()}
 
 
 def test_experts_are_shown_one_by_one_and_rotary_factors_are_left_out(tmp_path: Path) -> None:
@@ -152,7 +177,7 @@ def test_experts_are_shown_one_by_one_and_rotary_factors_are_left_out(tmp_path: 
     assert set(shown) == names | {"blk.0.odd.weight"}
     assert torch.equal(shown["model.layers.0.block_sparse_moe.experts.1.w3.weight"].load(), experts[1])
     assert base.left_out == ("rope_freqs.weight",)
-    assert {name for ref in shown.values() for name in stored_names(ref)} | set(base.left_out) == set(tensors)
+    assert {leaf.name for ref in shown.values() for leaf in leaves(ref)} | set(base.left_out) == set(tensors)
 
 
 def stored(path: Path, kind: str, shape: tuple[int, ...]) -> Path:
@@ -185,7 +210,7 @@ def test_values_are_those_of_ggufs_own_reader(tmp_path: Path, kind: str) -> None
     assert ref.load().dtype == ref.dtype
     assert torch.equal(ref.load().float(), wanted)
     assert torch.equal(read_rows(ref, [range(1, 3), range(4, 9)]).float(), torch.cat([wanted[1:3], wanted[4:]]))
-    assert base.description == f"gguf {kind}"
+    assert base.description == f"gguf {kind}, names as stored (architecture 'made-up')"
     assert read_gguf(file).fields["general.architecture"] == "made-up"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import InputError, open_base
-from regraft.checkpoints._views import stored_names
+from regraft.checkpoints._views import leaves
 from regraft.checkpoints.single_file import split_components
 from regraft.families import ORIGINAL, family_of_base, get_family
 from regraft.tensors import InMemory, TensorRef, read_rows
@@ -40,7 +40,11 @@ def original(family: str, blocks: int | None = None) -> dict[str, Tensor]:
 
 
 def shown(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, TensorRef]], tuple[str, ...]]:
-    components, left_out = split_components({name: InMemory(tensor) for name, tensor in state.items()})
+    refs = {name: InMemory(tensor) for name, tensor in state.items()}
+    components, left_out = split_components(refs)
+    held = {id(leaf) for part in components.values() for ref in part.values() for leaf in leaves(ref)}
+    # Each stored tensor is in a shown one, or said to be left out; none is both.
+    assert {name for name, ref in refs.items() if id(ref) not in held} == set(left_out)
     return {name: dict(part) for name, part in components.items()}, left_out
 
 
@@ -71,9 +75,19 @@ CONVERTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wan": ("convert_wan_transformer_to_diffusers", {}),
     "wan-1.3b": ("convert_wan_transformer_to_diffusers", {}),
     "wan-i2v": ("convert_wan_transformer_to_diffusers", {}),
+    "wan22-5b": ("convert_wan_transformer_to_diffusers", {}),
+    "sd2": ("convert_ldm_unet_checkpoint", {"config": SD15}),
+    "sd3": ("convert_sd3_transformer_checkpoint_to_diffusers", {}),
+    "sd35-medium": ("convert_sd3_transformer_checkpoint_to_diffusers", {}),
+    "sd35-large": ("convert_sd3_transformer_checkpoint_to_diffusers", {}),
+    "chroma": ("convert_chroma_transformer_checkpoint_to_diffusers", {}),
+    "flux2": ("convert_flux2_transformer_checkpoint_to_diffusers", {}),
+    "flux2-klein-4b": ("convert_flux2_transformer_checkpoint_to_diffusers", {}),
+    "ltx-video": ("convert_ltx_transformer_checkpoint_to_diffusers", {}),
+    "z-image": ("convert_z_image_transformer_checkpoint_to_diffusers", {}),
 }
 # Three blocks say as much as forty, where a block is like the next.
-SHALLOW = {"flux": 3, "flux-schnell": 2, "hunyuan-video": 2, "wan": 2, "wan-i2v": 2}
+SHALLOW = {"flux": 3, "flux-schnell": 2, "hunyuan-video": 2, "wan": 2, "wan-i2v": 2, "chroma": 2, "flux2": 2}
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""], ids=["whole", "bare"])
@@ -110,7 +124,7 @@ def test_a_fused_weight_is_read_in_part(tmp_path: Path) -> None:
     save_file(state, tmp_path / "flux.safetensors")
     base = open_base(tmp_path / "flux.safetensors")
     key = base.components["transformer"]["transformer_blocks.0.attn.to_k.weight"]
-    assert list(stored_names(key)) == ["double_blocks.0.img_attn.qkv.weight"]
+    assert [leaf.name for leaf in leaves(key)] == ["double_blocks.0.img_attn.qkv.weight"]
     fused = state["double_blocks.0.img_attn.qkv.weight"]
     assert torch.equal(read_rows(key, [range(10, 12), range(3070, 9999)]), fused[[3082, 3083, 6142, 6143]])
     swapped = base.components["transformer"]["norm_out.linear.weight"]
@@ -135,6 +149,16 @@ def test_a_fused_weight_of_an_odd_size_is_refused_by_name() -> None:
     state["double_blocks.0.img_attn.qkv.weight"] = torch.zeros(3073, 1)
     with pytest.raises(InputError, match=r"double_blocks\.0\.img_attn\.qkv\.weight: has 3073 rows"):
         shown(state)
+
+
+def test_a_shallower_model_whose_last_block_is_of_another_make_is_not_guessed() -> None:
+    state = {name: tensor for name, tensor in original("sd3").items() if not name.startswith("joint_blocks.2")}
+    last = {name: tensor for name, tensor in original("sd3").items() if name.startswith("joint_blocks.23.")}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("joint_blocks.19.")}
+    state |= {name.replace(".23.", ".19."): tensor for name, tensor in last.items()}
+    # Its text stream ends in block 19, where in the table block 19 is one like the others.
+    parts, _ = shown(state)
+    assert set(parts) == {"model"}
 
 
 def test_files_of_other_models_stay_as_they_are() -> None:
@@ -209,6 +233,17 @@ def test_flux_with_its_encoders_in_one_file() -> None:
     assert "vae.decoder.x" in left_out
 
 
+def test_sd3_numbers_its_three_encoders_as_diffusers_does() -> None:
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in original("sd3").items()}
+    t5 = {"text_encoders.t5xxl.transformer.shared.weight": torch.ones(3, 2)}
+    first, second = clip("text_encoders.clip_l.transformer."), clip("text_encoders.clip_g.transformer.")
+    assert list(shown(state | t5 | second | first)[0]) == [
+        "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"
+    ]  # fmt: skip
+    # The third one stays the third where the file lacks the second.
+    assert list(shown(state | t5 | first)[0]) == ["transformer", "text_encoder", "text_encoder_3"]
+
+
 # ---- together with quantisation and other containers
 
 
@@ -254,6 +289,19 @@ def test_an_image_model_in_gguf_is_shown_by_diffusers_names(tmp_path: Path) -> N
     key = part["transformer_blocks.0.attn.to_k.weight"]
     assert torch.equal(key.load(), whole[3072:6144])
     assert torch.equal(read_rows(key, [range(5, 7)]), whole[3077:3079])
+
+
+def test_wan_22s_two_experts_are_its_two_transformers(tmp_path: Path) -> None:
+    state = {name: tensor.float() for name, tensor in original("wan", 1).items()}
+    for folder, offset in (("high_noise_model", 0.0), ("low_noise_model", 0.5)):
+        (tmp_path / folder).mkdir()
+        moved = {name: tensor + offset for name, tensor in state.items()}
+        save_file(moved, tmp_path / folder / "diffusion_pytorch_model.safetensors")
+    base = open_base(tmp_path)
+    high, low = base.components["transformer"], base.components["transformer_2"]
+    assert set(high) == set(low)
+    name = "blocks.0.attn1.to_q.weight"
+    assert torch.equal(low[name].load(), high[name].load() + 0.5)
 
 
 def test_a_makers_folder_with_diffusers_file_names_is_recognised(tmp_path: Path) -> None:

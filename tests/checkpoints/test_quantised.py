@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regraft import InputError, open_base
 from regraft.adapter import MODEL
-from regraft.checkpoints._views import stored_names
+from regraft.checkpoints._views import leaves
 from regraft.tensors import TensorRef, read_rows
 
 ROWS = [range(5, 9), range(0, 3), range(17, 99)]
@@ -26,7 +26,7 @@ def opened(tmp_path: Path, state: dict[str, Tensor], config: dict[str, Any] | No
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     base = open_base(tmp_path if config is not None else tmp_path / "model.safetensors")
     shown = base.components[MODEL]
-    assert {name for ref in shown.values() for name in stored_names(ref)} | set(base.left_out) == set(state)
+    assert {leaf.name for ref in shown.values() for leaf in leaves(ref)} | set(base.left_out) == set(state)
     assert set(shown) - {"x.bias", "plain.weight"} == {"x.weight"}
     return shown["x.weight"], base.description
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter  # noqa: E402
+from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter, open_base, port  # noqa: E402
 from regraft.adapter import MODEL  # noqa: E402
 from regraft.formats._gguf_write import write_gguf  # noqa: E402
 from regraft.inspection import convert_adapter, inspect_adapter  # noqa: E402
+from regraft.lineage import ports_of  # noqa: E402
 from regraft.tensors import InMemory  # noqa: E402
 from regraft.updates import Full, LowRank  # noqa: E402
 
@@ -277,15 +279,67 @@ def test_a_broken_file_is_named(fields: dict[str, Any], tensors: dict[str, Tenso
         load_adapter(tmp_path / "bad.gguf")
 
 
-def test_experts_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
-    tensors = pair("blk.0.ffn_up") | {
-        "blk.0.ffn_up_exps.weight.lora_a": torch.ones(3, 2, 4),
-        "odd.weight": torch.ones(2),
-    }
+def test_unknown_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = pair("blk.0.ffn_up") | {"odd.weight": torch.ones(2), "blk.0.ffn_up_exps.weight.lora_a": torch.ones(2, 2)}
     write_gguf(tmp_path / "a.gguf", "qwen2", {"general.type": "adapter"}, tensors)
     assert set(load_adapter(tmp_path / "a.gguf").unrecognised) == {"blk.0.ffn_up_exps.weight.lora_a", "odd.weight"}
     write_gguf(tmp_path / "b.gguf", "made-up", {"general.type": "adapter"}, tensors)
     assert set(load_adapter(tmp_path / "b.gguf").unrecognised) == set(tensors)
+
+
+def test_experts_are_one_pair_there_and_a_pair_each_here(tmp_path: Path) -> None:
+    stacked = {
+        "blk.1.ffn_up_exps.weight.lora_a": torch.randn(3, 2, 16),
+        "blk.1.ffn_up_exps.weight.lora_b": torch.randn(3, 8, 2),
+    }
+    write_gguf(tmp_path / "a.gguf", "qwen3moe", {"general.type": "adapter", "adapter.lora.alpha": 4.0}, stacked)
+    adapter = load_adapter(tmp_path / "a.gguf")
+    assert adapter.unrecognised == ()
+    names = {f"model.layers.1.mlp.experts.{i}.up_proj" for i in range(3)}
+    assert {module.path for module in adapter.updates} == names
+    a, b = stacked.values()
+    for i, update in enumerate(adapter.updates.values()):
+        assert torch.allclose(update.delta(), 2 * b[i] @ a[i], atol=1e-6)
+
+    convert_adapter(tmp_path / "a.gguf", tmp_path / "peft", "peft")
+    base_config = {"model_type": "qwen3_moe", "num_experts": 3}
+    back = load_adapter(tmp_path / "peft", base_config=base_config)
+    for source in (adapter, back):
+        source.save(tmp_path / "b.gguf", format="gguf-lora", overwrite=True)
+        again = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+        assert set(again) == set(stacked)
+        assert all(torch.equal(again[name], value) for name, value in stacked.items())
+    for changes, says in (({"num_experts": 4}, "all 4 experts"), ({"num_experts": None}, "how many experts.*--base")):
+        with pytest.raises(OutputError, match=says):
+            replace(back, base_config=base_config | changes).save(tmp_path / "c.gguf", format="gguf-lora")
+
+
+def test_the_tokens_that_invoke_an_alora_are_kept(tmp_path: Path) -> None:
+    adapter = replace(qwen2(mlp__up_proj=low_rank(1.0)), config={"alora_invocation_tokens": [5, 7]})
+    adapter.save(tmp_path / "a.gguf", format="gguf-lora")
+    convert_adapter(tmp_path / "a.gguf", tmp_path / "peft", "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 7]
+
+
+def test_a_port_between_equal_bases_gives_the_same_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config_for("llama"))
+    base.save_pretrained(tmp_path / "base")
+    tensors = {
+        f"blk.{i}.{module}.weight.lora_{half}": torch.randn(shape)
+        for i in (0, 1)
+        for module, out, width in (("attn_q", 32, 32), ("attn_k", 16, 32), ("ffn_down", 32, 48))
+        for half, shape in (("a", (2, width)), ("b", (out, 2)))
+    }
+    fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    write_gguf(tmp_path / "in.gguf", "llama", fields, tensors)
+    opened = open_base(tmp_path / "base")
+    adapter = load_adapter(tmp_path / "in.gguf", base_config=opened.configs[MODEL])
+    port(adapter, opened, opened, "copy").save(tmp_path / "out.gguf")
+    after = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert set(after) == set(tensors)
+    assert all(torch.equal(after[name], value) for name, value in tensors.items())
+    assert len(ports_of(load_adapter(tmp_path / "out.gguf"))) == 1
 
 
 def test_a_converted_file_carries_its_heads_for_the_way_back(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter
 from regraft.adapter import MODEL, TokenRef
+from regraft.formats._peft_lokr import factorised
 from regraft.inspection import inspect_adapter
 from regraft.plan import check_families
 from regraft.tensors import InMemory
@@ -171,6 +172,39 @@ def test_loha_of_another_tool_becomes_one_of_peft(tmp_path: Path) -> None:
         assert torch.allclose(merged[name], update.merged(base.state_dict()[name]), atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [-1, 1, 2, 3, 4, 8, 16, 1000])
+def test_sizes_are_cut_as_peft_cuts_them(factor: int) -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    for size in (1, 2, 10, 16, 24, 127, 320, 768, 1280, 3072, 5120):
+        assert factorised(size, factor) == factorization(size, factor)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("factor", "both"), [(-1, False), (4, False), (2, True)])
+def test_lokr_of_another_tool_becomes_one_of_peft_where_the_cut_is_the_same(
+    factor: int, both: bool, tmp_path: Path
+) -> None:
+    def ref(*shape: int) -> InMemory:
+        return InMemory(torch.randn(shape) * 0.3)
+
+    torch.manual_seed(1)
+    updates = {}
+    for path, out, width, rank in (("lin", 24, 16, 1), ("square", 24, 24, 2), ("head", 4, 24, 0)):
+        (j, k), (m, n) = factorised(out, factor), factorised(width, factor)
+        full_w2 = not rank or rank >= max(k, n) / 2
+        halves: dict[str, Any] = {"w2": ref(k, n)} if full_w2 else {"w2_a": ref(k, rank), "w2_b": ref(rank, n)}
+        low_w1 = both and rank and rank < max(j, m) / 2
+        halves |= {"w1_a": ref(j, rank), "w1_b": ref(rank, m)} if low_w1 else {"w1": ref(j, m)}
+        updates[ModuleRef(MODEL, path)] = LoKr(0.7 + rank, **halves)
+    Adapter(updates, "lycoris").save(tmp_path / "ours", format="peft")
+    base = Net()
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").merge_and_unload().state_dict()
+    for module, update in updates.items():
+        name = f"{module.path}.weight"
+        assert torch.allclose(merged[name], update.merged(base.state_dict()[name]), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("beside_lora", [False, True])
 def test_trainable_tokens_are_carried_by_their_numbers(beside_lora: bool, tmp_path: Path) -> None:
@@ -282,7 +316,7 @@ def ones(*shape: int) -> InMemory:
 @pytest.mark.parametrize(
     ("updates", "says"),
     [
-        ({"a": LoKr(1.0, w1=ones(2, 2), w2=ones(4, 4))}, "another tool cut"),
+        ({"a": LoKr(1.0, w1=ones(4, 2), w2=ones(2, 8))}, "cut into halves otherwise"),
         ({"a": Oft(ones(2, 4, 4))}, "another tool's convention"),
         ({"a": Ia3(ones(8), InMemory(torch.tensor(0)))}, "another tool's convention"),
         ({"a": LoHa(ones(8, 2), ones(2, 8), ones(8, 2), ones(2, 8), 1.0, magnitude=ones(8))}, "magnitude"),

@@ -59,6 +59,18 @@ def test_one_file_stays_one_file(tmp_path: Path) -> None:
     assert inspect_adapter(tmp_path / "unet.safetensors").components["unet"].kinds == {"svdiff": 3}
 
 
+@pytest.mark.parametrize(("family", "number"), [("sd15", 320), ("sdxl", 640)])
+def test_the_family_is_told_by_the_number_of_singular_values(family: str, number: int, tmp_path: Path) -> None:
+    stage, block = (0, 0) if family == "sd15" else (1, 1)
+    attention = f"down_blocks.{stage}.attentions.0.transformer_blocks.{block}"
+    names = {f"{attention}.attn1.to_q.delta": number, f"{attention}.norm1.delta": 1, "conv_in.delta": 36}
+    save_file({name: torch.ones(size) for name, size in names.items()}, tmp_path / "x.safetensors")
+    assert load_adapter(tmp_path / "x.safetensors").family == family
+    names["conv_in.delta"] = 35
+    save_file({name: torch.ones(size) for name, size in names.items()}, tmp_path / "y.safetensors")
+    assert load_adapter(tmp_path / "y.safetensors").family is None
+
+
 def layers(weight: Tensor, delta: Tensor) -> Tensor:
     """SVDLinear, SVDConv2d and SVDLayerNorm of svdiff-pytorch (a78f69e): the weight as rows, or as one row."""
     rows = weight.unsqueeze(0) if weight.dim() == 1 else weight.flatten(1)

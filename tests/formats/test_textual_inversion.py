@@ -176,6 +176,27 @@ def test_a_matrix_is_not_taken_for_an_embedding(tmp_path: Path) -> None:
             load_adapter(tmp_path / f"{number}.safetensors")
 
 
+class Runs:
+    """What a hostile pickle holds: a call that unpickling makes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_code_in_a_pickled_embedding_does_not_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = compvis(torch.nn.ParameterDict)
+    if where == "beside":
+        content["extra"] = Runs()
+    else:
+        content["string_to_param"].__dict__["extra"] = Runs()
+    torch.save(content, "evil.pt")
+    with pytest.raises(InputError, match="more than tensors"):
+        load_adapter("evil.pt")
+    assert not Path("ran").exists()
+
+
 def test_bundled_embeddings_are_told_apart_and_come_back(tmp_path: Path) -> None:
     keys = ["<a>.clip_l", "<a>.clip_g", "<a>.clip_g_out", "v1.0.clip_l", "old.string_to_param.*"]
     tensors = {f"bundle_emb.{key}": InMemory(vectors(1, 1280 if "clip_g" in key else 768)) for key in keys}

@@ -182,7 +182,7 @@ def test_dora_keeps_its_magnitude_where_pefts_own_conversion_forgets_it(tmp_path
 
 def _gap(model: nn.Module, adapter: Path, ids: Tensor, expected: Tensor) -> float:
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), adapter)
-    return float((loaded(ids).logits - expected).abs().max())
+    return float((loaded(ids).logits - expected).detach().abs().max())
 
 
 def test_a_second_kind_beside_dora_is_put_on_the_base_or_refused(

@@ -195,11 +195,12 @@ def test_the_composed_drift_is_never_below_the_true_one(chain: list[Base]) -> No
     old, new = llama()["lm_head.weight"], near[1]["lm_head.weight"]
     bound = nearness_over(Nearness(0.995, 0.1), Nearness(0.995, 0.1))
     assert bound.distance >= float((new - old).norm() / old.norm())
-    assert bound.similarity <= float((new * old).sum() / new.norm() / old.norm())
+    # Drifts of random directions: cosines multiply.
+    assert bound.similarity == pytest.approx(float((new * old).sum() / new.norm() / old.norm()), abs=0.01)
     assert nearness_over(Nearness(1.0, 0.0), Nearness(0.9, 0.3)) == Nearness(0.9, 0.3)
     assert nearness_over(Nearness(), Nearness(0.9, 0.3)) == Nearness()
     one, two = fit_migration(chain[0], chain[1], "copy"), fit_migration(chain[1], chain[2], "copy")
-    assert all(entry.bound for entry in compose(one, two).entries.values())
+    assert all(entry.derived for entry in compose(one, two).entries.values())
 
 
 def test_a_composed_file_says_what_it_was_made_of(chain: list[Base], tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 import torch
-from samples import ADDITIVE, CONV, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 from torch import Tensor
+from update_samples import ADDITIVE, CONV, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, Kind, LoHa, LoKr, LowRank, Slice, SpectralShift, Update, scale_of

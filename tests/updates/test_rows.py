@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from samples import ADDITIVE, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 from torch import Tensor
+from update_samples import ADDITIVE, IN, OUT, SAMPLES, lora, positive, ref, weight_for
 
 from regraft import OutputError
 from regraft.tensors import InMemory

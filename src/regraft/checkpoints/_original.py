@@ -55,13 +55,13 @@ def find_model(tensors: Mapping[str, TensorRef]) -> Found | None:
 
 
 def _best(part: Mapping[str, TensorRef], prefix: str) -> tuple[Family, Table, str] | None:
-    """The family and naming scheme that leave the fewest names over, on either side."""
-    best: tuple[int, Family, Table, str] | None = None
+    """The family and naming scheme that leave the fewest of the file's names over, then the fewest of their own."""
+    best: tuple[tuple[int, int], Family, Table, str] | None = None
     for family, table, scheme in _layouts(part, prefix):
         names = _names(table, scheme)
         foreign, missing = part.keys() - names.keys(), names.keys() - part.keys()
         fits = len(foreign) <= _FOREIGN * len(part) and _only_blocks_lack(names, missing)
-        over = len(foreign) + len(missing)
+        over = len(foreign), len(missing)
         if fits and (best is None or over < best[0]):
             best = over, family, table, scheme
     return best[1:] if best else None
@@ -77,35 +77,44 @@ def _names(table: Table, scheme: str) -> dict[str, tuple[Piece, ...]]:
 
 
 def _layouts(part: Mapping[str, TensorRef], prefix: str) -> Iterator[tuple[Family, Table, str]]:
-    kinds = {kind_of(name) for name in part}
-    seen = set()
+    kinds, seen = {kind_of(name) for name in part}, set()
     for family in families().values():
         if family.main not in family.components or family.main.startswith("text_encoder"):
             continue
         table = family.table(family.main)
-        if table.name in seen or not any(kinds & table.kinds(scheme) for scheme in table.schemes):
+        if table.name in seen:
             continue
         seen.add(table.name)
         for scheme in table.schemes:
+            known = table.kinds(scheme) | (table.kinds(ORIGINAL) if ORIGINAL in table.schemes else frozenset())
             # Canonical names without a prefix are no original checkpoint: the file is a model by itself.
-            if scheme != CANONICAL or prefix:
+            if (scheme != CANONICAL or prefix) and 2 * len(kinds & known) > len(kinds):
                 yield family, table, scheme
 
 
 def _only_blocks_lack(names: Mapping[str, tuple[Piece, ...]], missing: set[str]) -> bool:
     """Whether a file without ``missing`` is still this model: a shallower one, or one without an optional part.
 
-    Where a block's number in the original is not its canonical one, a shallower model has other names altogether.
+    A block lacks as a whole or not at all: the last one of a deeper model may be of another make. And where a block's
+    number in the original is not its canonical one, a shallower model has other names altogether.
     """
-    if any(_block(name) != _block(piece.name) for name in missing for piece in names[name]):
-        return False
+    present = {_block(name) for name in names if name not in missing}
+    for name in missing:
+        block = _block(name)
+        if block is None:
+            continue
+        theirs = [_block(piece.name) for piece in names[name]]
+        if block in present or any(own is None or own[1] != block[1] for own in theirs):
+            return False
     plain = [name for name in names if _block(name) is None]
-    return sum(name in missing for name in plain) <= _LACKING * len(plain)
+    lacking = sum(name in missing for name in plain)
+    return not missing or (bool(plain) and lacking <= _LACKING * len(plain))
 
 
-def _block(name: str) -> str | None:
-    found = re.search(r"\.(\d+)\.", name)
-    return found[1] if found else None
+def _block(name: str) -> tuple[str, str] | None:
+    """The numbered block that a parameter is in: the path before the number, and the number."""
+    found = re.match(r"(.*?)\.(\d+)\.", name)
+    return (found[1], found[2]) if found else None
 
 
 def _shown(table: Table, scheme: str, part: Mapping[str, TensorRef]) -> tuple[dict[str, TensorRef], set[str]]:

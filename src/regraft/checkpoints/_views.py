@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.tensors import Shape, Stored, TensorRef, read_rows
+from regraft.tensors import Shape, TensorRef, read_rows
 
 
 def row_numbers(ranges: Sequence[range], count: int) -> Tensor:
@@ -126,14 +126,15 @@ class Shifted:
         return read_rows(self.of, ranges) + self.by
 
 
-def stored_names(ref: TensorRef) -> Iterator[str]:
-    """Names in the files of every stored tensor that ``ref`` is made from."""
-    parts: Any = ref
-    if isinstance(ref, Stored):
-        yield ref.name
-    elif is_dataclass(parts):
-        for part in fields(parts):
-            value = getattr(parts, part.name)
-            for item in value if isinstance(value, tuple) else (value,):
-                if hasattr(item, "load"):
-                    yield from stored_names(item)
+def leaves(ref: TensorRef) -> Iterator[TensorRef]:
+    """Every stored tensor that ``ref`` is made from."""
+    values: list[Any] = [getattr(ref, part.name) for part in fields(ref)] if is_dataclass(ref) else []
+    parts = [item for value in values for item in (value if isinstance(value, tuple) else (value,)) if _is_ref(item)]
+    if not parts:
+        yield ref
+    for part in parts:
+        yield from leaves(part)
+
+
+def _is_ref(value: Any) -> bool:
+    return is_dataclass(value) and hasattr(value, "load")

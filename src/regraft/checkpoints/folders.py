@@ -30,6 +30,8 @@ COMPONENTS = (
     "text_encoder_3",
     "prior",
 )
+# Wan 2.2 as its makers publish it: two experts, in the order in which diffusers has them.
+_EXPERTS = {"high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 
 
 def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Plain, str] | None:
@@ -90,16 +92,22 @@ def _components(path: Path) -> Checkpoint | None:
     """A diffusers pipeline's folders, each with its own weights and config."""
     weights: dict[str, Plain] = {}
     configs, kinds = {}, []
-    for name in COMPONENTS:
-        config = _config(path / name)
-        found = _weights(path / name, config)
+    for folder, name in {**dict(zip(COMPONENTS, COMPONENTS, strict=True)), **_EXPERTS}.items():
+        config = _config(path / folder)
+        found = None if name in weights else _weights(path / folder, config)
         if found is not None:
-            weights[name], configs[name] = found[0], config
+            weights[name], configs[name] = _renamed(found[0]) if folder in _EXPERTS else found[0], config
             kinds += found[1].split(", ")
     if not weights:
         return None
     left_out = tuple(f"{component}/{name}" for component, plain in weights.items() for name in plain.left_out)
     return Checkpoint({name: plain.tensors for name, plain in weights.items()}, configs, describe(kinds), left_out)
+
+
+def _renamed(plain: Plain) -> Plain:
+    """A model in its makers' names by diffusers' ones."""
+    components, rest = split_components(plain.tensors)
+    return Plain(next(iter(components.values())), plain.kinds, plain.left_out + rest)
 
 
 def _single(path: Path, own: Mapping[str, Any]) -> Checkpoint:

@@ -17,7 +17,7 @@ from regraft.checkpoints._gguf_file import MAGIC, GgufFile, GgufTensor, read_ggu
 from regraft.checkpoints._gguf_names import ARCHITECTURES, transformers_names
 from regraft.checkpoints._views import Reshaped
 from regraft.checkpoints.single_file import split_components
-from regraft.errors import InputError
+from regraft.errors import InputError, reading
 from regraft.tensors import TensorRef, n_bytes
 
 # Key-value pairs that transformers' config.json has under another name.
@@ -39,7 +39,7 @@ def _detect(path: Path) -> bool:
         return False
     if path.suffix.lower() == ".gguf":
         return True
-    with path.open("rb") as stream:
+    with reading(path), path.open("rb") as stream:
         return stream.read(4) == MAGIC
 
 
@@ -109,6 +109,8 @@ def _read(path: Path) -> Checkpoint:
         shown, left_out = model
         return Checkpoint({MODEL: shown}, {MODEL: _config(file.fields, arch, file.tensors)}, description, left_out)
     components, rest = split_components(_shaped(file))
+    if MODEL in components:
+        description = f"{description}, names as stored (architecture {arch[:64] or 'not stated'!r})"
     return Checkpoint(components, {}, description, rest)
 
 

@@ -16,6 +16,7 @@ from regraft.base import Base, open_base
 from regraft.carry import matches
 from regraft.errors import RegraftError, UsageError
 from regraft.families import block_names
+from regraft.hub import hub_id_of
 from regraft.methods import get_method
 from regraft.pairing import Named
 from regraft.plan import Selection
@@ -159,6 +160,16 @@ def open_bases(old: Path | None, new: Path | None, *, whole: bool = True) -> tup
     if new is None:
         raise UsageError("--to is missing", remedy="Give the base that the adapter is to run on.")
     return (open_base(old, whole=whole) if old is not None else None), open_base(new, whole=whole)
+
+
+def runnable(path: Path) -> Path:
+    """The path itself, or where a model on the hub was downloaded to with all that it needs to run."""
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return path
+    from regraft.hub.repository import download_runnable
+
+    return download_runnable(hub_id)
 
 
 def names_of(named: Named) -> dict[str, tuple[str, ...]]:

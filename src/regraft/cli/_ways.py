@@ -100,7 +100,7 @@ def lineage_in(adapter: Path) -> Lineage:
     Raises:
         InputError: it has no lineage.
     """
-    file = adapter.expanduser()
+    file = adapter
     text = metadata_of(file).get(KEY)
     if text is None:
         raise InputError(

@@ -16,13 +16,13 @@ from regraft.identify import identify_base
 from regraft.report.identify_schema import IdentifyReport
 
 Bases = Annotated[
-    list[str], typer.Argument(metavar="BASE...", help="Files or folders, or a folder of such, to look among.")
+    list[str], typer.Argument(metavar="BASE...", help="Files, folders or hub ids, or a folder of such, to look among.")
 ]
 
 
 def identify(adapter: o.AdapterArgument, bases: Bases, json: o.Json = False, quiet: o.Quiet = False) -> None:
     """Find the base that an adapter was made for, by hashes, fingerprints and names."""
-    loaded = load_adapter(adapter)
+    loaded = load_adapter(adapter, whole=False)
     with progress("Hashing", quiet=quiet) as tick:
         report = identify_base(loaded, bases, tick=tick)
     emit(report, json=json, quiet=quiet, table=lambda console: print_identification(report, console))

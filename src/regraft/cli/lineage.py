@@ -90,6 +90,9 @@ def stamp_(
         Path | None,
         typer.Option("--measured", metavar="RECORD.json", help="Add the figures of `verify --json` to the last port."),
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Also hash every byte of the base, not a fixed sample alone.")
+    ] = False,
     output: _Output = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace the adapter's own file.")] = False,
     json: o.Json = False,
@@ -104,7 +107,7 @@ def stamp_(
     target = adapter if output is None else output
     replace_it = overwrite or in_place
     if base is not None:
-        lineage = stamp(adapter, open_base(base), target, overwrite=replace_it)
+        lineage = stamp(adapter, open_base(base), target, exact=exact, overwrite=replace_it)
     else:
         assert measured is not None
         lineage = with_measured(_read(adapter), measured)

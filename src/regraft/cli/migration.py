@@ -17,7 +17,8 @@ from regraft.cli._sink import emit, progress
 from regraft.cli._ways import LARGE, say_size
 from regraft.cli.lineage import Checked, finish
 from regraft.errors import InputError, UsageError
-from regraft.migration import Migration, fit_migration
+from regraft.hub import hub_id_of
+from regraft.migration import Migration, fit_migration, summarise
 from regraft.migration_file import load_migration, read_header, save_migration
 from regraft.migrations.base_id import called
 from regraft.migrations.compose import compose_all
@@ -73,6 +74,9 @@ def make(
     precision: Annotated[
         str, typer.Option("--precision", help="half: maps in float16 where the error allows it; or full.")
     ] = "half",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Also hash every byte of both bases, not a fixed sample alone.")
+    ] = False,
     license: License = None,
     device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
@@ -91,6 +95,8 @@ def make(
     source, target = open_base(old), open_base(new)
     with progress("Fitting", quiet=quiet) as tick:
         fitted = fit_migration(source, target, method, tick=tick, **computing, **options)
+    if exact:
+        fitted = replace(fitted, source=summarise(source, exact=True), target=summarise(target, exact=True))
     _write(halved(fitted) if precision == "half" else fitted, output, license, json, quiet, overwrite)
 
 
@@ -128,7 +134,8 @@ def show(
 ) -> None:
     """Print what migrations lead from where to where, by their headers."""
     path = path.expanduser()
-    if not path.is_dir():
+    hub_id = hub_id_of(path)
+    if not path.is_dir() and (hub_id is None or str(path).endswith(".safetensors")):
         listing = MigrationListing(migrations=[summary(path, read_header(path)[0])])
     else:
         graph = read_graph(path)

@@ -150,7 +150,7 @@ def port(
         assert output is not None
         written = result.save(output, format=format, overwrite=overwrite)
     record = result.report.model_copy(
-        update={"outputs": [str(file) for file in written], "path": [str(edge.file) for edge in way]}
+        update={"outputs": [str(file) for file in written], "path": [str(edge.place or edge.file) for edge in way]}
     )
     kept = save_migration or migration
     if kept is not None:

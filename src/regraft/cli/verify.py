@@ -64,6 +64,7 @@ def verify(
     if report is not None:
         check_writable(report, overwrite=overwrite)
     o.use_hardware(device, "float32", threads)
+    old, new = o.runnable(old), o.runnable(new)
     texts = read_prompts(prompts) if prompts is not None else None
     trained, carried = (
         load_adapter(path, names=o.names_of(opened), base_config=o.config_of(opened))

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adapter import MODEL
 from regraft.families._family import Family, families, get_family
+from regraft.families._gguf import Renames, gguf_architecture, gguf_families, gguf_names, gguf_values
 from regraft.families._recognise import (
+    GGUF,
     Match,
     Recognition,
     alike,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CANONICAL",
+    "GGUF",
     "ORIGINAL",
     "Family",
     "Match",
@@ -36,6 +39,7 @@ __all__ = [
     "Named",
     "Piece",
     "Recognition",
+    "Renames",
     "Table",
     "aliases",
     "block_names",
@@ -46,6 +50,10 @@ __all__ = [
     "find_shape",
     "flattened",
     "get_family",
+    "gguf_architecture",
+    "gguf_families",
+    "gguf_names",
+    "gguf_values",
     "module_names",
     "recognise",
     "refine_by_hint",

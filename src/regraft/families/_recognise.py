@@ -14,6 +14,7 @@ from typing import Any
 
 from regraft.adapter import MODEL
 from regraft.families._family import Family, families
+from regraft.families._gguf import gguf_families, gguf_names
 from regraft.families._tables import CANONICAL, Named, Table, table
 from regraft.families._templates import kind_of
 from regraft.tensors import Shape
@@ -23,6 +24,9 @@ Names = Mapping[str, Mapping[str, "Shape | None"]]
 
 # Share of an adapter's modules that must be in a family's table; the rest may be extras such as a new input layer.
 ENOUGH = 0.9
+#: llama.cpp's names of language models; see `gguf_names`.
+GGUF = "gguf"
+_GGUF_BEGINNINGS = ("blk.", "enc.blk.", "dec.blk.", "token_embd", "output", "position_embd", "token_types")
 _MAIN = ("unet", "transformer", "prior", MODEL)
 
 
@@ -32,7 +36,7 @@ class Match:
 
     Attributes:
         component: of the family.
-        scheme: ``canonical``, ``original``, or one of the family's spellings.
+        scheme: ``canonical``, ``original``, one of the family's spellings, or ``gguf`` (see `gguf_names`).
         flat: whether the names are flattened (``_`` for ``.``).
         coverage: share of the given names that the scheme has.
         table: whose names they are; None for families that are told by patterns.
@@ -84,8 +88,9 @@ def recognise(
             parameter, in diffusers' or transformers' names, the original code's, or another tool's spelling;
             flattened names (kohya's ``double_blocks_0_img_attn_qkv``) are modules. All names of a component are of
             one scheme.
-        metadata: what a file says of its base: ``ss_base_model_version``, ``modelspec.architecture``, a config's class
-            or path. It tells families of the same names and shapes apart, and never overrules shapes.
+        metadata: what a file says of its base: ``ss_base_model_version``, ``modelspec.architecture``,
+            ``general.architecture``; under ``config`` a class, path or hub id. It tells families of the same names
+            and shapes apart, and never overrules shapes.
         schemes: only these; all by default.
         minimum: least share of the names that must be known.
 
@@ -249,13 +254,18 @@ def _by_patterns(names: Names, metadata: Mapping[str, str]) -> Recognition | Non
     if main is None:
         return None
     paths = [name.removesuffix(".weight").removesuffix(".bias") for name in names[main]]
+    share = len(paths) / sum(len(others) for others in names.values())
+    if all(path.startswith(_GGUF_BEGINNINGS) for path in paths):
+        known = [name for name in gguf_families() if all(gguf_names(name).canonical(path) for path in paths)]
+        said = [name for name in gguf_families(metadata.get("general.architecture")) if name in known]
+        if known:
+            spoken = max(said or known, key=lambda name: _hinted(families()[name], metadata))
+            return Recognition(spoken, {main: Match(families()[spoken].main, GGUF, False, 1.0)}, share, False)
     for family in families().values():
         if "adapter" in family.rules and fits_names(family.rules["adapter"], paths, every=True):
             others = [one for one in families().values() if one.naming == family.naming and not one.components]
             chosen = max([family, *others], key=lambda one: (_hinted(one, metadata), one is family))
-            match = Match(chosen.main, CANONICAL, False, 1.0)
-            total = sum(len(others) for others in names.values())
-            return Recognition(chosen.name, {main: match}, len(paths) / total, False)
+            return Recognition(chosen.name, {main: Match(chosen.main, CANONICAL, False, 1.0)}, share, False)
     return None
 
 

@@ -88,9 +88,11 @@ def to_llama_cpp(rows: Tensor, order: Order) -> Tensor:
 
 
 def head_fields(arch: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The numbers of heads in a transformers config, by llama.cpp's keys."""
+    """The numbers of heads and experts in a transformers config, by llama.cpp's keys."""
     config = config or {}
     heads = config.get("num_attention_heads", config.get("n_head"))
     kv = config.get("num_key_value_heads")
+    experts = config.get("num_local_experts", config.get("num_experts"))
     found = {f"{arch}.attention.head_count": heads, f"{arch}.attention.head_count_kv": kv}
+    found[f"{arch}.expert_count"] = experts
     return {key: value for key, value in found.items() if isinstance(value, int | list) and value}

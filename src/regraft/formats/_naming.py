@@ -57,7 +57,11 @@ def tables(name: str) -> dict[str, Table]:
     if known.original:
         found[ORIGINAL] = Table(known.original)
     for scheme, names in known.spellings.items():
-        found[scheme] = Table({n: known.original.get(to) or (Piece(to),) for n, to in names.items()})
+        pieces = {name: known.original.get(to) or (Piece(to),) for name, to in names.items()}
+        # What a tool did not rename has its original name.
+        renamed = set(names.values())
+        kept = {name: held for name, held in known.original.items() if name not in renamed}
+        found[scheme] = Table({**pieces, **kept})
     return found
 
 

@@ -30,6 +30,7 @@ from regraft.formats import AdapterFile
 from regraft.formats._common import Parts, check_float
 from regraft.formats._factors import cannot_hold
 from regraft.formats._peft_config import Config, by_pattern, exactly, is_matched
+from regraft.formats._peft_lokr import lokr_config
 from regraft.formats._suffixes import build
 from regraft.tensors import InMemory, TensorRef
 from regraft.updates import Boft, Ia3, LoHa, LoKr, Oft, Update
@@ -196,9 +197,6 @@ def check_kind(update: Update, path: str, *, own: bool) -> str:
         raise cannot_hold("PEFT", f"{update.kind} updates of another tool's convention", path, lost)
     if isinstance(update, Oft | Boft) and update.strength != 1.0:
         raise cannot_hold("PEFT", f"{update.kind} updates at a strength other than 1", path, lost)
-    if isinstance(update, LoKr) and not own:
-        # On loading, PEFT cuts the sizes by its own rule from r and decompose_factor.
-        raise cannot_hold("PEFT", "LoKr updates that another tool cut into halves", path, lost)
     return kind
 
 
@@ -214,7 +212,14 @@ def corrected_kind(
         keep_targets: the modules are those that the config was saved with.
     """
     result: dict[str, Any] = dict(config) if config is not None else {"peft_type": kind, "inference_mode": True}
-    if kind in ("LOHA", "LOKR"):
+    if kind == "LOKR" and config is None:
+        cut = lokr_config({path: update for path, update in updates.items() if isinstance(update, LoKr)})
+        if cut is None:
+            what = "LoKr updates that are cut into halves otherwise than PEFT does"
+            raise cannot_hold("PEFT", what, next(iter(updates)), "They would be lost: keep the old format.")
+        result |= cut[0]
+        _set_scales(result, updates, cut[1])
+    elif kind in ("LOHA", "LOKR"):
         _scales(result, config, updates)
     if kind == "LOHA" and config is None:
         result["use_effective_conv2d"] = any(isinstance(u, LoHa) and u.t1 is not None for u in updates.values())
@@ -239,7 +244,12 @@ def _scales(result: dict[str, Any], config: Config | None, updates: Mapping[str,
         for path, update in known.items()
     ):
         return
-    ranks = {path: update.rank or int((config or {}).get("r", 1)) for path, update in known.items()}
+    old_rank = int((config or {}).get("r", 1))
+    _set_scales(result, known, {path: update.rank or old_rank for path, update in known.items()})
+
+
+def _set_scales(result: dict[str, Any], updates: Mapping[str, Update], ranks: Mapping[str, int]) -> None:
+    known = {path: update for path, update in updates.items() if isinstance(update, LoHa | LoKr)}
     alphas = {path: update.scale * ranks[path] for path, update in known.items()}
     for values, field, pattern in ((ranks, "r", "rank_pattern"), (alphas, "alpha", "alpha_pattern")):
         usual = Counter(values.values()).most_common(1)[0][0]

@@ -19,6 +19,7 @@ from regraft.formats._common import Parts, check_float
 from regraft.formats._factors import flat
 from regraft.tensors import TensorRef
 from regraft.updates import Boft, Diff, Full, GLora, Ia3, LoHa, LoKr, LowRank, Oft, Tucker, Update
+from regraft.updates.checks import mismatch
 
 
 class Suffix(NamedTuple):
@@ -36,7 +37,6 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "lora_A bare": (".lora_A", ".lora_B"),
     "lora.down": (".lora.down.weight", ".lora.up.weight"),
     "lora_linear_layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    "_lora.down": ("_lora.down.weight", "_lora.up.weight"),
     "bare": (".down.weight", ".up.weight"),
 }
 _MAGNITUDES = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -101,6 +101,26 @@ def build(parts: Mapping[str, str], file: AdapterFile, alpha: float | None) -> U
     held = Parts()
     for suffix, key in parts.items():
         held.add(SUFFIXES[suffix].role, key, file.tensors[key], file.path)
+    update = _kind(held, parts, file, alpha)
+    if update is not None:
+        _check(update, held, file)
+    return update
+
+
+def _check(update: Update, held: Parts, file: AdapterFile) -> None:
+    """Raise an `InputError` for a part that is no float, or whose shape does not belong to the others'."""
+    keys = {"weight": held.keys.get("ia3"), **held.keys}
+    for role, ref in update.parts().items():
+        if role not in ("alpha", "on_input"):
+            check_float(ref, file.path, keys[role] or role)
+    found = mismatch(update)
+    if found is not None:
+        role, what = found
+        remedy = "The file is damaged or was edited: get another one."
+        raise InputError(what, file=file.path, key=keys[role], remedy=remedy)
+
+
+def _kind(held: Parts, parts: Mapping[str, str], file: AdapterFile, alpha: float | None) -> Update | None:
     roles = held.tensors
     if any(suffix.startswith(".hada_") for suffix in parts):
         return _loha(held, file, alpha)

@@ -11,7 +11,9 @@ Facts (llama.cpp 0b03ada, gguf 0.19):
 - What the converter does to a weight it does to the LoRA: rows of query and key are reordered (Llama; by heads), the
   fused query-key-value of GPT-NeoX and BLOOM likewise. The weights of GPT-2's Conv1D are stored as (out, in).
 - Norms stored whole are passed over by llama.cpp's loader: they are read, and written only back into such a file.
-- No place for DoRA's magnitude, a bias of B, experts one by one, or trained embeddings beside the vocabulary.
+- Experts of a block share one pair, (experts, r, in) and (experts, out, r): all of them or none.
+- aLoRA: ``adapter.alora.invocation_tokens``, as PEFT's config has them.
+- No place for DoRA's magnitude, a bias of B, or trained embeddings beside the vocabulary.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ from regraft.families import family_of_modules, refine_by_hint
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._common import Parts, contiguous, shapes_of, training_metadata
 from regraft.formats._factors import cannot_hold, transposed
+from regraft.formats._gguf_experts import expert_of, experts_name, join_experts, split_experts
 from regraft.formats._gguf_heads import NEEDS_BASE, HeadOrder, head_fields, order_of, reorders, to_llama_cpp
 from regraft.formats._gguf_write import KINDS, write_gguf
 from regraft.tensors import InMemory, TensorRef, Transposed
 from regraft.updates import Full, LowRank, Update
 
 ALPHA = "adapter.lora.alpha"
+ALORA = "adapter.alora.invocation_tokens"
 _PAIR = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<half>[ab])")
 _PARAMETER = re.compile(r"(?P<module>.+)\.(?P<kind>weight|bias)")
 _BLOCK = re.compile(r"\b(?P<stem>blk|layers|h|layer|block)\.(?P<number>\d+)\.")
@@ -106,7 +110,14 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     updates: dict[ModuleRef, Update] = {}
     for key, ref in file.tensors.items() if arch in ARCHITECTURES else ():
         if found := _PAIR.fullmatch(key):
-            if _Names(arch).theirs(found["module"]) is None or len(ref.shape) != 2:
+            dims = (
+                2
+                if _Names(arch).theirs(found["module"])
+                else 3
+                if experts_name(arch, *_pattern(found["module"]))
+                else 0
+            )
+            if len(ref.shape) != dims:
                 unrecognised.append(key)
                 continue
             parts.setdefault(found["module"], Parts()).add(
@@ -117,16 +128,21 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         else:
             unrecognised.append(key)
     for module, part in parts.items():
+        if stacked := experts_name(arch, *_pattern(module)):
+            updates |= split_experts(stacked, part, float(alpha), file.path)
+            continue
         named, update = _low_rank(arch, module, part, float(alpha), fields, file.path)
         updates[named] = update
-    told = {k: str(v) for k, v in content.items() if k.startswith("general.") and k not in (*_OWN, *_PRIVATE)}
+    private = (*_OWN, *_PRIVATE)
+    told = {k: str(v) for k, v in content.items() if not k.startswith(("adapter.", f"{arch}.")) and k not in private}
     kept = {k: v for k, v in content.items() if k not in _OWN and v is not None}
     family = family_of_modules(shapes_of(updates))
     if arch in ARCHITECTURES:
         family = refine_by_hint(
             family, f"{ARCHITECTURES[arch].model_type} {content.get('general.base_model.0.name', '')}"
         )
-    layout = {"arch": arch, "alpha": float(alpha), "fields": kept}
+    stacks = {ref.shape[0] for key, ref in file.tensors.items() if len(ref.shape) == 3 and key not in unrecognised}
+    layout = {"arch": arch, "alpha": float(alpha), "fields": kept, "experts": max(stacks, default=None)}
     return Adapter(updates, "gguf-lora", layout, told, family=family, unrecognised=tuple(unrecognised), path=file.path)
 
 
@@ -191,6 +207,7 @@ def _write(adapter: Adapter) -> Written:
     low_rank = {module: update for module, update in checked.items() if isinstance(update, LowRank)}
     alpha = _alpha(adapter, low_rank, own=own)
     tensors: dict[str, TensorRef] = {}
+    experts: dict[str, dict[int, LowRank]] = {}
     folded = 0
     for module, update in checked.items():
         if isinstance(update, Full):
@@ -199,14 +216,23 @@ def _write(adapter: Adapter) -> Written:
             continue
         update, changed = _by_rule(update, alpha)
         folded += changed
-        tensors |= _pair(arch, module, update, fields)
+        if expert := expert_of(arch, module.path):
+            experts.setdefault(expert.module, {})[expert.number] = update
+        else:
+            tensors |= _pair(arch, module, update, fields)
+    for stacked, members in experts.items():
+        tensors |= join_experts(stacked, members, fields.get(f"{arch}.expert_count") or adapter.layout.get("experts"))
     loaded = contiguous(tensors)
     for key, tensor in loaded.items():
         if tensor.dtype not in KINDS:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise cannot_hold("GGUF LoRA", f"dtype {dtype}", key, "Save it as float32, float16 or bfloat16.")
     pairs: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", ALPHA: alpha} | fields
-    pairs |= {key: value for key, value in training_metadata(adapter.metadata).items() if key not in fields}
+    invoked = (adapter.config or {}).get("alora_invocation_tokens")
+    if invoked:
+        pairs[ALORA] = list(invoked)
+    told = training_metadata(adapter.metadata)
+    pairs |= {key: value for key, value in told.items() if key not in fields or str(fields[key]) != value}
     pairs.setdefault("general.file_type", _file_type(loaded))
     notes = [f"{folded} modules' own scales are multiplied into B: a GGUF LoRA has one alpha"] if folded else []
     notes += [f"PEFT's copy of the base's own {module} is left out: the base has it" for module in copies]

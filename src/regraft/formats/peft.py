@@ -283,7 +283,9 @@ def _config(
     config = corrected(MINIMAL if old is None else old, low_rank, keep_targets=keep)
     if any(update.orientation == "conv1d" for update in low_rank.values()):
         config["fan_in_fan_out"] = True
-    return config
+    # An activated LoRA does nothing until these tokens have come.
+    invoked = (adapter.layout.get("fields") or {}).get("adapter.alora.invocation_tokens")
+    return config | {"alora_invocation_tokens": invoked} if invoked else config
 
 
 def _check_bare(updates: Mapping[str, Update]) -> None:

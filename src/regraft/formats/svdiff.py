@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError, OutputError
-from regraft.families import without_text_model
+from regraft.families import families, find_shape, without_text_model
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._common import check_float, component_for, contiguous, training_metadata
 from regraft.formats._factors import cannot_hold
@@ -32,6 +33,8 @@ from regraft.updates._kind import scaled_ref
 
 WEIGHTS, TEXT_WEIGHTS = "spectral_shifts.safetensors", "spectral_shifts_te.safetensors"
 _SUFFIX = ".delta"
+# Share of a file's modules that must be in a family's table.
+_ENOUGH = 0.9
 _UNET, _TEXT = "unet", "text_encoder"
 # transformers 5 leaves out the level text_model.
 _TEXT_STARTS = ("text_model.", "encoder.layers.", "embeddings.", "final_layer_norm")
@@ -60,7 +63,26 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         component = _TEXT if path.startswith(_TEXT_STARTS) else _UNET
         updates[ModuleRef(component, path)] = SpectralShift(ref)
     layout = {"folder": file.path.is_dir()}
-    return Adapter(updates, "svdiff", layout, file.metadata, unrecognised=tuple(unrecognised), path=file.path)
+    family = _family(updates)
+    return Adapter(
+        updates, "svdiff", layout, file.metadata, family=family, unrecognised=tuple(unrecognised), path=file.path
+    )
+
+
+def _family(updates: Mapping[ModuleRef, Update]) -> str | None:
+    """The family whose modules have as many singular values as there are shifts; norms, with one, tell nothing."""
+    told = {module: update.shape[0] for module, update in updates.items() if update.shape != (1,)}
+    for family in families().values() if told else ():
+        known = 0
+        for module, count in told.items():
+            shape = find_shape(family.name, module.component, module.path)
+            if shape is not None and min(shape[0], prod(shape[1:])) != count:
+                break
+            known += shape is not None
+        else:
+            if known >= _ENOUGH * len(told):
+                return family.name
+    return None
 
 
 def _write(adapter: Adapter) -> Written:

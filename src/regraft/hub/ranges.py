@@ -26,8 +26,8 @@ from regraft.hub.access import BUSY, HTTP_ERROR, LONGEST_WAIT, explained, pause,
 
 _TRIES, _MOST_TRIES, _TIMEOUT = 5, 100, 30.0
 # Ranges nearer than this are cheaper to fetch with what lies between; no request for several is longer than the other.
-_GAP, _LONGEST_REQUEST = 1 << 16, 1 << 24
-_AT_ONCE = 8
+_GAP, _LONGEST_REQUEST = 1 << 17, 1 << 24
+_AT_ONCE = 16
 # A server that ignores ranges sends the file from its start: up to here, the rest is read over.
 _READ_OVER = 1 << 24
 _REDIRECTS = 5

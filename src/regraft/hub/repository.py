@@ -24,13 +24,15 @@ from regraft.hub import HubId
 from regraft.hub.access import Unreachable, asking, cache_folder, endpoint, forbidden, is_offline, patiently
 from regraft.hub.ranges import RemoteFile
 from regraft.hub.remote import read_remote_safetensors
-from regraft.tensors import STAND_INS, TORCH_SUFFIXES, TensorFile, read_torch
+from regraft.tensors import STAND_INS, TORCH_SUFFIXES, TensorFile, read_tensor_file, read_torch
 
 T = TypeVar("T")
 
 _WEIGHTS = (".safetensors", *TORCH_SUFFIXES)
 _CONFIGS = ("config.json", "model_index.json", "scheduler_config.json", "adapter_config.json", "quantize_config.json")
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+# As diffusers and transformers name a component's weights.
+_STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
 _LARGEST_CONFIG, _LARGEST_COMPANION = 1 << 26, 1 << 25
 
 
@@ -72,6 +74,55 @@ def _locally(hub_id: HubId, reader: Callable[[Path], T]) -> tuple[T, Path | None
     return reader(path), path
 
 
+def download_runnable(hub_id: HubId) -> Path:
+    """Download all that a model needs to run, and return its place in the hub's cache.
+
+    That is the weights that a base is read from, those of the components that no adapter changes (an autoencoder),
+    and every small file (configs, tokenizers, schedulers).
+
+    Raises:
+        InputError: the hub refuses or does not answer, or there is no base.
+    """
+    from regraft.checkpoints import open_checkpoint
+
+    if is_offline():
+        return _cached(hub_id)
+    view = _View(_Repository.open(hub_id), hub_id)
+    with view.named():
+        open_checkpoint(view.path)
+    return view.download(companions=True, runnable=True)
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weights file on the hub, with its hash as the hub lists it: nothing of it is read."""
+
+    file: RemoteFile
+    sha256: str | None
+
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+        return PurePosixPath(self.file.url).name
+
+
+def published_files(hub_id: HubId) -> list[PublishedFile]:
+    """The weights files that lie where the id leads, not in folders below.
+
+    Raises:
+        InputError: the hub refuses or does not answer.
+    """
+    repository = _Repository.open(hub_id)
+    weights = [name for name in repository.files if name.lower().endswith((*_WEIGHTS, ".gguf"))]
+    wanted = [name for name in weights if hub_id.file in (name, _folder_of(name))]
+    return [PublishedFile(repository.remote(name), repository.sha256.get(name)) for name in wanted]
+
+
+def _folder_of(name: str) -> str | None:
+    folder = PurePosixPath(name).parent.as_posix()
+    return None if folder == "." else folder
+
+
 def _repository_folder(repo: str) -> Path:
     return cache_folder() / f"models--{repo.replace('/', '--')}"
 
@@ -93,11 +144,17 @@ def _cached(hub_id: HubId) -> Path:
 
 @dataclass(frozen=True)
 class _Repository:
-    """What a repository holds at one commit: file → its size."""
+    """What a repository holds at one commit.
+
+    Attributes:
+        files: file → its size.
+        sha256: large file → its hash, as the hub lists it.
+    """
 
     id: HubId
     commit: str
     files: Mapping[str, int]
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, hub_id: HubId) -> _Repository:
@@ -105,19 +162,26 @@ class _Repository:
             api = HfApi(endpoint=endpoint(), library_name="regraft")
             info = patiently(lambda: api.model_info(hub_id.repo, revision=hub_id.revision, files_metadata=True))
         listed = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        hashes = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings or () if sibling.lfs is not None}
         commit = info.sha or ""
         if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
             raise InputError("the hub names no commit of it", file=str(hub_id), remedy="Check HF_ENDPOINT.")
-        return cls(hub_id, commit, {name: size for name, size in listed.items() if _is_inside(name)})
+        return cls(hub_id, commit, {name: size for name, size in listed.items() if _is_inside(name)}, hashes)
 
     def url(self, name: str) -> str:
         return hf_hub_url(self.id.repo, name, revision=self.commit, endpoint=endpoint())
+
+    def remote(self, name: str) -> RemoteFile:
+        return RemoteFile(self.url(name), self.label(name), self.files[name])
 
     def label(self, name: str) -> str:
         return str(HubId(self.id.repo, self.id.revision, name))
 
     def download(self, name: str) -> Path:
         """The file in the hub's cache; an interrupted download goes on where it broke off."""
+        here = self.downloaded(name)
+        if here is not None:
+            return here
         with asking(self.label(name)):
             file = patiently(
                 lambda: hf_hub_download(
@@ -130,6 +194,11 @@ class _Repository:
                 )
             )
         return Path(file)
+
+    def downloaded(self, name: str) -> Path | None:
+        """The file in the hub's cache, if it is there."""
+        file = _repository_folder(self.id.repo) / "snapshots" / self.commit / name
+        return file if file.is_file() else None
 
     def remember(self) -> None:
         """Note the branch's commit as the hub's own tools do, so that it is found again without a network."""
@@ -184,6 +253,11 @@ class _View:
         """The files that matter for what the id names."""
         files, wanted = self.repository.files, self.id.file
         if wanted is None:
+            gguf = [name for name in files if name.lower().endswith(".gguf")]
+            if gguf and not any(name.lower().endswith(_WEIGHTS) for name in files):
+                # Mostly one model in many quantisations.
+                remedy = f"Name one of them, as {HubId(self.id.repo, self.id.revision, gguf[0])}."
+                raise InputError(f"the repository holds {len(gguf)} GGUF files", file=str(self.id), remedy=remedy)
             return list(files)
         if wanted in files:
             # A shard index needs the files beside it, an adapter its config.
@@ -217,15 +291,24 @@ class _View:
 
     def _open(self, name: str) -> TensorFile:
         self.opened[name] = None
+        here = self.repository.downloaded(name)
+        if here is not None:
+            return read_tensor_file(here)
         if not name.lower().endswith(".safetensors"):
             # A pickle has no header to read in part.
             return read_torch(self.repository.download(name))
-        file = RemoteFile(self.repository.url(name), self.repository.label(name), self.repository.files[name])
-        return read_remote_safetensors(file)
+        return read_remote_safetensors(self.repository.remote(name))
 
-    def download(self, *, companions: bool) -> Path:
-        """Download what was opened; returns its place in the hub's cache."""
+    def download(self, *, companions: bool, runnable: bool = False) -> Path:
+        """Download what was opened; returns its place in the hub's cache.
+
+        Args:
+            companions: also the small files beside it.
+            runnable: also the small files of all folders, and the weights of folders of which none was opened.
+        """
         names = dict(self.opened)
+        if runnable:
+            names.update(dict.fromkeys(self._of_other_folders()))
         if companions:
             for folder in {PurePosixPath(name).parent for name in self.opened}:
                 names.update(dict.fromkeys(self._companions(folder)))
@@ -237,6 +320,17 @@ class _View:
             raise InputError("the repository has nothing to read", file=str(self.id))
         self.repository.remember()
         return place / (self.id.file or "")
+
+    def _of_other_folders(self) -> Iterator[str]:
+        shown = self._shown()
+        opened = {PurePosixPath(name).parent for name in self.opened}
+        for folder in sorted({PurePosixPath(name).parent for name in shown} - opened):
+            small = [name for name in self._companions(folder) if name in shown]
+            yield from small
+            weights = (f"{folder}/{stem}.safetensors" for stem in _STEMS)
+            chosen = next((name for name in weights if name in shown), None)
+            if chosen is not None and f"{folder}/config.json" in small:
+                yield chosen
 
     def _companions(self, folder: PurePosixPath) -> list[str]:
         files = self.repository.files.items()

@@ -13,6 +13,8 @@ from regraft.lineage.name_sets import expand
 
 #: Written by this regraft. A reader takes every minor version of its own major one.
 VERSION = "1.0"
+#: Ports that one lineage may tell of.
+MOST_PORTS = 256
 
 Version = Annotated[str, Field(pattern=r"^1\.(0|[1-9][0-9]{0,5})$")]
 Text = Annotated[str, Field(max_length=4096)]
@@ -40,6 +42,7 @@ class BaseId(Open):
         structure: hash of its names and shapes alone.
         sketch: the brief sketch of its values, to be compared with a tolerance.
         components: the ``sample`` hash of each component.
+        content: the ``content`` hash of each component, of every stored byte.
         family: as the tool that wrote it calls it.
         name: for people, and for `base_model_name_or_path`: a hub id or a file's name, never a folder of a disk.
     """
@@ -48,6 +51,7 @@ class BaseId(Open):
     structure: Fingerprint | None = None
     sketch: Fingerprint | None = None
     components: dict[Word, Hash] = Field(default_factory=dict)
+    content: dict[Word, Hash] = Field(default_factory=dict)
     family: Word | None = None
     name: Text | None = None
 
@@ -149,4 +153,4 @@ class Lineage(Open):
     version: Version
     base: BaseId
     updates: list[UpdateGroup] = Field(default_factory=list)
-    ports: Annotated[list[Port], Field(max_length=256)] = Field(default_factory=list)
+    ports: Annotated[list[Port], Field(max_length=MOST_PORTS)] = Field(default_factory=list)

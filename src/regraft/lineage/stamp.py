@@ -25,8 +25,8 @@ from regraft.tensors import TORCH_SUFFIXES, read_safetensors
 _CHUNK = 1 << 22
 
 
-def first_lineage(adapter: Adapter, file: AdapterFile, base: Base) -> dict[str, Any]:
-    """The lineage of an adapter that was trained on ``base``.
+def first_lineage(adapter: Adapter, file: AdapterFile, base: Base, *, exact: bool = False) -> dict[str, Any]:
+    """The lineage of an adapter that was trained on ``base``; ``exact`` reads all of the base, for its content hash.
 
     Raises:
         InputError: it has one already.
@@ -39,16 +39,22 @@ def first_lineage(adapter: Adapter, file: AdapterFile, base: Base) -> dict[str, 
         )
     check_families(adapter, None, base)
     scale = scale_convention(file.tensors.keys(), file.metadata, file.config)
-    return {"version": VERSION, "base": base_id(base), "updates": update_groups(adapter, scale), "ports": []}
+    return {
+        "version": VERSION,
+        "base": base_id(base, exact=exact),
+        "updates": update_groups(adapter, scale),
+        "ports": [],
+    }
 
 
-def stamp(source: Path, base: Base, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def stamp(source: Path, base: Base, output: Path, *, exact: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Copy an adapter with the lineage of one that was trained on ``base``; returns the lineage.
 
     Args:
         source: a ``.safetensors`` file, or a PEFT folder.
         base: that it was trained on.
         output: a file for a file, a folder for a folder; ``source`` itself with ``overwrite``.
+        exact: read all of the base, for the hash of every stored byte.
         overwrite: replace what is there.
 
     Raises:
@@ -58,7 +64,7 @@ def stamp(source: Path, base: Base, output: Path, *, overwrite: bool = False) ->
     """
     names = {component: tuple(base.modules(component)) for component in base.components}
     adapter, file = load_adapter(source, names=names), open_adapter_file(source)
-    lineage = first_lineage(adapter, file, base)
+    lineage = first_lineage(adapter, file, base, exact=exact)
     write_with_metadata(source, output, {KEY: dumped(lineage)}, overwrite=overwrite)
     return lineage
 
@@ -86,12 +92,12 @@ def with_measured(lineage: dict[str, Any], record: Path) -> dict[str, Any]:
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """The safetensors metadata of an adapter file or folder.
+    """The safetensors metadata of an adapter file or folder, or of one on the hub; no other kind of file has any.
 
     Raises:
         InputError: it can't be read.
     """
-    return read_safetensors(weights_file(path)).metadata
+    return open_adapter_file(path, whole=False).metadata
 
 
 def weights_file(path: Path) -> Path:

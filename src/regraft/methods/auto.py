@@ -10,6 +10,7 @@ from regraft.adapter import ModuleRef
 from regraft.methods import Fit, Outcome, Skip, WeightPairs, method
 from regraft.methods.procrustes import procrustes
 from regraft.transport import Transport
+from regraft.widening import widened
 
 # From this mean similarity on, units are in place and a copy is the method to beat: no map of weights has beaten it.
 _IN_PLACE = 0.5
@@ -42,23 +43,28 @@ def auto(pairs: WeightPairs) -> Fit:
         pairs: all paired weights.
     """
     near: dict[ModuleRef, float] = {}
+    wide: dict[ModuleRef, Transport] = {}
     resized: list[ModuleRef] = []
     for module in pairs.wanted:
         similarity = pairs.nearness(module).similarity
-        if similarity is None:
-            resized.append(module)
-        else:
+        if similarity is not None:
             near[module] = similarity
+        elif (transport := widened(*pairs.load(module))) is not None:
+            wide[module] = transport
+        else:
+            resized.append(module)
     in_place = mean(near.values()) if near else 0.0
     if near and in_place >= _IN_PLACE:
         reason = f"the weights are still in place (similarity {in_place:.2f}), where a copy is hard to beat"
-        return Fit(_copied(near, resized), "copy", reason)
+        return Fit(_copied(near, wide, resized), "copy", reason)
     if pairs.sampled:
         reason = "the weights are not in place; the bases were read in part, which is not enough to look for more"
-        return Fit(_copied(near, resized), "copy", reason)
+        return Fit(_copied(near, wide, resized), "copy", reason)
     if near and not resized and not _same_spectra(pairs, list(near)):
         return Fit(
-            _copied(near, resized), "copy", "no correspondence found between the weights: nothing better than a copy"
+            _copied(near, wide, resized),
+            "copy",
+            "no correspondence found between the weights: nothing better than a copy",
         )
     rotated = procrustes(pairs)
     aligned = mean(rotated.similarity.values()) if rotated.similarity else in_place
@@ -75,9 +81,11 @@ def auto(pairs: WeightPairs) -> Fit:
             f"{reason}; sizes differ, so that a copy is not possible",
             rotated.similarity,
         )
-    return Fit(_copied(near, resized), "copy", f"{reason}: nothing better than a copy")
+    return Fit(_copied(near, wide, resized), "copy", f"{reason}: nothing better than a copy")
 
 
-def _copied(same: dict[ModuleRef, float], resized: list[ModuleRef]) -> dict[ModuleRef, Outcome]:
+def _copied(
+    same: dict[ModuleRef, float], wide: dict[ModuleRef, Transport], resized: list[ModuleRef]
+) -> dict[ModuleRef, Outcome]:
     skip = Skip("the module has another size in the new base, and no correspondence was found", planned=False)
-    return {**dict.fromkeys(same, Transport()), **dict.fromkeys(resized, skip)}
+    return {**dict.fromkeys(same, Transport()), **wide, **dict.fromkeys(resized, skip)}

@@ -26,9 +26,9 @@ def public_name(path: str) -> str:
     return parts[-1] if parts else path
 
 
-def base_id(base: Base) -> dict[str, Any]:
-    """The object that names a base on disk."""
-    return from_summary(summarise(base))
+def base_id(base: Base, *, exact: bool = False) -> dict[str, Any]:
+    """The object that names a base on disk; ``exact`` reads all of it, for the hash of every stored byte."""
+    return from_summary(summarise(base, exact=exact))
 
 
 def from_summary(base: BaseSummary) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def from_summary(base: BaseSummary) -> dict[str, Any]:
         "structure": base.structure,
         "sketch": base.sketch,
         "components": base.components,
+        "content": base.content,
         "family": base.family,
         "name": public_name(base.path),
     }
@@ -53,6 +54,7 @@ def to_summary(base: BaseId) -> BaseSummary:
         structure=base.structure or "",
         sketch=base.sketch,
         components=dict(base.components),
+        content=dict(base.content),
     )
 
 

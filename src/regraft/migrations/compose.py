@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -146,7 +145,7 @@ def _entry(entry: Entry, second: Migration, products: Products) -> Entry:
         shape_new=after.shape_new,
         nearness=nearness_over(entry.nearness, after.nearness),
         row_norms=_row_norms(entry, after),
-        bound=not (_unmoved(entry) or _unmoved(after)) or entry.bound or after.bound,
+        derived=not (_unmoved(entry) or _unmoved(after)) or entry.derived or after.derived,
     )
 
 
@@ -159,16 +158,14 @@ def _lost(entry: Entry, reason: str, *, uncovered: bool) -> Entry:
 
 
 def nearness_over(first: Nearness, second: Nearness) -> Nearness:
-    """Bounds over both steps: angles add up at most, and so do drifts, each measured by its own old weight.
+    """Over both steps, where no weights are at hand: a bound of the drift, and the similarity that is to be expected.
 
-    ‖C − A‖ ≤ ‖B − A‖ + ‖C − B‖ ≤ d₁‖A‖ + d₂‖B‖ and ‖B‖ ≤ (1 + d₁)‖A‖.
+    ‖C − A‖ ≤ ‖B − A‖ + ‖C − B‖ ≤ d₁‖A‖ + d₂‖B‖ and ‖B‖ ≤ (1 + d₁)‖A‖. Cosines multiply where the second drift has
+    nothing to do with the first.
     """
     similarity = distance = None
     if first.similarity is not None and second.similarity is not None:
-        angles = [math.acos(min(1.0, max(-1.0, near.similarity or 0.0))) for near in (first, second)]
-        similarity = math.cos(min(math.pi, sum(angles)))
-        if 1.0 in (first.similarity, second.similarity):
-            similarity = min(first.similarity, second.similarity)
+        similarity = first.similarity * second.similarity
     if first.distance is not None and second.distance is not None:
         distance = first.distance + second.distance * (1 + first.distance)
     return Nearness(similarity, distance)

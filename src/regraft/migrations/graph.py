@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from regraft.errors import InputError, UsageError
+from regraft.hub import HubId, hub_id_of
 from regraft.lineage.model import BaseId
 from regraft.migration import Migration
-from regraft.migration_file import file_hash, load_migration, read_header
+from regraft.migration_file import KEY, load_migration, read_header
 from regraft.migrations.base_id import called
 from regraft.migrations.compose import compose_all
 from regraft.migrations.model import Header
+from regraft.tensors import read_safetensors
 
 # A folder of more files, and more ways to look at than these, is no folder of migrations that anybody keeps.
 _MOST_FILES, _MOST_WAYS = 10_000, 5_000
@@ -22,12 +27,13 @@ _LISTED = 4
 
 @dataclass(frozen=True)
 class Edge:
-    """One migration file."""
+    """One migration file; ``place`` is that of one on the hub, whose ``file`` is but a name."""
 
     file: Path
     header: Header
     source: BaseId
     target: BaseId
+    place: HubId | None = None
 
     def __str__(self) -> str:
         return f"{called(self.source)} → {called(self.target)} ({self.file.name})"
@@ -63,12 +69,32 @@ class Graph:
         return [edge for edge in self.edges if edge.source.fingerprint == fingerprint != edge.target.fingerprint]
 
 
-def read_graph(folder: Path) -> Graph:
-    """Every migration of a folder, by their headers.
+def read_graph(folder: str | Path) -> Graph:
+    """Every migration of a folder, or of a repository on the hub (``org/name[@revision][:folder]``), by their headers.
 
     Raises:
         InputError: there is no such folder, or no migration in it.
     """
+    hub_id = hub_id_of(folder)
+    if hub_id is None:
+        return _read_local(Path(folder).expanduser())
+    from regraft.hub.repository import read_from_hub
+
+    graph, place = read_from_hub(hub_id, _read_local, whole=False)
+    # Without a network, what was downloaded before is read where it lies.
+    if place is not None:
+        return graph
+    edges = tuple(
+        replace(edge, place=HubId(hub_id.repo, hub_id.revision, _inside(hub_id, edge))) for edge in graph.edges
+    )
+    return replace(graph, folder=Path(str(hub_id)), edges=edges)
+
+
+def _inside(hub_id: HubId, edge: Edge) -> str:
+    return f"{hub_id.file}/{edge.file.name}" if hub_id.file else edge.file.name
+
+
+def _read_local(folder: Path) -> Graph:
     if not folder.is_dir():
         raise InputError("is no folder", file=folder, remedy="--migrations takes a folder of migration files.")
     files = sorted(folder.glob("*.safetensors"))
@@ -105,10 +131,20 @@ def _distinct(edges: Sequence[Edge]) -> Iterator[Edge]:
     for group in groups.values():
         seen: set[str] = set()
         for edge in group:
-            digest = file_hash(edge.file) if len(group) > 1 else ""
+            digest = content_hash(edge.file) if len(group) > 1 else ""
             if digest not in seen:
                 seen.add(digest)
                 yield edge
+
+
+def content_hash(file: Path) -> str:
+    """Hash of a migration's header and tensors' bytes: equal for copies of a file, on the hub too."""
+    content = read_safetensors(file)
+    digest = hashlib.sha256(content.metadata[KEY].encode())
+    for name, ref in sorted(content.tensors.items()):
+        digest.update(f"{name}\t{ref.dtype}\t{ref.shape}\n".encode())
+        digest.update(memoryview(ref.load().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 @dataclass
@@ -271,7 +307,7 @@ def along(way: Way) -> Migration:
     """
     loaded = []
     for edge in way:
-        migration = load_migration(edge.file)
+        migration = load_migration(edge.file if edge.place is None else str(edge.place))
         ends = (migration.source.fingerprint if migration.source else None, migration.target.fingerprint)
         if ends != (edge.source.fingerprint, edge.target.fingerprint):
             raise InputError("has changed since it was opened", file=edge.file, remedy="Run it again.")

@@ -57,7 +57,7 @@ class Row(Open):
         planned: for ``skipped``: whether a port succeeds without this module.
         similarity: of the two weights, corrected for chance.
         distance: relative drift.
-        bound: whether both are bounds out of several steps, not measured.
+        derived: whether both come from those of several steps, not from weights.
     """
 
     module: Module
@@ -78,7 +78,7 @@ class Row(Open):
     planned: bool = True
     similarity: Finite | None = None
     distance: Share | None = None
-    bound: bool = False
+    derived: bool = False
 
     @model_validator(mode="after")
     def _whole(self) -> Row:

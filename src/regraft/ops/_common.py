@@ -15,7 +15,7 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError, OutputError
 from regraft.families import get_family, without_text_model
-from regraft.formats import BaseNames, load_adapter
+from regraft.formats import load_adapter
 from regraft.formats._common import check_values
 from regraft.names import resolve_names
 from regraft.pairing import find_component
@@ -31,20 +31,18 @@ def no_ticker(done: int, total: int, what: str) -> None:
     """Of a caller that wants to hear nothing."""
 
 
-def read_whole(path: str | Path, base: Base | None = None, *, names: BaseNames | None = None) -> Adapter:
+def read_whole(path: str | Path, base: Base | None = None) -> Adapter:
     """An adapter of which every key is understood and every value is a number.
 
     Args:
         path: of it.
         base: its names un-flatten underscored ones, its config says how GGUF orders rows.
-        names: those alone, where there is no more of the base.
 
     Raises:
         InputError: it can't be read, or holds NaN or Inf.
         OutputError: keys are not understood, which a result would lose.
     """
-    names = names_in(base) if base is not None else names
-    adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
+    adapter = read(path, base)
     if adapter.unrecognised:
         count = len(adapter.unrecognised)
         raise OutputError(
@@ -53,6 +51,17 @@ def read_whole(path: str | Path, base: Base | None = None, *, names: BaseNames |
             key=adapter.unrecognised[0],
             remedy="If they are plain LoRA keys with underscored names, give the base with --base.",
         )
+    return adapter
+
+
+def read(path: str | Path, base: Base | None) -> Adapter:
+    """An adapter, read with what its base tells of names and layouts.
+
+    Raises:
+        InputError: it can't be read, or holds NaN or Inf.
+    """
+    names = names_in(base) if base is not None else None
+    adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
     check_values(adapter)
     return adapter
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regraft.adapter import Adapter, ModuleRef
 from regraft.runtime.applied import Place, find_places
 from regraft.tensors import InMemory, Shape
-from regraft.updates import Full, LowRank, Update
+from regraft.updates import Diff, Full, LowRank, Update
 
 
 def random_like(components: Mapping[str, nn.Module], adapter: Adapter, seed: int) -> Adapter:
@@ -28,13 +28,13 @@ def random_like(components: Mapping[str, nn.Module], adapter: Adapter, seed: int
     updates: dict[ModuleRef, Update] = {}
     with torch.no_grad():
         for ref, place in found.items():
-            like = _value if isinstance(place.update, Full) else _lowrank
+            like = _value if isinstance(place.update, Full | Diff) else _lowrank
             updates[ref] = like(place, place.change(), generator)
     return replace(adapter, updates=updates)
 
 
 def _lowrank(place: Place, norm: float, generator: torch.Generator) -> LowRank:
-    shape = place.update.shape
+    shape = place.update.shape if isinstance(place.update, LowRank) else tuple(place.tensor.shape)
     rank = place.update.rank or min(shape[0], prod(shape[1:]))
     up, down = _normal((shape[0], rank), generator), _normal((rank, prod(shape[1:])), generator)
     made = LowRank(InMemory(up), InMemory(down.reshape(rank, *shape[1:])), scale=1.0)
@@ -47,7 +47,10 @@ def _lowrank(place: Place, norm: float, generator: torch.Generator) -> LowRank:
     return replace(made, bias=InMemory(noise * (size / (float(noise.norm()) * made.scale))))
 
 
-def _value(place: Place, norm: float, generator: torch.Generator) -> Full:
+def _value(place: Place, norm: float, generator: torch.Generator) -> Full | Diff:
+    if isinstance(place.update, Diff):
+        noise = _normal(place.update.shape, generator)
+        return replace(place.update, value=InMemory(noise * (norm / float(noise.norm()))))
     assert isinstance(place.update, Full)
     old, new = place.tensor.detach().cpu().float(), place.update.value.load().float().clone()
     noise = _normal(tuple(old.shape), generator)

@@ -14,8 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.demo_schema import DemoReport
-from regraft.report.identify_schema import IdentifyReport
+from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
+from regraft.report.pairs_schema import PairInfo
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -30,10 +31,12 @@ from regraft.report.schema import (
 RECORDS: dict[str, Any] = {
     "inspect": InspectReport,
     "identify": IdentifyReport,
+    "fingerprint": FingerprintReport,
     "check": CheckReport,
     "port": PortReport,
     "verify": VerifyReport,
     "methods": list[MethodInfo],
+    "pairs": list[PairInfo],
     "demo": DemoReport,
     "convert": ConvertReport,
     "resize": ResizeReport,

@@ -64,6 +64,7 @@ class BaseSummary(Record):
     # For files that name the base, not for reports: a lineage or migration is to recognise it in another precision.
     sketch: SkipJsonSchema[str | None] = Field(default=None, exclude=True, repr=False)
     components: SkipJsonSchema[dict[str, str]] = Field(default_factory=dict, exclude=True, repr=False)
+    content: SkipJsonSchema[dict[str, str]] = Field(default_factory=dict, exclude=True, repr=False)
 
 
 class CheckedModule(Record):
@@ -113,6 +114,9 @@ class CheckReport(VersionedRecord):
     modules: list[CheckedModule]
     source: BaseSummary | None = Field(alias="from")
     target: BaseSummary = Field(alias="to")
+    warnings: list[str] = Field(
+        default_factory=list, description="what the weights don't show, such as another target of prediction"
+    )
 
 
 class PortedModule(Record):

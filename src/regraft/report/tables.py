@@ -69,7 +69,7 @@ def check_table(report: CheckReport, console: Console) -> None:
     ]
     _facts(console, rows)
     _left_out(console, report.modules)
-    _reasons(console, further(report.reasons, report.summary))
+    _reasons(console, [*(f"warning: {line}" for line in report.warnings), *further(report.reasons, report.summary)])
     _modules(console, report.modules)
 
 

@@ -12,7 +12,7 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.names import resolve_names
 from regraft.tensors import Shape
-from regraft.updates import Full, LowRank, Update
+from regraft.updates import Full, Ia3, LowRank, Update
 
 _NOT_THERE = "no such module"
 
@@ -114,7 +114,7 @@ def _places_in(
     found: dict[ModuleRef, Place] = {}
     lost: dict[ModuleRef, str] = {}
     tensors = _tensors(model)
-    parameters = {path: path if isinstance(u, Full) else f"{path}.weight" for path, u in updates.items()}
+    parameters = {path: path if u.by_parameter else f"{path}.weight" for path, u in updates.items()}
     names = resolve_names(parameters.values(), tensors.keys())
     for path, update in updates.items():
         ref, target = ModuleRef(component, path), names[parameters[path]]
@@ -147,9 +147,7 @@ def _misfit(place: Place) -> str | None:
         # An embedding with added tokens is saved whole, with more rows than the base's.
         longer = len(want) == 2 and want[1:] == have[1:] and want[0] > have[0] and place.name == "weight"
         return None if want == have or longer else f"its shape is {have}, the adapter's {want}"
-    # A 1 × 1 convolution and a linear layer are the same map.
-    same = (have[:2] == want[:2] and all(size == 1 for size in (*have[2:], *want[2:]))) or have == want
-    return None if same else f"its shape is {have}, the adapter's {want}"
+    return None if place.update.fits(have) else f"its shape is {have}, the adapter's {want}"
 
 
 def _exchange(
@@ -165,11 +163,14 @@ def _exchange(
 
 
 def _add_bias(place: Place, undo: list[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> None:
-    if not isinstance(place.update, LowRank) or place.update.bias is None:
+    update, weight, old = place.update, place.tensor, getattr(place.module, "bias", None)
+    if isinstance(update, LowRank) and update.bias is not None:
+        added = update.scale * update.bias.load().float()
+        new = added if old is None else old.detach().float().cpu() + added
+    elif isinstance(update, Ia3) and old is not None:
+        new = update.merged_bias(old.detach().cpu())
+    else:
         return
-    weight, old = place.tensor, getattr(place.module, "bias", None)
-    added = place.update.scale * place.update.bias.load().float()
-    new = added if old is None else old.detach().float().cpu() + added
     _exchange(place.module, "bias", new.to(device=weight.device, dtype=weight.dtype), undo)
 
 

@@ -1,14 +1,12 @@
-"""The input columns (channels) of an update: some of them, or more than it has, for inputs that a new base widened."""
+"""More input columns (channels) than an update has: for weights whose inputs a new base widened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from regraft.tensors import TensorRef
-from regraft.updates._views import Ranges, cut, n_rows, padded_to
+from regraft.updates._views import padded_to
 from regraft.updates.diff import Diff
 from regraft.updates.exact import as_lowrank
 from regraft.updates.loha import LoHa
@@ -19,23 +17,6 @@ from regraft.updates.tucker import Tucker
 
 if TYPE_CHECKING:
     from regraft.updates import Update
-
-# A tensor, its dimension along the inputs, and how many of its entries each input has → the changed tensor.
-_Change = Callable[[TensorRef, int], TensorRef]
-
-
-def take_columns(update: Update, ranges: Ranges) -> Update | None:
-    """The update of some inputs of the weight, one range after the other; None where that is not exact.
-
-    Args:
-        update: of a weight with (out, in, …).
-        ranges: (start, stop) of inputs.
-    """
-
-    def taken(ref: TensorRef, each: int) -> TensorRef:
-        return cut(ref, [(start * each, stop * each) for start, stop in ranges], 1)
-
-    return _changed(update, taken, n_rows(ranges))
 
 
 def widen(update: Update, new_in: int) -> Update | None:
@@ -48,35 +29,27 @@ def widen(update: Update, new_in: int) -> Update | None:
     Raises:
         ValueError: the update has more.
     """
-
-    def padded(ref: TensorRef, each: int) -> TensorRef:
-        return padded_to(ref, 1, new_in * each)
-
-    return update if update.shape[1:2] == (new_in,) else _changed(update, padded, new_in)
-
-
-def _changed(update: Update, change: _Change, new_in: int) -> Update | None:
+    if update.shape[1:2] == (new_in,):
+        return update
     # DoRA's norms take in every column.
     if update.magnitude is not None:
         return None
     if isinstance(update, (LowRank, Tucker)):
-        return replace(update, down=change(update.down, 1))
+        return replace(update, down=padded_to(update.down, 1, new_in))
     if isinstance(update, Diff) and len(update.shape) > 1:
-        return replace(update, value=change(update.value, 1))
+        return replace(update, value=padded_to(update.value, 1, new_in))
     if isinstance(update, LoHa):
-        each = _kernel(update) if update.t1 is None and len(update.w1_b.shape) == 2 else 1
+        # Without a core, the kernel of each input lies flattened.
+        flat = update.t1 is None and len(update.w1_b.shape) == 2
+        size = new_in * prod(update.shape[2:]) if flat else new_in
         shape = None if update.weight_shape is None else (update.shape[0], new_in, *update.shape[2:])
-        return replace(update, w1_b=change(update.w1_b, each), w2_b=change(update.w2_b, each), weight_shape=shape)
+        w1_b, w2_b = padded_to(update.w1_b, 1, size), padded_to(update.w2_b, 1, size)
+        return replace(update, w1_b=w1_b, w2_b=w2_b, weight_shape=shape)
     if isinstance(update, LoKr):
-        # Whole groups of its inputs could be cut from w1 alone; as a LoRA any of them can.
+        # The new width need not be a multiple of w2's.
         low = as_lowrank(update)
-        return None if low is None else _changed(low, change, new_in)
+        return None if low is None else widen(low, new_in)
     if isinstance(update, Slice):
-        whole = _changed(update.of, change, new_in)
+        whole = widen(update.of, new_in)
         return None if whole is None else take_rows(whole, update.ranges)
     return None
-
-
-def _kernel(update: LoHa) -> int:
-    """How many entries of a flattened kernel each input has."""
-    return prod(update.shape[2:])

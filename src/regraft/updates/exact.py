@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.tensors import InMemory, Shape, TensorRef
-from regraft.updates._views import padded_to
+from regraft.updates._kind import is_per_column
 from regraft.updates.diff import Diff
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
@@ -61,6 +59,14 @@ def as_lowrank(update: Update, *, dense: bool = False) -> LowRank | None:
         # Magnitudes of columns take every row: such a part stays a slice.
         return part if isinstance(part, LowRank) else None
     return None
+
+
+def is_factored(update: Update) -> bool:
+    """Whether `as_lowrank` gives a LoRA of it; told without reading a tensor."""
+    if isinstance(update, Slice):
+        per_column = update.magnitude is not None and is_per_column(update.magnitude.shape)
+        return is_factored(update.of) and not per_column
+    return isinstance(update, LowRank | Tucker | LoHa | LoKr)
 
 
 def _tucker(update: Tucker) -> LowRank:
@@ -173,26 +179,6 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, (u.T @ exact) / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
 
 
-def resized(update: LowRank, *, energy: float | None = None, rank: int | None = None) -> Refactored:
-    """`refactor` of a LoRA's own change through its factors: ΔW is never built. DoRA's magnitude and the bias stay.
-
-    A rank above the update's own is reached by zeros.
-    """
-    up, down = (factor.double() for factor in update.factors())
-    q, r = torch.linalg.qr(update.scale * up)
-    p, t = torch.linalg.qr(down.T)
-    u, s, v = torch.linalg.svd(r @ t.T, full_matrices=False)
-    noise = torch.finfo(torch.float64).eps * max(len(up), down.shape[1])
-    made, kept = _truncated(q @ u, s, v @ p.T, update.shape, energy, rank, noise)
-    if rank is not None and energy is None and made.rank < rank:
-        padded = (padded_to(made.up, 1, rank), padded_to(made.down, 0, rank))
-        made = replace(made, up=padded[0], down=padded[1])
-    bias = None if update.bias is None else InMemory(update.scale * update.bias.load().float())
-    alpha = None if update.alpha is None else _alpha(float(made.rank))
-    made = replace(made, alpha=alpha, magnitude=update.magnitude, bias=bias, orientation=update.orientation)
-    return Refactored(made, kept)
-
-
 def _truncated(
     u: Tensor, s: Tensor, v: Tensor, shape: Shape, energy: float | None, rank: int | None, noise: float
 ) -> Refactored:
@@ -209,22 +195,3 @@ def _truncated(
     root = s[:keep].sqrt()
     update = _lowrank((u[:, :keep] * root).float(), (root[:, None] * v[:keep]).float(), shape, 1.0)
     return Refactored(update, float(squares[:keep].sum()) / total if total > 0 else 1.0)
-
-
-def summed(updates: Sequence[LowRank], strengths: Sequence[float] | None = None) -> LowRank:
-    """Σ strength · ΔW as one LoRA, exactly: factors side by side, the rank is the sum of ranks, the scale 1.
-
-    Raises:
-        ValueError: a part has a DoRA magnitude, a bias, or another shape: these don't add up.
-    """
-    first = updates[0]
-    if any(part.magnitude is not None or part.bias is not None for part in updates):
-        raise ValueError("updates with a magnitude or a bias can't be added")
-    if len({(part.shape, part.orientation) for part in updates}) > 1:
-        raise ValueError("updates of different shapes can't be added")
-    factors = strengths or [1.0] * len(updates)
-    pairs = [part.factors() for part in updates]
-    ups = [part.scale * factor * up for part, factor, (up, _) in zip(updates, factors, pairs, strict=True)]
-    made = _lowrank(torch.cat(ups, 1), torch.cat([down for _, down in pairs]), first.shape, 1.0)
-    alpha = None if all(part.alpha is None for part in updates) else _alpha(float(made.rank))
-    return replace(made, alpha=alpha, orientation=first.orientation)

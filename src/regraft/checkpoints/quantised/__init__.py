@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from regraft.checkpoints._views import stored_names
+from regraft.checkpoints._views import leaves
 from regraft.checkpoints.quantised._common import Found, Scheme
 from regraft.tensors import TensorRef
 
 __all__ = ["Plain", "Scheme", "plain_weights", "schemes"]
+
+# ``quant_method`` of configs whose weights the schemes here know; a config may also ask to quantise while loading.
+_READ = ("bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ def plain_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
     owner = {f"{module}{suffix}": module for module, weight in found.items() for suffix in weight.used}
     markers = {marker for scheme in schemes() for marker in scheme.markers}
     if not found and not any(name.rpartition(".")[2] in markers for name in tensors):
-        return Plain(tensors)
+        method = settings.get("quant_method")
+        unread = isinstance(method, str) and method not in _READ
+        return Plain(tensors, (f"{method} (as stored)",) if unread else ())
     shown: dict[str, TensorRef] = {}
     left_out = []
     for name, ref in tensors.items():
@@ -68,8 +73,8 @@ def plain_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
         else:
             shown[name] = ref
     for module, weight in found.items():
-        behind = set(stored_names(weight.weight))
-        left_out += [name for suffix in weight.used if (name := f"{module}{suffix}") not in behind]
+        behind = {id(ref) for ref in leaves(weight.weight)}
+        left_out += [name for suffix in weight.used if id(tensors[name := f"{module}{suffix}"]) not in behind]
     kinds = dict.fromkeys(weight.kind for weight in found.values() if weight.kind)
     return Plain(shown, tuple(kinds), tuple(left_out))
 

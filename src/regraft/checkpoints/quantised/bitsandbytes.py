@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.checkpoints._views import Reshaped
 from regraft.checkpoints.quantised._common import Dequantised, Found, Scheme, need, odd
 from regraft.tensors import TensorRef, n_bytes, read_rows
 
@@ -113,7 +114,8 @@ def _four_bit(module: str, parts: Mapping[str, TensorRef], _: Mapping[str, Any])
         fits = fits and nested[1].shape == (256,) and scales.dtype == torch.uint8
     if not fits or packed.dtype != torch.uint8 or min(shape, default=-1) < 0:
         raise odd(module, packed, "has 4-bit parts that do not fit together")
-    weight = FourBit(shape, packed, scales, codes, block, nested, nested_block, offset)
+    flat = packed if packed.shape[:1] == (prod(packed.shape),) else Reshaped(packed, (prod(packed.shape), 1))
+    weight = FourBit(shape, flat, scales, codes, block, nested, nested_block, offset)
     return Found(weight, tuple(used), f"bnb {mark.removeprefix(_STATE)}")
 
 
@@ -123,9 +125,9 @@ def _eight_bit(module: str, parts: Mapping[str, TensorRef], _: Mapping[str, Any]
     if ".weight_format" in parts:
         used.append(".weight_format")
         # 0 is plain rows; the others are orders of a card's own.
-        if int(parts[".weight_format"].load()) != 0:
+        if bool((parts[".weight_format"].load() != 0).any()):
             raise odd(module, values, "is stored in a GPU's own order of columns, which is not known")
-    if values.dtype != torch.int8 or prod(scales.shape) != values.shape[0]:
+    if values.dtype != torch.int8 or not values.shape or prod(scales.shape) != values.shape[0]:
         raise odd(module, values, "has 8-bit parts that do not fit together")
     return Found(EightBit(values.shape, values, scales), tuple(used), "bnb int8")
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.checkpoints.quantised._common import Dequantised, Found, Scheme, file_of, groups_of, need, odd, unpack
-from regraft.errors import reading
+from regraft.checkpoints.quantised._common import Dequantised, Found, Scheme, groups_of, need, odd, unpack
 from regraft.tensors import TensorRef, read_rows
 
 
@@ -54,11 +53,12 @@ class Packed(Dequantised):
 def _read(module: str, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Found | None:
     packed, scales = parts[".weight_packed"], need(module, parts, ".weight_scale")
     shape = need(module, parts, ".weight_shape")
-    with reading(file_of(packed) or "", f"{module}.weight_shape"):
-        out, inputs = (int(size) for size in shape.load().tolist())
-    bits = next((b for b in (4, 8) if len(packed.shape) == 2 and packed.shape[1] == -(-inputs * b // 32)), 0)
+    if len(packed.shape) != 2 or shape.shape != (2,) or scales.shape == () or packed.dtype != torch.int32:
+        raise odd(module, packed, "has packed parts that do not fit together")
+    out, inputs = (int(size) for size in shape.load().double().nan_to_num().tolist())
+    bits = next((b for b in (4, 8) if packed.shape[1] == -(-inputs * b // 32)), 0)
     used: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_shape")
-    fits = packed.dtype == torch.int32 and packed.shape[0] == out > 0 and inputs > 0 and scales.shape != ()
+    fits = packed.shape[0] == out > 0 and inputs > 0
     if not fits or not bits or prod(scales.shape[:-1]) not in (1, out) or not 0 < scales.shape[-1] <= inputs:
         raise odd(module, packed, "has packed parts that do not fit together")
     zeros, groups = parts.get(".weight_zero_point"), parts.get(".weight_g_idx")

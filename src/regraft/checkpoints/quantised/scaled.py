@@ -65,6 +65,8 @@ class Scaled(Dequantised):
 def _block(module: str, values: TensorRef, scales: TensorRef, config: Mapping[str, Any]) -> tuple[int, int]:
     """Size of the block that one scale is for, by the scales' shape."""
     out, columns = values.shape[0], prod(values.shape[1:])
+    if 0 in scales.shape or not columns:
+        raise odd(module, values, "is empty, or has no scales")
     tall, wide = scales.shape if len(scales.shape) == 2 else (prod(scales.shape), 1)
     if (tall, wide) == (1, 1):
         return 0, 0
@@ -84,7 +86,7 @@ def _read(module: str, parts: Mapping[str, TensorRef], config: Mapping[str, Any]
     values, scales = need(module, parts, ".weight"), parts[suffix]
     used = (".weight", suffix, *(note for note in _NOTES if note in parts))
     kind = {torch.int8: "int8", **dict.fromkeys(_FLOAT8, "fp8")}.get(values.dtype)
-    if kind is None or ".weight_scale_2" in parts or not values.shape:
+    if kind is None or ".weight_scale_2" in parts or len(values.shape) < 2:
         if values.dtype in (torch.float32, torch.float16, torch.bfloat16):
             # ComfyUI's own files keep a scale of 1 beside layers that they left in half precision.
             return Found(values, used, "") if bool((scales.load().float() == 1).all()) else None

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from samples import MATRIX, SAMPLES, ref, weight_for
+from update_samples import MATRIX, SAMPLES, ref, weight_for
 
 from regraft.tensors import InMemory
 from regraft.updates import Oft, SpectralShift, Update

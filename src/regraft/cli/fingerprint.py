@@ -1,0 +1,72 @@
+"""``regraft fingerprint``: which weights a base holds, and how far they are from another's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from regraft._version import __version__
+from regraft.base import Base, open_base
+from regraft.cli import _options as o
+from regraft.cli._sink import emit
+from regraft.families import family_of_base
+from regraft.likeness import Likeness, by_component, compare_fingerprints
+from regraft.report.identify_schema import ComparedBase, FingerprintReport, LikenessSummary
+
+BaseArgument = Annotated[Path, typer.Argument(metavar="BASE", help="A file, index, folder or hub id.")]
+Other = Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second base: how far is it from the first?")]
+Exact = Annotated[bool, typer.Option("--exact", help="Also hash every stored byte: a whole read.")]
+WithSketch = Annotated[bool, typer.Option("--sketch", help="With --json, the sketches too (about 170 KB for SDXL).")]
+
+
+def fingerprint(
+    base: BaseArgument,
+    other: Other = None,
+    exact: Exact = False,
+    sketch: WithSketch = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Fingerprint a base; with two, say whether they are the same weights, or how far one drifted."""
+    first = open_base(base, whole=exact)
+    prints = first.exact_prints() if exact else first.prints
+    compared, alike = None, dict[str, Likeness]()
+    if other is not None:
+        second = open_base(other, whole=exact)
+        theirs = second.exact_prints() if exact else second.prints
+        alike = compare_fingerprints(prints, theirs)
+        components = {name: LikenessSummary(**asdict(likeness)) for name, likeness in alike.items()}
+        compared = ComparedBase(
+            path=str(second.path), family=family_of_base(second), fingerprint=str(theirs), components=components
+        )
+    report = FingerprintReport(
+        regraft_version=__version__,
+        path=str(first.path),
+        family=family_of_base(first),
+        fingerprint=str(prints),
+        structure=prints.structure,
+        prints=prints.to_json(sketch=sketch),
+        brief=prints.brief(),
+        other=compared,
+        summary=by_component(alike) if compared is not None else str(prints),
+    )
+    emit(report, json=json, quiet=quiet, table=lambda console: _print(report, first, console))
+
+
+def _print(report: FingerprintReport, base: Base, console: Console) -> None:
+    for told in (report, report.other):
+        if told is not None:
+            console.print(
+                f"{escape(told.path)}  {told.fingerprint}  [dim]{escape(told.family or '')}[/]", soft_wrap=True
+            )
+    if report.other is not None:
+        console.print(report.summary, soft_wrap=True)
+        return
+    for name, part in report.prints["components"].items():
+        exact = f"  content {part['content']}" if part["content"] else ""
+        console.print(f"  {escape(name)}  {len(base.components[name])} tensors{exact}", soft_wrap=True)

@@ -1,0 +1,184 @@
+"""Every kind of update is carried to a new base: by a copy as it is, by other methods as the LoRA that it equals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from regraft import Adapter, Base, InputError, ModuleRef, fit_migration, load_migration, open_base, port
+from regraft.adapter import MODEL
+from regraft.carry import Settings
+from regraft.tensors import InMemory
+from regraft.updates import Boft, Diff, GLora, Ia3, LoHa, LoKr, LowRank, Oft, Slice, SpectralShift, Update
+from regraft.updates.rows import take_rows
+from toys import StateDict, drifted, llama, lora, permutation, regauged, save_base
+
+MODULE = "model.layers.1.self_attn.q_proj"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def values(*shape: int, seed: int = 0) -> InMemory:
+    return InMemory(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05)
+
+
+FACTORED: dict[str, Update] = {
+    "loha": LoHa(values(24, 3), values(3, 24, seed=1), values(24, 2, seed=2), values(2, 24, seed=3), 2.0),
+    "lokr": LoKr(2.0, w1=values(4, 4), w2_a=values(6, 2, seed=1), w2_b=values(2, 6, seed=2)),
+    "loha dora": LoHa(
+        *(values(24, 3), values(3, 24), values(24, 2), values(2, 24), 2.0),
+        magnitude=InMemory(torch.rand(24, 1, generator=torch.Generator().manual_seed(4)) + 0.5),
+    ),
+    "part of a lokr": take_rows(LoKr(2.0, w1=values(8, 4), w2=values(9, 6, seed=1)), [(24, 48)]),
+}
+ON_THE_WEIGHT: dict[str, Update] = {
+    "ia3": Ia3(values(24), InMemory(torch.tensor(0))),
+    "oft": Oft(values(4, 6, 6)),
+    "boft": Boft(values(3, 4, 6, 6)),
+    "glora": GLora(values(24, 2), values(2, 24), values(24, 2), values(2, 24), 2.0),
+    "svdiff": SpectralShift(values(24)),
+}
+ALL = FACTORED | ON_THE_WEIGHT
+
+
+def with_update(update: Update, path: str = MODULE, state: StateDict | None = None) -> Adapter:
+    """An adapter of one LoRA and this update."""
+    adapter = lora(state or llama(), roles=("v_proj",))
+    return replace(adapter, updates={**adapter.updates, ModuleRef(MODEL, path): update})
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Base]:
+    folder, state = tmp_path_factory.mktemp("bases"), llama()
+    one, two = (
+        save_base(s, folder / name) for s, name in ((state, "1.safetensors"), (drifted(state, 0.05), "2.safetensors"))
+    )
+    return open_base(one), open_base(two)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_copy_keeps_the_very_same_tensors(name: str, bases: tuple[Base, Base]) -> None:
+    update = ALL[name]
+    result = port(with_update(update), *bases, "copy")
+    carried = result.adapter.updates[ModuleRef(MODEL, MODULE)]
+    assert type(carried) is type(update)
+    row = next(row for row in result.report.modules if row.name == MODULE)
+    assert row.status == "ported"
+    assert row.share is not None
+    assert row.share > 0
+    for role, part in update.parts().items():
+        if role != "magnitude":
+            assert carried.parts()[role] is part
+
+
+def test_a_dora_of_any_kind_takes_its_magnitude_to_the_new_weight(bases: tuple[Base, Base]) -> None:
+    old, new = (base.weight(ModuleRef(MODEL, MODULE)) for base in bases)
+    update = FACTORED["loha dora"]
+    carried = port(with_update(update), *bases, "copy").adapter.updates[ModuleRef(MODEL, MODULE)]
+    assert update.magnitude is not None
+    assert carried.magnitude is not None
+    before, after = update.magnitude.load().flatten(), carried.magnitude.load().flatten()
+    torch.testing.assert_close(after / new.norm(dim=1), before / old.norm(dim=1))
+
+
+@pytest.mark.parametrize("name", sorted(FACTORED.keys() - {"loha dora"}))
+def test_a_method_that_turns_the_weights_carries_the_lora_that_an_update_equals(name: str, tmp_path: Path) -> None:
+    state, residual = llama(), permutation(24, 3)
+    old = open_base(save_base(state, tmp_path / "old.safetensors"))
+    new = open_base(save_base(regauged(state, residual, permutation(40, 4)), tmp_path / "new.safetensors"))
+    result = port(with_update(FACTORED[name]), old, new, "procrustes")
+    carried = result.adapter.updates[ModuleRef(MODEL, MODULE)]
+    assert isinstance(carried, LowRank)
+    torch.testing.assert_close(carried.delta(), FACTORED[name].delta() @ residual.T, rtol=1e-3, atol=1e-5)
+    row = next(row for row in result.report.modules if row.name == MODULE)
+    assert "as the LoRA that it equals" in row.reason
+
+
+@pytest.mark.parametrize("name", ON_THE_WEIGHT)
+def test_what_acts_on_the_weight_itself_is_not_turned_in_silence(name: str, tmp_path: Path) -> None:
+    state = llama()
+    turned = regauged(state, permutation(24, 3), permutation(40, 4))
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, turned))]
+    with pytest.raises(InputError, match="which a copy can carry, and no other method"):
+        port(with_update(ON_THE_WEIGHT[name]), *bases, "procrustes")
+    partly = port(with_update(ON_THE_WEIGHT[name]), *bases, "procrustes", settings=Settings(allow_partial=True))
+    assert ModuleRef(MODEL, MODULE) not in partly.adapter.updates
+
+
+def test_another_rank_is_that_of_the_lora_or_refused(bases: tuple[Base, Base]) -> None:
+    carried = port(with_update(FACTORED["lokr"]), *bases, "copy", settings=Settings(rank=4))
+    assert carried.adapter.updates[ModuleRef(MODEL, MODULE)].rank == 4
+    with pytest.raises(InputError, match="which has no other rank"):
+        port(with_update(ON_THE_WEIGHT["oft"]), *bases, "copy", settings=Settings(rank=4))
+
+
+def test_strength_reaches_every_kind(bases: tuple[Base, Base]) -> None:
+    for name in ("lokr", "ia3", "glora"):
+        carried = port(with_update(ALL[name]), *bases, "copy", settings=Settings(strength=0.5))
+        weight = bases[1].weight(ModuleRef(MODEL, MODULE))
+        change = carried.adapter.updates[ModuleRef(MODEL, MODULE)].delta(weight)
+        torch.testing.assert_close(change, 0.5 * ALL[name].delta(weight))
+
+
+def test_an_update_of_another_size_is_named(bases: tuple[Base, Base]) -> None:
+    for update in (Oft(values(4, 5, 5)), LoKr(1.0, w1=values(5, 4), w2=values(6, 6)), SpectralShift(values(23))):
+        with pytest.raises(InputError, match="the base's weight is"):
+            port(with_update(update), *bases, "copy")
+
+
+def change_of(result: Adapter, path: str) -> Tensor:
+    return result.updates[ModuleRef(MODEL, path)].delta()
+
+
+def test_a_stored_change_goes_along_as_it_is(bases: tuple[Base, Base], tmp_path: Path) -> None:
+    change = values(24)
+    adapter = with_update(Diff(change, f"{NORM}.diff"), NORM)
+    for result in (
+        port(adapter, *bases, "copy").adapter,
+        load_migration(fit_migration(*bases).save(tmp_path / "m.safetensors")).port(adapter).adapter,
+    ):
+        assert torch.equal(change_of(result, NORM), change.load())
+
+
+def test_a_stored_change_goes_where_its_block_goes(tmp_path: Path) -> None:
+    state = llama(layers=4)
+    shorter = {
+        name.replace("layers.3.", "layers.1.") if "layers.3." in name else name: tensor
+        for name, tensor in state.items()
+        if "layers.1." not in name
+    }
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, shorter))]
+    paths = {i: f"model.layers.{i}.input_layernorm.weight" for i in range(4)}
+    adapter = lora(state, roles=("v_proj",))
+    diffs = {ModuleRef(MODEL, path): Diff(values(24, seed=i), path) for i, path in paths.items()}
+    result = port(replace(adapter, updates={**adapter.updates, **diffs}), *bases, "copy")
+    carried = {path: update for (_, path), update in result.adapter.updates.items() if update.kind == "diff"}
+    for row in result.report.modules:
+        if row.name in paths.values() and row.status == "ported":
+            target = str(row.target)
+            block = int(row.name.split(".")[2])
+            assert torch.equal(carried[target].delta(), values(24, seed=block).load())
+    assert len(carried) == 3
+
+
+def test_a_stored_change_is_not_turned_and_not_resized(tmp_path: Path, bases: tuple[Base, Base]) -> None:
+    state = llama()
+    turned = regauged(state, permutation(24, 3), permutation(40, 4))
+    two = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, turned))]
+    with pytest.raises(InputError, match="a copy can carry"):
+        port(with_update(Diff(values(24), NORM), NORM), *two, "procrustes")
+    with pytest.raises(InputError, match="a base's parameter is"):
+        port(with_update(Diff(values(23), NORM), NORM), *bases, "copy")
+    with pytest.raises(InputError, match="matches no parameter"):
+        port(with_update(Diff(values(24), "other.weight"), "other.weight"), *bases, "copy")
+
+
+def test_parts_of_one_update_are_still_one_after_a_port(bases: tuple[Base, Base]) -> None:
+    update = FACTORED["part of a lokr"]
+    carried = port(with_update(update), *bases, "copy").adapter.updates[ModuleRef(MODEL, MODULE)]
+    assert isinstance(carried, Slice)
+    assert isinstance(update, Slice)
+    assert carried.of is update.of
