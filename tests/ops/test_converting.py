@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from regraft import Adapter, ModuleRef, OutputError, UsageError, load_adapter
 from regraft.formats import Format, Written, get_format
 from regraft.ops import convert as ops
-from regraft.ops.convert import check_back, convert_adapter, plan_conversion
+from regraft.ops._writing import check_back
+from regraft.ops.convert import convert_adapter, plan_conversion
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, GLora, Ia3, LoHa, LoKr, LowRank, Oft, Tucker, Update
 from toys import llama, save_base

@@ -183,7 +183,11 @@ def aligned_names(adapters: Iterable[Adapter]) -> list[dict[ModuleRef, ModuleRef
     aligned = []
     for adapter in adapters:
         family = get_family(adapter.family or known)
-        main = family.main if family is not None and components != {MODEL} else MODEL
+        main = MODEL
+        if components != {MODEL}:
+            # Of an unknown family, the one component that the others name.
+            others = components - {MODEL}
+            main = family.main if family is not None else next(iter(others)) if len(others) == 1 else MODEL
         named: dict[ModuleRef, ModuleRef] = {}
         for ref in adapter.updates:
             component = main if ref.component == MODEL else ref.component

@@ -6,10 +6,8 @@ another form. Before anything lies on disk, the result is read back and compared
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isclose
 from pathlib import Path
 
 import torch
@@ -20,14 +18,13 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.errors import OutputError, UsageError
 from regraft.families import get_family
-from regraft.formats import AdapterFile, Format, Written, formats, get_format
+from regraft.formats import Format, get_format
 from regraft.formats.peft import PREFIX
 from regraft.metadata import strip_private, with_ranks
 from regraft.ops._common import (
     BaseWeights,
     Factors,
     Ticker,
-    aligned_names,
     cast,
     change_on,
     factored,
@@ -35,7 +32,8 @@ from regraft.ops._common import (
     no_ticker,
     read_whole,
 )
-from regraft.output import ADAPTER_CONFIG, check_writable, write_whole
+from regraft.ops._writing import write_checked
+from regraft.output import check_writable
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, Ia3, LowRank, Update
@@ -318,7 +316,7 @@ def convert_adapter(
         OutputError: the format can't hold a part of it, or the target can't be written.
         UsageError: there is no such format, or the energy is no share.
     """
-    writer = get_format(format)
+    get_format(format)
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy} is no share", remedy="Give one such as 0.999.")
     target = Path(target).expanduser()
@@ -333,10 +331,7 @@ def convert_adapter(
     if not dry_run:
         _check_none_lost(plan, adapter, format, based=opened is not None)
         ready = cast(plan.adapter, save_dtype)
-        assert writer.write is not None
-        written = writer.write(ready)
-        check_back(ready, written, writer, target)
-        write_whole(written, target, overwrite=overwrite, source=adapter.path)
+        write_checked(ready, target, format, overwrite=overwrite)
     return ConvertReport(
         regraft_version=__version__,
         input=str(source),
@@ -371,63 +366,3 @@ def _check_none_lost(plan: Plan, adapter: Adapter, format: str, *, based: bool) 
         key=first.name,
         remedy=remedy,
     )
-
-
-def check_back(adapter: Adapter, written: Written, format: Format, target: Path) -> None:
-    """Read what is about to be written, and compare it with what was meant.
-
-    Raises:
-        OutputError: a part of it is missing or another.
-    """
-    config = written.files.get(ADAPTER_CONFIG)
-    file = AdapterFile(
-        target,
-        {key: InMemory(tensor) for key, tensor in written.tensors.items()},
-        written.metadata,
-        json.loads(config) if isinstance(config, str) else None,
-    )
-    names = {component: tuple(updates) for component, updates in adapter.components().items()}
-    reader = next((known for known in formats().values() if known.detect(file)), None)
-    if reader is None:
-        raise OutputError(
-            f"nothing in a {format.name} file of this adapter would tell what it is",
-            file=adapter.path,
-            key=next(iter(written.tensors)),
-            remedy="Choose another format.",
-        )
-    back = reader.read(file, names)
-    ours, theirs = ({name: ref for ref, name in named.items()} for named in aligned_names((adapter, back)))
-    for name, ref in ours.items():
-        if name not in theirs or not _alike(adapter.updates[ref], back.updates[theirs[name]]):
-            what = "is missing" if name not in theirs else "is another change"
-            raise OutputError(
-                f"{what} when the {format.name} file is read back: nothing was written",
-                file=target,
-                key=str(ref),
-                remedy="This is a fault of regraft's: please report it, with `regraft inspect --json` of the input.",
-            )
-
-
-def _alike(meant: Update, got: Update) -> bool:
-    """Whether two updates are one change, by what can be told without a base."""
-    if (meant.magnitude is None) != (got.magnitude is None):
-        return False
-    coarse = max(torch.finfo(ref.dtype).eps for ref in meant.parts().values() if ref.dtype.is_floating_point)
-    tolerance = max(1e-5, 16 * coarse)
-    if meant.magnitude is not None and got.magnitude is not None:
-        sizes = [float(ref.load().float().norm()) for ref in (meant.magnitude, got.magnitude)]
-        if not isclose(*sizes, rel_tol=tolerance):
-            return False
-    try:
-        return isclose(meant.norm(), got.norm(), rel_tol=tolerance, abs_tol=1e-30)
-    except ValueError:
-        # It depends on the base's weight: the same tensors are the same change.
-        ours, theirs = _sizes(meant), _sizes(got)
-        if meant.kind != got.kind or ours.keys() != theirs.keys():
-            return False
-        return all(isclose(size, theirs[role], rel_tol=tolerance) for role, size in ours.items())
-
-
-def _sizes(update: Update) -> dict[str, float]:
-    """Role → norm of the tensor, without alpha, which a format may state or leave out."""
-    return {role: float(ref.load().float().norm()) for role, ref in update.parts().items() if role != "alpha"}
