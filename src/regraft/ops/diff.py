@@ -43,7 +43,7 @@ def compare(one: Adapter, two: Adapter, *, names: tuple[str, str], tick: Ticker 
     rows = []
     for done, name in enumerate(both):
         tick(done, len(both), str(name))
-        rows.append(_compared(name, one.updates[ours[name]], two.updates[theirs[name]]))
+        rows.append(_compared(ours[name], one.updates[ours[name]], two.updates[theirs[name]]))
     rows.sort(key=lambda row: (-(row.distance if row.distance is not None else -1.0), row.name))
     only = (
         {name: one.updates[ours[name]] for name in ours if name not in theirs},
@@ -63,8 +63,8 @@ def compare(one: Adapter, two: Adapter, *, names: tuple[str, str], tick: Ticker 
         norms=(sqrt(total[0] + alone[0]), sqrt(total[1] + alone[1])),
         distance=sqrt(sum((row.distance or 0.0) ** 2 for row in rows) + sum(alone)),
         equal=sum(row.equal for row in rows),
-        only_first=[str(name) for name in only[0]] + [token for token in tokens if token in one.tokens],
-        only_second=[str(name) for name in only[1]] + [token for token in tokens if token in two.tokens],
+        only_first=[str(ours[name]) for name in only[0]] + [token for token in tokens if token in one.tokens],
+        only_second=[str(theirs[name]) for name in only[1]] + [token for token in tokens if token in two.tokens],
         modules=rows,
         metadata=_metadata(one, two),
     )

@@ -99,7 +99,7 @@ def merge(
     for done, (name, here) in enumerate(parts.items()):
         tick(done, len(parts), str(name))
         spelt = here[0].ref if here[0].index == 0 else name
-        updates[spelt], row = merger.merge(name, here)
+        updates[spelt], row = merger.merge(spelt, here)
         rows.append(row)
     first = adapters[0]
     metadata = {
