@@ -22,6 +22,7 @@ from regraft.updates import LowRank
 from toys import deltas, llama, lora, relative_error, save_base
 
 FULL = Settings(energy=1.0)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _llama(vocabulary: int = 32) -> nn.Module:
@@ -133,6 +134,25 @@ def test_convolutions_are_extracted_as_convolutions(unets: tuple[Path, Path]) ->
     shapes = {update.shape[2:] for update in adapter.updates.values()}
     assert shapes == {(), (1, 1), (3, 3)}
     assert all(isinstance(update, LowRank) and update.rank <= 2 for update in adapter.updates.values())
+
+
+@pytest.mark.parametrize("format", ["lycoris", "comfyui", "peft"])
+def test_norms_and_biases_come_along_where_the_format_holds_them(format: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 3), "norm": nn.LayerNorm(8), "proj": nn.Linear(8, 6)})
+    tuned = _tuned(model)
+    for name, unet in (("old", model), ("new", tuned)):
+        save_base({key: t.detach() for key, t in unet.state_dict().items()}, tmp_path / name / "unet" / WEIGHTS)
+        (tmp_path / name / "model_index.json").write_text("{}")
+    out = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    extract_adapter(tmp_path / "old", tmp_path / "new", out, FULL, format=format)
+    names = tuple(model.state_dict())
+    back = load_adapter(out, names={"unet": names, "model": names})
+    changed = {ref.path if update.by_parameter else f"{ref.path}.weight" for ref, update in back.updates.items()}
+    assert changed == set(names)
+    for ref, update in back.updates.items():
+        name = ref.path if update.by_parameter else f"{ref.path}.weight"
+        assert close(update.merged(model.state_dict()[name]), tuned.state_dict()[name])
 
 
 def test_only_what_is_asked_for_is_extracted(unets: tuple[Path, Path]) -> None:

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from regraft.base import open_base
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
-from regraft.ops._common import names_in
 from regraft.ops.diff import diff_adapters
 from regraft.report.ops_tables import diff_table
 
@@ -23,7 +21,6 @@ def diff(
     quiet: o.Quiet = False,
 ) -> None:
     """Compare two adapters module by module: how large, how alike, what is only in one."""
-    names = names_in(open_base(base)) if base is not None else None
     with progress("Comparing", quiet=quiet or json) as tick:
-        report = diff_adapters(first, second, names=names, tick=tick)
+        report = diff_adapters(first, second, base=base, tick=tick)
     emit(report, json=json, quiet=quiet, table=lambda console: diff_table(report, console))

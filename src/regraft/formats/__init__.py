@@ -235,14 +235,23 @@ def load_adapter(
     )
 
 
-def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, overwrite: bool = False) -> list[Path]:
-    """See `Adapter.save`."""
-    name = format or adapter.format
-    writer = get_format(name).write
+def rendered(adapter: Adapter, format: str) -> Written:
+    """The file of an adapter in a format, its lineage true of this very file.
+
+    Raises:
+        UsageError: the format is only read.
+        OutputError: it can't hold this adapter.
+    """
+    writer = get_format(format).write
     if writer is None:
-        raise UsageError(f"format {name!r} can be read, not written", remedy="Choose another with --format.")
+        raise UsageError(f"format {format!r} can be read, not written", remedy="Choose another with --format.")
     from regraft.lineage.updates import restated
 
     written = writer(adapter)
-    written = replace(written, metadata=restated(adapter, written))
+    return replace(written, metadata=restated(adapter, written))
+
+
+def save_adapter(adapter: Adapter, path: Path, *, format: str | None = None, overwrite: bool = False) -> list[Path]:
+    """See `Adapter.save`."""
+    written = rendered(adapter, format or adapter.format)
     return write_whole(written, path, overwrite=overwrite, source=adapter.path)

@@ -42,8 +42,7 @@ def read_whole(path: str | Path, base: Base | None = None) -> Adapter:
         InputError: it can't be read, or holds NaN or Inf.
         OutputError: keys are not understood, which a result would lose.
     """
-    names = names_in(base) if base is not None else None
-    adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
+    adapter = read(path, base)
     if adapter.unrecognised:
         count = len(adapter.unrecognised)
         raise OutputError(
@@ -52,6 +51,17 @@ def read_whole(path: str | Path, base: Base | None = None) -> Adapter:
             key=adapter.unrecognised[0],
             remedy="If they are plain LoRA keys with underscored names, give the base with --base.",
         )
+    return adapter
+
+
+def read(path: str | Path, base: Base | None) -> Adapter:
+    """An adapter, read with what its base tells of names and layouts.
+
+    Raises:
+        InputError: it can't be read, or holds NaN or Inf.
+    """
+    names = names_in(base) if base is not None else None
+    adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
     check_values(adapter)
     return adapter
 
@@ -72,13 +82,19 @@ class BaseWeights:
         homes: dict[ModuleRef, ModuleRef] = {}
         for component, updates in self.adapter.components().items():
             wanted = {parameter_of(path, update): path for path, update in updates.items()}
-            home = find_component(self.base, component, [name.rpartition(".")[0] for name in wanted])
+            home = self._component(component, wanted)
             if home is None:
                 continue
             for name, found in resolve_names(wanted, set(self.base.components[home])).items():
                 if found is not None:
                     homes[ModuleRef(component, wanted[name])] = ModuleRef(home, found)
         return homes
+
+    def _component(self, component: str, names: Iterable[str]) -> str | None:
+        found = find_component(self.base, component, [name.rpartition(".")[0] for name in names])
+        # Norms and biases alone name no module that it knows.
+        alone = component == MODEL and len(self.base.components) == 1
+        return next(iter(self.base.components)) if found is None and alone else found
 
     def find(self, ref: ModuleRef) -> TensorRef | None:
         """The parameter in the base, still on disk, or None."""
@@ -167,10 +183,15 @@ def aligned_names(adapters: Iterable[Adapter]) -> list[dict[ModuleRef, ModuleRef
     """
     adapters = list(adapters)
     components = {component for adapter in adapters for component in adapter.components()}
+    known = next((adapter.family for adapter in adapters if adapter.family is not None), None)
     aligned = []
     for adapter in adapters:
-        family = get_family(adapter.family)
-        main = family.main if family is not None and components != {MODEL} else MODEL
+        family = get_family(adapter.family or known)
+        main = MODEL
+        if components != {MODEL}:
+            # Of an unknown family, the one component that the others name.
+            others = components - {MODEL}
+            main = family.main if family is not None else next(iter(others)) if len(others) == 1 else MODEL
         named: dict[ModuleRef, ModuleRef] = {}
         for ref in adapter.updates:
             component = main if ref.component == MODEL else ref.component

@@ -6,10 +6,8 @@ another form. Before anything lies on disk, the result is read back and compared
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isclose
 from pathlib import Path
 
 import torch
@@ -19,14 +17,14 @@ from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.errors import OutputError, UsageError
-from regraft.formats import AdapterFile, Format, Written, get_format
+from regraft.families import get_family
+from regraft.formats import Format, get_format
 from regraft.formats.peft import PREFIX
 from regraft.metadata import strip_private, with_ranks
 from regraft.ops._common import (
     BaseWeights,
     Factors,
     Ticker,
-    aligned_names,
     cast,
     change_on,
     factored,
@@ -34,7 +32,8 @@ from regraft.ops._common import (
     no_ticker,
     read_whole,
 )
-from regraft.output import ADAPTER_CONFIG, check_writable, write_whole
+from regraft.ops._writing import write_checked
+from regraft.output import check_writable
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, Ia3, LowRank, Update
@@ -198,6 +197,7 @@ class _Forms:
     """Other forms of the same change, the best first."""
 
     def __init__(self, adapter: Adapter, base: Base | None, energy: float | None, *, dry_run: bool) -> None:
+        self.adapter = adapter
         self.base = BaseWeights(base, adapter) if base is not None else None
         self.factors = Factors(adapter, self.base)
         self.energy, self.dry_run, self.taken = energy, dry_run, frozenset(adapter.updates)
@@ -208,7 +208,7 @@ class _Forms:
         if exact is not None and exact is not update:
             reason = f"a {update.kind} equals a LoRA of rank {exact.rank}"
             yield Form({ref: exact}, "rewritten", reason)
-        if exact is not None and exact.bias is not None:
+        if exact is not None and exact.bias is not None and self._has_bias(ref):
             bias = exact.bias.load().float() * exact.scale
             path = f"{ref.path}.bias"
             parts: dict[ModuleRef, Update] = {
@@ -261,10 +261,21 @@ class _Forms:
             return
         path = f"{home.path}.bias"
         yield Form({home: replace(found, bias=InMemory(bias))}, "merged", said, kept)
-        yield Form({home: found, ModuleRef(home.component, path): Diff(InMemory(bias), path)}, "merged", said, kept)
+        if self._has_bias(ref):
+            yield Form({home: found, ModuleRef(home.component, path): Diff(InMemory(bias), path)}, "merged", said, kept)
+
+    def _has_bias(self, ref: ModuleRef) -> bool:
+        """Whether the layer has a bias that can be changed, by the base or else by the family."""
+        if self.base is not None:
+            return self.base.bias(ref) is not None
+        family = get_family(self.adapter.family)
+        known = family.parameters.get(ref.component, {}) if family is not None else {}
+        return f"{ref.path}.weight" not in known or f"{ref.path}.bias" in known
 
     def _bias_change(self, ref: ModuleRef, update: Update) -> Tensor | None:
-        """What PEFT's IA3 does to the layer's bias on the base, (out,), or None."""
+        """What the update does to the layer's bias, (out,), or None: PEFT's ``lora_bias``, its IA3 on the base."""
+        if isinstance(update, LowRank) and update.bias is not None:
+            return update.bias.load().float() * update.scale
         found = self.base.bias(ref) if self.base is not None and isinstance(update, Ia3) else None
         if found is None or not isinstance(update, Ia3):
             return None
@@ -311,7 +322,7 @@ def convert_adapter(
         OutputError: the format can't hold a part of it, or the target can't be written.
         UsageError: there is no such format, or the energy is no share.
     """
-    writer = get_format(format)
+    get_format(format)
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy} is no share", remedy="Give one such as 0.999.")
     target = Path(target).expanduser()
@@ -327,11 +338,8 @@ def convert_adapter(
     if not dry_run:
         _check_none_lost(plan, adapter, format, based=opened is not None)
         ready = cast(plan.adapter, save_dtype)
-        assert writer.write is not None
-        written = writer.write(ready)
-        check_back(ready, written, writer, target)
-        write_whole(written, target, overwrite=overwrite, source=adapter.path)
-        notes += written.notes
+        _, said = write_checked(ready, target, format, overwrite=overwrite)
+        notes += said
     return ConvertReport(
         regraft_version=__version__,
         input=str(source),
@@ -366,51 +374,3 @@ def _check_none_lost(plan: Plan, adapter: Adapter, format: str, *, based: bool) 
         key=first.name,
         remedy=remedy,
     )
-
-
-def check_back(adapter: Adapter, written: Written, format: Format, target: Path) -> None:
-    """Read what is about to be written, and compare it with what was meant.
-
-    Raises:
-        OutputError: a part of it is missing or another.
-    """
-    config = written.files.get(ADAPTER_CONFIG)
-    file = AdapterFile(
-        target,
-        {
-            key: InMemory(tensor)
-            for tensors in (written.tensors, *written.beside.values())
-            for key, tensor in tensors.items()
-        },
-        written.metadata,
-        json.loads(config) if isinstance(config, str) else None,
-    )
-    names = {component: tuple(updates) for component, updates in adapter.components().items()}
-    back = format.read(file, names)
-    ours, theirs = ({name: ref for ref, name in named.items()} for named in aligned_names((adapter, back)))
-    for name, ref in ours.items():
-        if name not in theirs or not _alike(adapter.updates[ref], back.updates[theirs[name]]):
-            what = "is missing" if name not in theirs else "is another change"
-            raise OutputError(
-                f"{what} when the {format.name} file is read back: nothing was written",
-                file=target,
-                key=str(ref),
-                remedy="This is a fault of regraft's: please report it, with `regraft inspect --json` of the input.",
-            )
-
-
-def _alike(meant: Update, got: Update) -> bool:
-    """Whether two updates are one change, by what can be told without a base."""
-    if (meant.magnitude is None) != (got.magnitude is None):
-        return False
-    coarse = max(torch.finfo(ref.dtype).eps for ref in meant.parts().values() if ref.dtype.is_floating_point)
-    tolerance = max(1e-5, 16 * coarse)
-    if meant.magnitude is not None and got.magnitude is not None:
-        sizes = [float(ref.load().float().norm()) for ref in (meant.magnitude, got.magnitude)]
-        if not isclose(*sizes, rel_tol=tolerance):
-            return False
-    try:
-        return isclose(meant.norm(), got.norm(), rel_tol=tolerance, abs_tol=1e-30)
-    except ValueError:
-        # It depends on the base's weight: the same tensors are the same change.
-        return meant.kind == got.kind and len(meant.parts()) == len(got.parts())

@@ -10,31 +10,29 @@ from pathlib import Path
 
 from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
-from regraft.formats import BaseNames, load_adapter
-from regraft.formats._common import check_values
-from regraft.ops._common import Ticker, aligned_names, no_ticker, same_tensors
+from regraft.base import open_base
+from regraft.ops._common import Ticker, aligned_names, no_ticker, read, same_tensors
 from regraft.report.ops_schema import ComparedModule, DiffReport
 from regraft.updates import Full, Update
 from regraft.updates.exact import as_lowrank
 
 
 def diff_adapters(
-    first: str | Path, second: str | Path, *, names: BaseNames | None = None, tick: Ticker = no_ticker
+    first: str | Path, second: str | Path, *, base: str | Path | None = None, tick: Ticker = no_ticker
 ) -> DiffReport:
     """Compare two adapters of any formats; nothing is written.
 
     Args:
         first: a weights file, or a PEFT folder.
         second: likewise.
-        names: component → names of the base, for underscored names of unknown families.
+        base: names of families that regraft has no table of; no weight of it is read.
         tick: called before each module.
 
     Raises:
         InputError: one can't be read, or holds NaN or Inf.
     """
-    one, two = load_adapter(first, names=names), load_adapter(second, names=names)
-    check_values(one)
-    check_values(two)
+    opened = open_base(base) if base is not None else None
+    one, two = read(first, opened), read(second, opened)
     return compare(one, two, names=(str(first), str(second)), tick=tick)
 
 
@@ -45,7 +43,7 @@ def compare(one: Adapter, two: Adapter, *, names: tuple[str, str], tick: Ticker 
     rows = []
     for done, name in enumerate(both):
         tick(done, len(both), str(name))
-        rows.append(_compared(name, one.updates[ours[name]], two.updates[theirs[name]]))
+        rows.append(_compared(ours[name], one.updates[ours[name]], two.updates[theirs[name]]))
     rows.sort(key=lambda row: (-(row.distance if row.distance is not None else -1.0), row.name))
     only = (
         {name: one.updates[ours[name]] for name in ours if name not in theirs},
@@ -65,8 +63,8 @@ def compare(one: Adapter, two: Adapter, *, names: tuple[str, str], tick: Ticker 
         norms=(sqrt(total[0] + alone[0]), sqrt(total[1] + alone[1])),
         distance=sqrt(sum((row.distance or 0.0) ** 2 for row in rows) + sum(alone)),
         equal=sum(row.equal for row in rows),
-        only_first=[str(name) for name in only[0]] + [token for token in tokens if token in one.tokens],
-        only_second=[str(name) for name in only[1]] + [token for token in tokens if token in two.tokens],
+        only_first=[str(ours[name]) for name in only[0]] + [token for token in tokens if token in one.tokens],
+        only_second=[str(theirs[name]) for name in only[1]] + [token for token in tokens if token in two.tokens],
         modules=rows,
         metadata=_metadata(one, two),
     )

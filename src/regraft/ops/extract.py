@@ -25,7 +25,8 @@ from regraft.formats import get_format
 from regraft.formats._peft_config import MINIMAL
 from regraft.formats.peft import PREFIX
 from regraft.names import resolve_names
-from regraft.ops._common import Ticker, cast, factored, for_target, no_ticker
+from regraft.ops._common import Ticker, cast, factored, no_ticker
+from regraft.ops._writing import write_checked
 from regraft.ops.convert import Held
 from regraft.output import check_writable
 from regraft.pairing import find_component
@@ -299,6 +300,5 @@ def extract_adapter(
     old, new = open_base(base), open_base(tuned)
     into = format or ("peft" if set(old.components) == {MODEL} else "kohya")
     adapter, report = extract(old, new, into, settings, tick=tick)
-    ready = for_target(cast(adapter, save_dtype), target, into)
-    written = ready.save(target, format=into, overwrite=overwrite)
+    written, _ = write_checked(cast(adapter, save_dtype), target, into, overwrite=overwrite)
     return report.model_copy(update={"outputs": [str(file) for file in written]})

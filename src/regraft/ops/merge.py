@@ -30,11 +30,11 @@ from regraft.ops._common import (
     cast,
     change_on,
     factored,
-    for_target,
     no_ticker,
     read_whole,
     same_tensors,
 )
+from regraft.ops._writing import write_checked
 from regraft.output import check_writable
 from regraft.plan import same_matrix
 from regraft.report.ops_schema import MergedModule, MergeReport
@@ -99,7 +99,7 @@ def merge(
     for done, (name, here) in enumerate(parts.items()):
         tick(done, len(parts), str(name))
         spelt = here[0].ref if here[0].index == 0 else name
-        updates[spelt], row = merger.merge(name, here)
+        updates[spelt], row = merger.merge(spelt, here)
         rows.append(row)
     first = adapters[0]
     metadata = {
@@ -351,7 +351,7 @@ def merge_adapters(
     adapters = [read_whole(source, opened) for source in sources]
     merged, rows = merge(adapters, settings, opened, tick=tick)
     into = format or merged.format
-    written = for_target(cast(merged, save_dtype), target, into).save(target, format=into, overwrite=overwrite)
+    written, _ = write_checked(cast(merged, save_dtype), target, into, overwrite=overwrite)
     rebuilt = [row for row in rows if row.how == "base"]
     notes = []
     if rebuilt:

@@ -18,7 +18,8 @@ from regraft.carry import matches
 from regraft.errors import OutputError, UsageError
 from regraft.formats import get_format
 from regraft.metadata import with_ranks
-from regraft.ops._common import BaseWeights, Factors, Ticker, cast, for_target, no_ticker, read_whole
+from regraft.ops._common import BaseWeights, Factors, Ticker, cast, no_ticker, read_whole
+from regraft.ops._writing import write_checked
 from regraft.output import check_writable
 from regraft.report.ops_schema import ResizedModule, ResizeReport
 from regraft.transport import Transport
@@ -160,7 +161,7 @@ def resize_adapter(
     if not any(isinstance(update, LowRank) for update in resized.updates.values()):
         raise OutputError("no module of this file has factors to resize", file=source, remedy=_remedy(rows, to_lora))
     into = format or adapter.format
-    written = for_target(cast(resized, save_dtype), target, into).save(target, format=into, overwrite=overwrite)
+    written, _ = write_checked(cast(resized, save_dtype), target, into, overwrite=overwrite)
     left = sorted({row.kind for row in rows if row.energy_kept is None})
     notes = ["The scale of every module stays: alpha follows its rank."]
     notes += [f"Left as they are: {', '.join(left)}."] if left else []
