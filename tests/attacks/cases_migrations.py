@@ -12,6 +12,8 @@ from safetensors.torch import save
 KEY, LINEAGE = "regraft_migration", "regraft_lineage"
 MIGRATION = "m.safetensors"
 ANY = ("check", "port")
+_ALL = {"kind": "lora", "scale": "one", "modules": {"unet": ["{0-999999}.{0-999999}"]}}
+MANY = {"version": "1.0", "base": {"fingerprint": "v1:0"}, "updates": [_ALL]}
 
 
 def migration(header: object, text: str | None = None, **tensors: torch.Tensor) -> Any:
@@ -43,16 +45,7 @@ for _name, _text in (
     ("a lineage of version 999", '{"version": "999.0", "base": {}}'),
     ("a lineage with a key twice", '{"version": "1.0", "version": "1.0"}'),
     ("a lineage with NaN", '{"version": "1.0", "base": NaN}'),
-    (
-        "a lineage that names 10^12 modules",
-        json.dumps(
-            {
-                "version": "1.0",
-                "base": {"fingerprint": "v1:0"},
-                "updates": [{"kind": "lora", "scale": "one", "modules": {"unet": ["{0-999999}.{0-999999}"]}}],
-            }
-        ),
-    ),
+    ("a lineage that names 10^12 modules", json.dumps(MANY)),
     ("a lineage of 20 MB", '{"version": "1.0", "x": "' + "y" * (20 << 20) + '"}'),
     ("a lineage that drives the terminal", '{"version": "\\u001b[2J\\u202e"}'),
 ):

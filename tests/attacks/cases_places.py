@@ -70,12 +70,9 @@ attack("a link to nothing", made(lambda path: path.symlink_to("gone")), "lora.sa
 attack(
     "a link to the password file", made(lambda path: path.symlink_to("/etc/passwd")), "lora.safetensors: (?!.*root).* "
 )
-attack(
-    "a file within a file", made(lambda path: path.write_bytes(b"x"), "x") and (lambda place: _within(place)), "lora"
-)
+attack("a file within a file", lambda place: _within(place), "file/lora.safetensors: can't be read .*Download")
 attack("256 GB of holes", made(_holes), "lora.safetensors: claims 27487790\\d+ bytes, of which the disk holds")
 attack("a name of 300 letters", lambda place: "n" * 300 + ".safetensors", "n: can't be read .*too long.*|too long")
-attack("a name with a zero byte", lambda place: "a\0b.safetensors", r"a\\x00b.safetensors: ")
 attack("a name that drives the terminal", lambda place: "\x1b[2Jx.safetensors", r"\\x1b\[2Jx.safetensors: no such file")
 attack("a pipe in the place of a .pt", made(os.mkfifo, "lora.pt"), "lora.pt: " + REGULAR)
 attack("a pipe in the place of a GGUF file", made(os.mkfifo, "lora.gguf"), "lora.gguf: " + REGULAR)
@@ -205,7 +202,7 @@ for _name, _config in (
     ("a base's config of odd values", '{"model_type": ["x"], "_class_name": 3, "quantization_config": null}'),
     ("a base's config that drives the terminal", '{"model_type": "\\u001b[2J", "architectures": "x"}'),
 ):
-    attack(_name, base_folder(_config), verbs=(), fine=("check", "port"), role="base")
+    attack(_name, base_folder(_config), verbs=(), fine=("check",), role="base")
 
 _NAN = numbers(8, 8)
 _NAN[2, 2] = float("nan")
@@ -219,9 +216,10 @@ attack(
 attack(
     "a base of integers",
     only({f"{MODULE}.weight": torch.ones(8, 8, dtype=torch.int64)}),
-    "lora.safetensors",
+    "lora.safetensors: the weights have nothing to do with each other",
     verbs=("port",),
     role="base",
+    code=3,
 )
 attack(
     "a base of vectors", only({f"{MODULE}.weight": torch.ones(8)}), "base|lora", verbs=("port",), role="base", code=3
