@@ -92,6 +92,8 @@ class GgufTensor:
 
     def _values(self, rows: range) -> Tensor:
         """Rows of the last dimension, (rows, columns)."""
+        if not self.raw.shape[1]:
+            return torch.empty(len(rows), 0, dtype=self.dtype)
         if self.kind in _PLAIN:
             return self.raw.rows([rows]).view(self.dtype)
         gguf = gguf_package()
