@@ -14,7 +14,7 @@ from pathlib import Path
 # surrogates: on a terminal they would do something, not show something.
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # A key from a damaged file may have megabytes; a line that nobody can read tells nothing.
-_LONGEST_KEY, _LONGEST_WHAT = 300, 600
+_LONGEST_FILE, _LONGEST_KEY, _LONGEST_WHAT = 1000, 300, 600
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -54,8 +54,8 @@ class RegraftError(Exception):
         self, what: str, *, file: str | Path | None = None, key: str | None = None, remedy: str | None = None
     ) -> None:
         self.what, self.file, self.key, self.remedy = what, file, key, remedy
-        told = None if key is None else shortened(key, _LONGEST_KEY)
-        where = ": ".join(str(part) for part in (file, told) if part is not None)
+        parts = ((file, _LONGEST_FILE), (key, _LONGEST_KEY))
+        where = ": ".join(shortened(str(part), length) for part, length in parts if part is not None)
         what = shortened(what, _LONGEST_WHAT)
         line = f"{where}: {what}" if where else what
         super().__init__(printable(" ".join((f"{line}. {remedy}" if remedy else line).split())))

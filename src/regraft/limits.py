@@ -43,6 +43,34 @@ def check_file(path: Path) -> None:
     if held and status.st_size >= _SPARSE_FROM and held * _SPARSEST < status.st_size:
         what = f"claims {status.st_size} bytes, of which the disk holds {held}: the rest was never written"
         raise InputError(what, file=path, remedy="Is a download incomplete? Get it again.")
+    # safetensors calls a file without permission a missing one.
+    with reading(path), path.open("rb"):
+        pass
+
+
+# Headers of up to this size cost less to parse than to look through first.
+_SHORT_HEADER, _CHUNK = 8 << 20, 1 << 20
+
+
+def check_header(path: Path) -> None:
+    """Count the tensors of a long safetensors header before it is parsed, which takes ten times its size.
+
+    Raises:
+        InputError: there are more than any model has.
+    """
+    entry = b'"data_offsets"'
+    with reading(path), path.open("rb") as stream:
+        left = int.from_bytes(stream.read(8), "little")
+        if not _SHORT_HEADER < left <= 100 << 20:
+            return
+        count, tail = 0, b""
+        while left > 0 and (chunk := stream.read(min(left, _CHUNK))):
+            left -= len(chunk)
+            # Within a string its quotes would be escaped.
+            count += (tail + chunk).count(entry)
+            tail = chunk[1 - len(entry) :]
+    if count > MOST_TENSORS:
+        raise InputError(f"holds {count} tensors, more than any model has", file=path, remedy=_HOSTILE)
 
 
 # What the first bytes of a file tell of it, where its name says otherwise.

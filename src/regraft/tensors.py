@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regraft.errors import InputError, first_line, reading
-from regraft.limits import check_dimensions, check_file, check_kind, check_names, parse_json
+from regraft.limits import check_dimensions, check_file, check_header, check_kind, check_names, parse_json
 from regraft.pickles import check_legacy, check_zip
 
 Shape = tuple[int, ...]
@@ -240,6 +240,7 @@ def read_safetensors(path: Path) -> TensorFile:
     if path in STAND_INS:
         return STAND_INS[path]()
     check_file(path)
+    check_header(path)
     with reading(path):
         try:
             with safe_open(path, framework="pt") as handle:

@@ -45,17 +45,17 @@ class Outcome:
     slowest: float = 0.0
 
 
-def limit() -> None:
-    """Make a hang and a bomb show themselves as exceptions."""
+def limit(memory: int | None = MEMORY) -> None:
+    """Make a hang and (where ``memory`` is given, for good in this process) a bomb show themselves as exceptions."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TooSlow
 
     signal.signal(signal.SIGALRM, late)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and memory is not None:
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (now + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def try_input(target: Target, data: bytes, outcome: Outcome) -> str | None:

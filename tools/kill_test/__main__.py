@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,8 @@ def test(scenario: Scenario, kills: int, dice: random.Random) -> dict[str, Any]:
     }
 
 
-def main(kills: int, seed: int = 0) -> dict[str, Any]:
-    """Kill every command its share of ``kills`` times, in a temporary folder."""
+def main(kills: int, seed: int = 0, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Kill every command (or those of ``names``) its share of ``kills`` times, in a temporary folder."""
     # Imported once: every fork begins where the command's own work does.
     import regraft.cli
 
@@ -125,12 +126,19 @@ def main(kills: int, seed: int = 0) -> dict[str, Any]:
         os.chdir(place)
         try:
             prepare(Path(place))
-            shares = [kills // len(SCENARIOS) + (i < kills % len(SCENARIOS)) for i in range(len(SCENARIOS))]
-            rows = {s.name: test(s, share, dice) for s, share in zip(SCENARIOS, shares, strict=True)}
+            chosen = [scenario for scenario in SCENARIOS if not names or scenario.name in names]
+            shares = [kills // len(chosen) + (i < kills % len(chosen)) for i in range(len(chosen))]
+            rows = {s.name: test(s, share, dice) for s, share in zip(chosen, shares, strict=True)}
         finally:
             os.chdir(here)
+    only = "".join(f" --only {name!r}" for name in names)
+    return summed([f"python -m tools.kill_test --kills {kills} --seed {seed}{only}"], rows)
+
+
+def summed(commands: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The record of the rows of one or several runs."""
     return {
-        "command": f"python -m tools.kill_test --kills {kills} --seed {seed}",
+        "commands": commands,
         "platform": sys.platform,
         "kills": sum(row["kills"] for row in rows.values()),
         "broken": sum(row["outputs"].get("BROKEN", 0) for row in rows.values()),
@@ -142,10 +150,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tools.kill_test", description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this command; repeatable")
+    parser.add_argument("--out", type=Path, help="a results file; what it holds of other commands stays in it")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result = main(given.kills, given.seed)
+    result = main(given.kills, given.seed, given.only)
+    if given.out and given.out.is_file():
+        before = json.loads(given.out.read_text())
+        rows = {**before["by_command"], **result["by_command"]}
+        result = summed([*before["commands"], *result["commands"]], rows)
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if given.out:
         given.out.write_text(text)

@@ -101,7 +101,7 @@ def _shaped(file: GgufFile) -> dict[str, TensorRef]:
 def _read(path: Path) -> Checkpoint:
     file = _joined(path)
     if not file.tensors:
-        raise InputError("holds no tensors", file=path)
+        raise InputError("holds no tensors", file=path, remedy="Download or copy it again.")
     description = f"gguf {_kind(file.tensors)}"
     arch = str(file.fields.get("general.architecture", ""))
     model = transformers_names(file.tensors, arch, file.fields)

@@ -179,6 +179,8 @@ def _loha(held: Parts, file: AdapterFile, alpha: float | None) -> LoHa | None:
     for a, b in (("w1_a", "w1_b"), ("w2_a", "w2_b")):
         inner = roles[a].shape[:1] if "t1" in roles else roles[a].shape[1:2]
         _matrices(held, (a, b), file)
+        if len(roles[a].shape) != 2 or len(roles[b].shape) != 2:
+            raise _misfit(held, a, f"{list(roles[a].shape)} and {list(roles[b].shape)} are no matrices", file)
         if inner != roles[b].shape[:1]:
             raise _misfit(held, a, f"{list(roles[a].shape)} does not fit {list(roles[b].shape)}", file)
     if any(roles[name].shape != roles[other].shape for name, other in (("w1_a", "w2_a"), ("w1_b", "w2_b"))) and (
@@ -210,6 +212,8 @@ def _lokr(held: Parts, file: AdapterFile, alpha: float | None) -> LoKr | None:
         _need(held, (whole,) if whole in roles else (a, b), file)
         _matrices(held, (whole,) if whole in roles else (a, b), file)
         if whole not in roles:
+            if len(roles[a].shape) != 2 or len(roles[b].shape) != 2:
+                raise _misfit(held, a, f"{list(roles[a].shape)} and {list(roles[b].shape)} are no matrices", file)
             tucker = whole == "w2" and "t2" in roles
             if roles[a].shape[0 if tucker else 1] != roles[b].shape[0]:
                 raise _misfit(held, a, f"{list(roles[a].shape)} does not fit {list(roles[b].shape)}", file)
