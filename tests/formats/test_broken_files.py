@@ -149,8 +149,7 @@ def test_values_that_are_no_numbers_are_found_when_asked_for(format: str, value:
 
 def test_keys_of_other_methods_are_listed_not_guessed(tmp_path: Path) -> None:
     tensors = {
-        f"{FLAT}.hada_w1_a": torch.ones(8, 2),
-        f"{FLAT}.hada_w1_b": torch.ones(2, 8),
+        f"{FLAT}.vera_lambda_b": torch.ones(8),
         f"{FLAT}.alpha": torch.tensor(1.0),
         "lora_unet_no_such_module.lora_up.weight": torch.ones(8, 2),
         "lora_unet_no_such_module.lora_down.weight": torch.ones(2, 8),
@@ -158,6 +157,6 @@ def test_keys_of_other_methods_are_listed_not_guessed(tmp_path: Path) -> None:
     adapter = load_adapter(write(tmp_path / "other.safetensors", tensors))
     assert dict(adapter.updates) == {}
     assert set(adapter.unrecognised) == set(tensors)
-    peft_keys = {f"base_model.model.x.{name}": torch.ones(2, 2) for name in ("hada_w1_a", "lokr_w1", "lora_E")}
+    peft_keys = {f"base_model.model.x.{name}": torch.ones(2, 2) for name in ("vera_lambda_d", "lora_E")}
     adapter = load_adapter(write(tmp_path / "peft.safetensors", peft_keys))
     assert set(adapter.unrecognised) == set(peft_keys)

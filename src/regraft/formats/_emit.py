@@ -12,6 +12,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import OutputError
 from regraft.families import CANONICAL, ORIGINAL, Family, flattened, get_family, recognise
 from regraft.formats import Written
+from regraft.formats._bundled_embeddings import bundled
 from regraft.formats._common import alphas_of, chosen, component_for, contiguous, new_alpha, training_metadata
 from regraft.formats._factors import Reshaped, cannot_hold
 from regraft.formats._grammar import MAIN, Extra, Prefix, scaled_rows, turned
@@ -38,6 +39,7 @@ class Spelling:
         homes: main component → its prefix, where it isn't the first.
         kinds: of update that the format has a place for.
         whole: whether a parameter's new value stands under its own name.
+        tokens: whether embeddings of added tokens may be bundled into the file.
     """
 
     format: str
@@ -49,6 +51,7 @@ class Spelling:
     homes: Mapping[str, str] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset({"lora", "dora"})
     whole: bool = False
+    tokens: bool = True
 
 
 #: Components that the prefix of the main model stands for.
@@ -73,14 +76,14 @@ def tensors_of(adapter: Adapter, spelling: Spelling, *, extra: Extra | None = No
         OutputError: the format has no place for a part of it.
     """
     writer = _Writer(adapter, spelling, extra)
-    if adapter.tokens:
-        token = next(iter(adapter.tokens))
+    if adapter.tokens and not spelling.tokens:
+        token = str(next(iter(adapter.tokens)))
         raise cannot_hold(spelling.format, "embeddings of added tokens", token, "They would be lost: keep the format.")
     slots: dict[tuple[str, str], _Slot] = {}
     for ref, update in adapter.updates.items():
         writer.check(ref, update)
         writer.place(ref, update, slots)
-    keys: dict[str, TensorRef] = {}
+    keys = bundled(adapter.tokens, writer.layout.get("tokens", {}))
     stems: dict[str, tuple[ModuleRef, Update]] = {}
     for slot in slots.values():
         update = slot.parts[0] if slot.table is None else joined(slot)

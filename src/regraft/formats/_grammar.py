@@ -26,6 +26,7 @@ from regraft.families import (
     table,
 )
 from regraft.formats import AdapterFile, BaseNames
+from regraft.formats._bundled_embeddings import read_bundled
 from regraft.formats._common import Choices, scalars, shapes_of
 from regraft.formats._naming import Table, own_table, tables, whole_shape
 from regraft.formats._suffixes import PARAMETERS, SUFFIXES, build, parameter, split_key
@@ -104,7 +105,9 @@ def read(
     Raises:
         InputError: an update is incomplete, or its tensors don't fit each other.
     """
-    stems, unrecognised = _stems(file, prefixes)
+    tokens, token_keys = read_bundled(file.tensors, file.path)
+    bundled = set(token_keys.values())
+    stems, unrecognised = _stems(file, [key for key in file.tensors if key not in bundled], prefixes)
     known = _recognised(stems, file.metadata, whole)
     reader = _Reader(file, names or {}, known, extra, get_family(home))
     for stem in stems:
@@ -113,18 +116,19 @@ def read(
     return Adapter(
         reader.updates,
         format,
-        reader.layout(),
+        {**reader.layout(), "tokens": token_keys},
         file.metadata,
         family=family,
+        tokens=tokens,
         unrecognised=tuple(key for key in file.tensors if key in set(unrecognised)),
         path=file.path,
     )
 
 
-def _stems(file: AdapterFile, prefixes: Sequence[Prefix]) -> tuple[list[_Stem], list[str]]:
+def _stems(file: AdapterFile, keys: Sequence[str], prefixes: Sequence[Prefix]) -> tuple[list[_Stem], list[str]]:
     stems: dict[tuple[str, str], _Stem] = {}
     unrecognised: list[str] = []
-    for key in file.tensors:
+    for key in keys:
         prefix, split = split_prefix(key, prefixes), split_key(key)
         if prefix is None:
             unrecognised.append(key)

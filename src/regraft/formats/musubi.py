@@ -20,7 +20,7 @@ from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats.kohya import PREFIXES, is_flat, read_flat, stated
 
-_SPELLING = Spelling("musubi", PREFIXES[:1], kinds=frozenset({"lora", "loha", "lokr"}))
+_SPELLING = Spelling("musubi", PREFIXES[:1], tokens=False, kinds=frozenset({"lora", "loha", "lokr"}))
 # ss_base_model_version of the models that musubi trains and sd-scripts does not.
 _VERSIONS = re.compile(
     r"hunyuan_?video|wan|framepack|fpack|flux_?kontext|flux_?2|qwen_?image|z_?image|kandinsky|ltx", re.IGNORECASE

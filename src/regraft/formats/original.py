@@ -24,6 +24,7 @@ _SPELLING = Spelling(
     schemes=(ORIGINAL,),
     style="lora_A",
     always_alpha=False,
+    tokens=False,
     kinds=frozenset({"lora", "dora", "full"}),
     whole=True,
 )

@@ -52,7 +52,9 @@ def _processors(schemes: Mapping[str, Table]) -> dict[str, Table]:
 
 
 PREFIXES = (Prefix("", MAIN, flat=False), Prefix("diffusion_model.", MAIN, flat=False))
-_SPELLING = Spelling("xlabs", PREFIXES, schemes=("xlabs",), style="bare", always_alpha=False, kinds=frozenset({"lora"}))
+_SPELLING = Spelling(
+    "xlabs", PREFIXES, schemes=("xlabs",), style="bare", always_alpha=False, tokens=False, kinds=frozenset({"lora"})
+)
 
 
 def _detect(file: AdapterFile) -> bool:
