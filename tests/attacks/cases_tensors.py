@@ -108,8 +108,7 @@ attack("an up with a kernel", saved({UP: numbers(8, 2, 3, 3)}), f"{UP}: up must 
 attack(
     "factors of seven dimensions",
     saved({DOWN: numbers(2, 8, 1, 1, 1, 1, 1)}),
-    verbs=(),
-    fine=("inspect", "port"),
+    f"{DOWN}: must have 2 to 5 dimensions",
 )
 attack(
     "a rank above both dimensions",

@@ -92,7 +92,7 @@ def test_it_is_told_in_one_line_and_nothing_is_written(name: str, here: Path, ba
         assert listed(here) == before, f"{verb} left something behind"
     for verb in case.fine:
         ran = run(*arguments(case, verb, opened, bases))
-        assert (ran.code, ran.err) == (0, "")
+        assert (ran.code, ran.err) == (0, ""), ran.err
         assert ran.out
         assert not RAW.search(ran.out.replace("\n", ""))
     assert not (here / "exploded").exists(), "code of the file has run"
