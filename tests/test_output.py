@@ -221,3 +221,11 @@ def test_a_file_without_metadata_is_left_as_it_is(tmp_path: Path) -> None:
     before = (tmp_path / "a.safetensors").read_bytes()
     sort_metadata(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e5m2])
+def test_numbers_that_overflow_are_not_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"fine": torch.ones(2), "broken": torch.full((2,), float("inf")).to(dtype)}
+    with pytest.raises(OutputError, match=r"out.safetensors: broken: would hold NaN or Inf in float\d+.*strength"):
+        write_whole(Written(tensors, {}), tmp_path / "out.safetensors", overwrite=False)
+    assert list(tmp_path.iterdir()) == []

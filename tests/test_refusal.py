@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from regraft import Refused, Settings, check, load_adapter, open_base, port
+from regraft import InputError, Refused, Settings, check, load_adapter, open_base, port
 from regraft.base import Base
 from toys import drifted, llama, lora, save_base
 
@@ -145,3 +146,11 @@ def test_a_method_that_leaves_much_behind_does_not_claim_survival(tmp_path: Path
     assert projected.verdict == "refine"
     assert "left much of the update behind" in projected.summary
     assert any("lora-x kept" in reason for reason in projected.reasons)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "corda"])
+def test_an_adapter_of_a_base_that_was_changed_first_is_told(how: str, tmp_path: Path) -> None:
+    changed = replace(lora(llama()), config={"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": how})
+    base = open_base(save_base(llama(), tmp_path / "base.safetensors"))
+    with pytest.raises(InputError, match="init_lora_weights: was trained on a base that"):
+        port(changed, base, base)

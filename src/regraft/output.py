@@ -209,6 +209,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
     if not folder and other and path.suffix.lower() != content.suffix:
         what = f"the output is a {content.suffix.removeprefix('.')} file"
         raise OutputError(what, file=path, remedy=f"Give it the suffix {content.suffix}.")
+    _check_finite(content, path)
     with whole(path) as stage:
         if not folder:
             _save(content, stage)
@@ -226,6 +227,16 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
     if not folder:
         return [path]
     return [path / content.weights_name, *(path / name for name in (*content.beside, *content.files))]
+
+
+def _check_finite(content: Written, path: Path) -> None:
+    for key, tensor in content.tensors.items():
+        # torch.isfinite knows no 8-bit floats.
+        known = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if tensor.is_floating_point() and not bool(known.isfinite().all()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            remedy = "Choose a lower strength, or a wider --save-dtype."
+            raise OutputError(f"would hold NaN or Inf in {dtype}", file=path, key=key, remedy=remedy)
 
 
 def _save(content: Written, path: Path) -> None:

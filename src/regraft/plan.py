@@ -16,6 +16,9 @@ from regraft.pairing import Named, find_component
 from regraft.tensors import Shape
 from regraft.updates import Update
 
+# Initialisations that take a part of the base's weights into the adapter and out of the base (peft 0.21).
+_CHANGED_BASES = ("pissa", "olora", "loftq", "corda")
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -104,7 +107,7 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
     """Refuse an adapter that was made for another family than its old base.
 
     Raises:
-        InputError: the adapter has no update that regraft understands.
+        InputError: the adapter has no update that regraft understands, or is one of a base that was changed first.
         Refused: fewer than half of the adapter's modules fit the old base; both families are named.
     """
     if adapter.tokens and not adapter.updates and not adapter.unrecognised:
@@ -114,9 +117,17 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
     if not adapter.updates:
         key = adapter.unrecognised[0] if adapter.unrecognised else None
         other = adapter.layout.get("unsupported")
-        what = f"this {adapter.format} file has no update of a kind that regraft carries (LoRA, DoRA)"
-        what += f", it is one of {other}" if other else ""
+        what = f"this {adapter.format} file has no update of a kind that regraft carries"
+        what += f": it is one of {other}" if other else ""
         raise InputError(what, file=adapter.path, key=key, remedy="`regraft inspect` lists what it holds.")
+    initial = str((adapter.config or {}).get("init_lora_weights")).lower()
+    if initial.startswith(_CHANGED_BASES):
+        raise InputError(
+            f"was trained on a base that {initial} had changed first, and is no update of the base as it was",
+            file=adapter.path,
+            key="init_lora_weights",
+            remedy="Save it once more with PEFT's path_initial_model_for_weight_conversion, which makes a LoRA of it.",
+        )
     base, which = (old, "old") if old is not None else (new, "new")
     located = locate(adapter, base, which)
     wanted = len(located.modules) + len(located.unknown)

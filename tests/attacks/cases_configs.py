@@ -42,13 +42,13 @@ for _name, _change, _says in (
     ("r that is true", {"r": True}, "r: must be a number, not True. Give"),
     ("r that is a list", {"r": [2]}, r"r: must be a number, not \[2\]. Give"),
     ("r NaN", {"r": float("nan")}, "r: must be a number, not nan. Give"),
-    ("r with 400 digits", {"r": 10**400}, "r: must be a number, not one beyond 64 bits. Give"),
+    ("r with 400 digits", {"r": 10**400}, "r: must be a number, not one beyond all floats. Give"),
     ("no lora_alpha", {"lora_alpha": None}, "lora_alpha: is missing. Give"),
     ("lora_alpha Inf", {"lora_alpha": float("inf")}, "lora_alpha: must be a number, not inf. Give"),
     (
         "lora_alpha with 400 digits",
         {"lora_alpha": -(10**400)},
-        "lora_alpha: must be a number, not one beyond 64 bits. Give",
+        "lora_alpha: must be a number, not one beyond all floats. Give",
     ),
     (
         "lora_alpha that drives the terminal",

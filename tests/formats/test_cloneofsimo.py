@@ -114,7 +114,10 @@ def test_embedded_tokens_come_back(tmp_path: Path) -> None:
     assert read_safetensors(tmp_path / "again.safetensors").metadata == metadata
     assert torch.equal(load_file(tmp_path / "again.safetensors")["<s1>"], tensors["<s1>"])
     with pytest.raises(OutputError, match=r"<s1>.*tokens"):
-        adapter.save(tmp_path / "lost.safetensors", format="kohya")
+        adapter.save(tmp_path / "lost.safetensors", format="musubi")
+    adapter.save(tmp_path / "bundled.safetensors", format="kohya")
+    bundled = load_adapter(tmp_path / "bundled.safetensors").tokens[TokenRef("text_encoder", "<s1>")]
+    assert torch.equal(bundled.load(), tensors["<s1>"])
 
 
 def test_other_target_classes_are_not_taken_for_the_usual_ones(tmp_path: Path) -> None:

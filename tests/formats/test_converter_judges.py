@@ -26,7 +26,7 @@ def make(name: str, folder: Path) -> Path:
             tensors[key] = torch.tensor(1.0)
             continue
         up = "lora_B" in key or ".up." in key or "lora_up" in key
-        size = (shape[0], 2) if up else (2, min(shape[1], 4))
+        size = tuple(shape) if len(shape) == 1 else (shape[0], 2) if up else (2, min(shape[1], 4))
         tensors[key] = torch.randn(size, generator=generator)
     path = folder / f"{name}.safetensors"
     save_file(tensors, path)
@@ -97,3 +97,27 @@ def test_the_converter_reads_what_we_write(name: str, format: str, converter: Co
     for module, delta in found.items():
         wanted = expected.get(module, torch.zeros(()))
         assert torch.allclose(delta, wanted, atol=1e-5), module
+
+
+def test_control_loras_are_read_as_the_converter_reads_them(tmp_path: Path) -> None:
+    source = make("flux1-dev-control.bfl-control", tmp_path)
+    converted = convert._convert_bfl_flux_control_lora_to_diffusers(load_file(source))
+    found = load_adapter(source).components()["transformer"]
+    kinds = {"lora": theirs(converted), "full": {}}
+    for key, value in converted.items():
+        if ".norm" in key and ".lora_" not in key:
+            kinds["full"][key.removeprefix("transformer.")] = value
+    assert {kind: {path for path, update in found.items() if update.kind == kind} for kind in kinds} == {
+        kind: set(paths) for kind, paths in kinds.items()
+    }
+    # diffusers 0.42.1 lets the halves of adaLN's A change places with those of B, which makes another product of them:
+    # only the rows of B are rows of the weight.
+    state = load_file(source)
+    shift, scale = state["final_layer.adaLN_modulation.1.lora_B.weight"].chunk(2)
+    kinds["lora"]["norm_out.linear"] = torch.cat([scale, shift]) @ state["final_layer.adaLN_modulation.1.lora_A.weight"]
+    for path, delta in kinds["lora"].items():
+        assert torch.allclose(found[path].delta(), delta, atol=1e-5), path
+        bias = found[path].parts()["bias"].load()
+        assert torch.allclose(bias, converted[f"transformer.{path}.lora_B.bias"]), path
+    for path, value in kinds["full"].items():
+        assert torch.equal(found[path].parts()["value"].load(), value), path

@@ -190,6 +190,6 @@ def test_tokens_are_refused_by_formats_without_a_place_for_them(tmp_path: Path) 
     adapter = Adapter(
         {MODULE: low_rank()}, "regraft", tokens={TokenRef("text_encoder", "<s1>"): InMemory(torch.ones(768))}
     )
-    for format in ("kohya", "diffusers", "peft"):
+    for format in ("musubi", "xlabs", "peft"):
         with pytest.raises(OutputError, match="<s1>"):
             adapter.save(tmp_path / "out", format=format)

@@ -140,7 +140,7 @@ def test_inspect_names_tokens_by_their_encoder(tmp_path: Path) -> None:
         ({"clip_l": vectors(1), "clip_g": vectors(1, 1280)}, "textual-inversion", "several text encoders"),
         ({"clip_l_out": vectors(1)}, "textual-inversion", "output"),
         ({"<s0>": vectors(1), "<s1>": vectors(1)}, "a1111-embedding", "one token"),
-        ({"clip_l": vectors(1)}, "kohya", "added tokens"),
+        ({"clip_l": vectors(1)}, "musubi", "added tokens"),
         ({"clip_l": vectors(1)}, "peft", "added tokens"),
     ],
 )

@@ -299,10 +299,10 @@ def test_a_kernel_that_a_loha_flattens_becomes_a_convolutions_lora(
 
 def test_tokens_that_would_be_lost_are_named(convert: Any) -> None:
     adapter = replace(unet_lora(), tokens={"<cat>": _ref(8)})
-    _, report = convert(adapter, "kohya", dry_run=True)
+    _, report = convert(adapter, "peft", dry_run=True)
     assert [(row.name, row.status) for row in report.changes] == [("<cat>", "lost")]
     with pytest.raises(OutputError, match="<cat>"):
-        convert(adapter, "kohya")
+        convert(adapter, "peft")
 
 
 def test_a_writer_that_forgets_a_part_is_caught_before_anything_is_written(tmp_path: Path) -> None:

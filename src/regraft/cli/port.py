@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from regraft.cli import _options as o
 from regraft.cli._sink import Ticker, emit, progress
 from regraft.cli._ways import Ends, migration_along, say_size
 from regraft.errors import UsageError
+from regraft.experts import experts, labelled
 from regraft.formats import get_format, load_adapter
 from regraft.methods import get_method
 from regraft.migration import Migration, fit_migration, remeasure, size_of
@@ -27,6 +29,7 @@ from regraft.output import check_writable, whole, write_text
 from regraft.plan import check_families, source_modules
 from regraft.port import apply_migration, fit_for
 from regraft.prepare import check_understood
+from regraft.report.schema import PortReport
 from regraft.report.tables import check_table, port_table
 
 
@@ -129,42 +132,99 @@ def port(
     )
     if not allow_partial and loaded.updates:
         check_understood(loaded, named, which, settings.selection)
-    with ExitStack() as stack:
-        tick = stack.enter_context(progress("Porting", quiet=quiet))
-        if read is None:
-            assert target is not None
-            job = _Job(loaded, source, target, method, settings, {**computing, **options})
-            read = job.fit(tick, whole=save_migration is not None, cached=not no_cache)
-            if save_migration is not None and not dry_run:
-                # Written first, since the ported file names it by its hash; it takes its place with the ported file.
-                staged = stack.enter_context(whole(save_migration))
-                read.save(staged)
-                read = replace(read, file_hash=file_hash(staged))
-        elif source is not None and target is not None:
-            read = remeasure(read, source, target, loaded)
-        if dry_run:
-            plan = check_migration(loaded, read, settings.selection, source, target)
-            emit(plan, json=json, quiet=quiet, table=lambda console: check_table(plan, console))
-            return
-        result = apply_migration(loaded, read, settings, old=source, new=target, tick=tick, started=started)
-        assert output is not None
-        written = result.save(output, format=format, overwrite=overwrite)
-    record = result.report.model_copy(
-        update={"outputs": [str(file) for file in written], "path": [str(edge.place or edge.file) for edge in way]}
+    run = _Run(
+        loaded,
+        source,
+        settings,
+        method,
+        {**computing, **options},
+        read,
+        way,
+        migration,
+        save_migration,
+        dry_run=dry_run,
+        cached=not no_cache,
+        format=format,
+        json=json,
+        quiet=quiet,
+        overwrite=overwrite,
+        started=started,
     )
-    # One on the hub lies in the hub's cache.
-    kept = save_migration or (read.file if migration is not None else None)
-    if kept is not None:
-        size = kept.stat().st_size
-        record = record.model_copy(update={"migration": str(save_migration or migration), "migration_bytes": size})
-    if report is not None:
-        from regraft.report.html import render_port
+    apart = experts(loaded, source, target) if read is None and target is not None and save_migration is None else {}
+    if not apart:
+        run(target, output, report)
+        return
+    for path in (output, report):
+        if path is not None and not dry_run:
+            for label in apart:
+                check_writable(labelled(path, label), overwrite=overwrite, source=adapter)
+    for label, expert in apart.items():
+        run(expert, *(labelled(path, label) if path is not None else None for path in (output, report)))
 
-        checked = check_migration(loaded, read, settings.selection, source, target)
-        write_text(render_port(record, check=checked), report, overwrite=overwrite)
-    emit(record, json=json, quiet=quiet, table=lambda console: port_table(record, console))
-    if save_migration is not None and target is not None and not (json or quiet):
-        say_size(save_migration, size_of(target))
+
+@dataclass(frozen=True)
+class _Run:
+    """One port, from what the command line asked for to the files and the printed record."""
+
+    adapter: Adapter
+    source: Base | None
+    settings: Settings
+    method: str
+    options: dict[str, Any]
+    read: Migration | None
+    way: Way
+    migration: Path | None
+    save_migration: Path | None
+    dry_run: bool
+    cached: bool
+    format: str | None
+    json: bool
+    quiet: bool
+    overwrite: bool
+    started: float
+
+    def __call__(self, target: Base | None, output: Path | None, report: Path | None) -> None:
+        """Port to one base, or print the plan of it."""
+        adapter, source, settings, read = self.adapter, self.source, self.settings, self.read
+        with ExitStack() as stack:
+            tick = stack.enter_context(progress("Porting", quiet=self.quiet))
+            if read is None:
+                assert target is not None
+                job = _Job(adapter, source, target, self.method, settings, self.options)
+                read = job.fit(tick, whole=self.save_migration is not None, cached=self.cached)
+                if self.save_migration is not None and not self.dry_run:
+                    # Written first, since the ported file names it by its hash; it takes its place with that file.
+                    staged = stack.enter_context(whole(self.save_migration))
+                    read.save(staged)
+                    read = replace(read, file_hash=file_hash(staged))
+            elif source is not None and target is not None:
+                read = remeasure(read, source, target, adapter)
+            if self.dry_run:
+                plan = check_migration(adapter, read, settings.selection, source, target)
+                emit(plan, json=self.json, quiet=self.quiet, table=lambda console: check_table(plan, console))
+                return
+            result = apply_migration(adapter, read, settings, old=source, new=target, tick=tick, started=self.started)
+            assert output is not None
+            written = result.save(output, format=self.format, overwrite=self.overwrite)
+        record = self._record(result.report, read, written)
+        if report is not None:
+            from regraft.report.html import render_port
+
+            checked = check_migration(adapter, read, settings.selection, source, target)
+            write_text(render_port(record, check=checked), report, overwrite=self.overwrite)
+        emit(record, json=self.json, quiet=self.quiet, table=lambda console: port_table(record, console))
+        if self.save_migration is not None and target is not None and not (self.json or self.quiet):
+            say_size(self.save_migration, size_of(target))
+
+    def _record(self, record: PortReport, read: Migration, written: Sequence[Path]) -> PortReport:
+        way = [str(edge.place or edge.file) for edge in self.way]
+        record = record.model_copy(update={"outputs": [str(file) for file in written], "path": way})
+        # One on the hub lies in the hub's cache.
+        kept = self.save_migration or (read.file if self.migration is not None else None)
+        if kept is None:
+            return record
+        named = str(self.save_migration or self.migration)
+        return record.model_copy(update={"migration": named, "migration_bytes": kept.stat().st_size})
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,13 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     # JSON's whole numbers have no end, and floats do.
-    return abs(value) < 1 << 64 if isinstance(value, int) else math.isfinite(value)
+    return abs(value) < 1 << 1023 if isinstance(value, int) else math.isfinite(value)
 
 
 def _told(value: object) -> str:
-    return shortened(repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "one beyond 64 bits", 120)
+    return shortened(
+        repr(value) if not isinstance(value, int) or abs(value) < 1 << 1023 else "one beyond all floats", 120
+    )
 
 
 def corrected(config: Config, updates: Mapping[str, LowRank], *, keep_targets: bool) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from math import isclose
+from collections import Counter
+from math import isclose, prod
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from regraft.errors import OutputError
 from regraft.formats import AdapterFile, Format, Written, formats, get_format, rendered
 from regraft.ops._common import aligned_names, for_target
 from regraft.output import ADAPTER_CONFIG, write_whole
-from regraft.tensors import InMemory
+from regraft.tensors import InMemory, TensorRef
 from regraft.updates import Update
 
 
@@ -59,16 +60,30 @@ def check_back(adapter: Adapter, written: Written, format: Format, target: Path)
             remedy="Choose another format.",
         )
     back = reader.read(file, names)
+    # Some layouts name a token by the file and its encoder by the width alone: the vectors are what must be there.
+    found = Counter(_shape(vectors) for vectors in back.tokens.values())
+    for token, vectors in adapter.tokens.items():
+        if not found[_shape(vectors)]:
+            raise _fault("is missing", format, target, str(token))
+        found[_shape(vectors)] -= 1
     ours, theirs = ({name: ref for ref, name in named.items()} for named in aligned_names((adapter, back)))
     for name, ref in ours.items():
         if name not in theirs or not _alike(adapter.updates[ref], back.updates[theirs[name]]):
             what = "is missing" if name not in theirs else "is another change"
-            raise OutputError(
-                f"{what} when the {format.name} file is read back: nothing was written",
-                file=target,
-                key=str(ref),
-                remedy="This is a fault of regraft's: please report it, with `regraft inspect --json` of the input.",
-            )
+            raise _fault(what, format, target, str(ref))
+
+
+def _shape(vectors: TensorRef) -> tuple[int, int]:
+    return prod(vectors.shape[:-1]), vectors.shape[-1]
+
+
+def _fault(what: str, format: Format, target: Path, key: str) -> OutputError:
+    return OutputError(
+        f"{what} when the {format.name} file is read back: nothing was written",
+        file=target,
+        key=key,
+        remedy="This is a fault of regraft's: please report it, with `regraft inspect --json` of the input.",
+    )
 
 
 def _alike(meant: Update, got: Update) -> bool:
