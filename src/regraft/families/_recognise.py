@@ -179,7 +179,7 @@ def _candidates(
 
 
 def _share(kinds: Counter[str], known: frozenset[str]) -> float:
-    return sum(count for kind, count in kinds.items() if kind in known) / kinds.total()
+    return sum(count for kind, count in kinds.items() if kind in known) / max(1, kinds.total())
 
 
 def _components(family: Family, key: str) -> list[str]:

@@ -130,11 +130,11 @@ def _stems(file: AdapterFile, keys: Sequence[str], prefixes: Sequence[Prefix]) -
     unrecognised: list[str] = []
     for key in keys:
         prefix, split = split_prefix(key, prefixes), split_key(key)
-        if prefix is None:
-            unrecognised.append(key)
-            continue
         # A key without a suffix may be a parameter's own name, and then stands for its new value.
         name, suffix = split or (key, "")
+        if prefix is None or not name.startswith(prefix.text):
+            unrecognised.append(key)
+            continue
         stem = stems.setdefault((prefix.text, name), _Stem(prefix, name.removeprefix(prefix.text)))
         stem.keys[suffix] = key
     alphas = scalars(
@@ -229,7 +229,8 @@ class _Reader:
     def _put(
         self, stem: _Stem, component: str, scheme: str, table: Table, module: str, shapes: Mapping[str, Shape]
     ) -> list[str]:
-        left: list[str] = []
+        # The module's bare name, where that is no parameter, says nothing.
+        left = [stem.keys[""]] if "" in stem.keys else []
         update = stem.update
         if update is not None:
             pieces = table.of(module)

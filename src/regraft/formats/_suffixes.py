@@ -132,7 +132,7 @@ def _kind(held: Parts, parts: Mapping[str, str], file: AdapterFile, alpha: float
         return _glora(held, file, alpha)
     if "on_input" in roles:
         _need(held, ("ia3", "on_input"), file)
-        return Ia3(roles["ia3"], roles["on_input"]) if set(roles) <= {"ia3", "on_input", "alpha"} else None
+        return Ia3(roles["ia3"], roles["on_input"]) if set(roles) == {"ia3", "on_input"} else None
     if "ia3" in roles or not {"up", "down"} & set(roles):
         return None
     return _lora(held, file, alpha)

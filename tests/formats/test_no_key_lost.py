@@ -1,0 +1,95 @@
+"""Every key of a file is a part of an update or of a token, or listed as not understood, or the file is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from golden_files import DTYPES, _cut_shape, golden
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_round_trip import CASES
+
+from regraft import Adapter, InputError, OutputError, load_adapter
+from regraft.formats._suffixes import SUFFIXES, split_key
+from regraft.tensors import TensorRef
+
+# PEFT's folders have a config that names their modules; what their keys may be is theirs (test_peft_kinds.py).
+NAMES = [name for format, names in CASES.items() if format != "peft" for name in names]
+ROUNDS = 12
+KEPT = 60
+#: What stands at the end of a key that no tool writes.
+ODD = ("", ".weight", ".bias", ".lora_middle.weight", ".lora_down", ".alpha.weight", ".scale", ".on_output")
+
+
+def refs_in(adapter: Adapter) -> Iterator[TensorRef]:
+    for update in adapter.updates.values():
+        yield from update.parts().values()
+    yield from adapter.tokens.values()
+
+
+def held(refs: Iterable[TensorRef]) -> set[str]:
+    """The keys whose tensors the references read, through every view."""
+    keys, open_ = set(), list(refs)
+    while open_:
+        ref = open_.pop()
+        below = [getattr(ref, name) for name in ("of",) if hasattr(ref, name)]
+        below += [*getattr(ref, "parts", ()), *getattr(ref, "refs", ())]
+        open_ += below
+        if not below and hasattr(ref, "name"):
+            keys.add(ref.name)
+    return keys
+
+
+def changed(tensors: dict[str, torch.Tensor], chance: random.Random) -> dict[str, torch.Tensor]:
+    """Some of the keys, with a few of them missing, renamed, or there again under a further suffix."""
+    # Whole modules, so that most updates stay complete.
+    stems = sorted({(split_key(key) or (key, ""))[0] for key in tensors})
+    some = set(chance.sample(stems, min(len(stems), KEPT)))
+    kept = {key: tensor for key, tensor in tensors.items() if (split_key(key) or (key, ""))[0] in some}
+    endings = (*SUFFIXES, *ODD)
+    for key in chance.sample(sorted(kept), min(len(kept), 4)):
+        stem, suffix = split_key(key) or (key, "")
+        act = chance.randrange(5)
+        if act == 0:
+            del kept[key]
+        elif act == 1:
+            kept[stem + chance.choice(endings)] = kept.pop(key)
+        elif act == 2:
+            kept[stem + chance.choice(endings)] = torch.ones(kept[key].shape, dtype=torch.float32)
+        elif act == 3:
+            kept[f"{stem}x{suffix}"] = kept[key].clone()
+        else:
+            kept[chance.choice(("", "x.", stem.split(".")[0])) + chance.choice(endings)] = torch.ones(())
+    kept.pop("", None)
+    return kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_key_is_lost_without_a_word(name: str, tmp_path: Path) -> None:
+    data = golden(name)
+    tensors = {
+        key: torch.ones(_cut_shape(key, data["tensors"]), dtype=DTYPES[about["dtype"]])
+        for key, about in data["tensors"].items()
+    }
+    metadata = {key: str(value) for key, value in data["metadata"].items()}
+    for round_ in range(ROUNDS):
+        file = tmp_path / f"{round_}.safetensors"
+        wrong = changed(tensors, random.Random(f"{name} {round_}"))
+        save_file(wrong, file, metadata=metadata)
+        try:
+            adapter = load_adapter(file)
+        except InputError:
+            continue
+        assert held(refs_in(adapter)) | set(adapter.unrecognised) == set(wrong), round_
+        assert not held(refs_in(adapter)) & set(adapter.unrecognised), round_
+        try:
+            adapter.save(tmp_path / "again.safetensors", overwrite=True)
+        except OutputError:
+            continue
+        # A pair in two spellings gets one of them, so that keys are counted.
+        with safe_open(tmp_path / "again.safetensors", framework="pt") as again:
+            assert len(again.keys()) >= len(held(refs_in(adapter))), round_
