@@ -199,7 +199,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
     """
     check_writable(path, overwrite=overwrite, source=source)
     folder = content.folder or bool(content.files)
-    if folder and path.suffix in (".safetensors", ".bin"):
+    if folder and path.suffix.lower() in (".safetensors", ".gguf", *TORCH_SUFFIXES):
         raise OutputError(
             "this format is a folder (config beside weights)",
             file=path,
