@@ -88,8 +88,8 @@ def test_the_legacy_hash_spares_a_whole_read_of_the_others(
     state: StateDict, bases: Bases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    plain = regraft.filehash._computed
-    monkeypatch.setattr(regraft.filehash, "_computed", lambda file: (read.append(file), plain(file))[1])
+    plain = regraft.filehash.computed_hashes
+    monkeypatch.setattr(regraft.filehash, "computed_hashes", lambda file: (read.append(file), plain(file))[1])
     one = hashes(bases["v2"])
     told = saying(state, ss_sd_model_hash=one["legacy"], ss_new_sd_model_hash=one["sha256"])
     assert identify_base(told, list(bases.values())).found == str(bases["v2"])

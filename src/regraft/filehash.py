@@ -71,12 +71,13 @@ def file_hashes(file: Path) -> FileHashes:
     entry = known.get(key)
     if isinstance(entry, list) and len(entry) == 4 and entry[:2] == stamp:
         return FileHashes(entry[2], entry[3])
-    found = _computed(file)
+    found = computed_hashes(file)
     _remember({**known, key: [*stamp, found.sha256, found.data]})
     return found
 
 
-def _computed(file: Path) -> FileHashes:
+def computed_hashes(file: Path) -> FileHashes:
+    """Both whole-file hashes in one read, with nothing remembered."""
     whole, data = hashlib.sha256(), hashlib.sha256()
     safetensors = file.suffix.lower() == ".safetensors"
     with reading(file), file.open("rb", buffering=0) as stream:

@@ -14,7 +14,6 @@ Facts (sd-scripts 48d368f, Musubi 30c658c, OneTrainer 23df3832, ai-toolkit, Comf
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapter import Adapter
-from regraft.errors import reading
 from regraft.families import get_family
+from regraft.filehash import computed_hashes, legacy_hash
 from regraft.formats.cloneofsimo import EMBEDDED
 from regraft.formats.diffusers import METADATA as DIFFUSERS_CONFIGS
 from regraft.updates import LowRank, Update
 
-_LEGACY_FROM, _LEGACY_SIZE, _BLOCK = 0x100000, 0x10000, 1 << 20
 _BASE_NAME = "ss_sd_model_name"
 _BASE_HASHES = ("ss_sd_model_hash", "ss_new_sd_model_hash")
 DYNAMIC = "Dynamic"
@@ -137,13 +135,7 @@ def _with_base_name(text: str, name: str) -> str:
 
 def base_hashes(file: Path) -> dict[str, str]:
     """Both hashes that sd-scripts keeps of a base's file, by their metadata keys."""
-    whole, legacy = hashlib.sha256(), hashlib.sha256()
-    with reading(file), file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            whole.update(block)
-        stream.seek(_LEGACY_FROM)
-        legacy.update(stream.read(_LEGACY_SIZE))
-    return {"ss_sd_model_hash": legacy.hexdigest()[:8], "ss_new_sd_model_hash": whole.hexdigest()}
+    return {"ss_sd_model_hash": legacy_hash(file), "ss_new_sd_model_hash": computed_hashes(file).sha256}
 
 
 def with_ranks(metadata: Mapping[str, str], updates: Iterable[Update]) -> dict[str, str]:

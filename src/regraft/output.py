@@ -202,7 +202,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
         what = "nothing is left to write: no key of the input was understood"
         raise OutputError(what, file=source or path, remedy="`regraft inspect` lists its keys.")
     folder = content.folder or bool(content.files)
-    if folder and path.suffix in (".safetensors", ".bin"):
+    if folder and path.suffix.lower() in (".safetensors", ".gguf", *TORCH_SUFFIXES):
         raise OutputError(
             "this format is a folder (config beside weights)",
             file=path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
@@ -103,8 +104,33 @@ class FileStamp:
         return cls(status.st_size, status.st_mtime_ns)
 
 
+class InBytes(ABC):
+    """A `TensorRef` to a run of bytes somewhere, of which any part can be read."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @abstractmethod
+    def _read(self, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """Bytes of the tensor's data by (start, size), one after the other, as one row of its dtype."""
+
+    def load(self) -> Tensor:
+        return self._read([(0, n_bytes(self))]).reshape(self.shape)
+
+    def rows(self, ranges: Sequence[range]) -> Tensor:
+        """See `ByRows`."""
+        row = n_bytes(self) // max(1, self.shape[0])
+        inside = [range(self.shape[0])[part.start : part.stop] for part in ranges]
+        data = self._read([(part.start * row, len(part) * row) for part in inside])
+        return data.reshape(sum(map(len, inside)), *self.shape[1:])
+
+    def elements(self, runs: Sequence[range]) -> Tensor:
+        """See `ByElements`."""
+        return self._read([(run.start * self.dtype.itemsize, len(run) * self.dtype.itemsize) for run in runs])
+
+
 @dataclass(frozen=True)
-class Stored:
+class Stored(InBytes):
     """A `TensorRef` into a safetensors file.
 
     The bytes are read at their offset: opening the file anew with ``safe_open`` would parse the whole header for
@@ -117,20 +143,6 @@ class Stored:
     dtype: torch.dtype
     offset: int = field(repr=False)
     stamp: FileStamp = field(repr=False)
-
-    def load(self) -> Tensor:
-        return self._read([(0, n_bytes(self))]).reshape(self.shape)
-
-    def rows(self, ranges: Sequence[range]) -> Tensor:
-        """Ranges of rows of dimension 0, one below the other, read without the rest."""
-        row = n_bytes(self) // max(1, self.shape[0])
-        inside = [range(self.shape[0])[part.start : part.stop] for part in ranges]
-        data = self._read([(part.start * row, len(part) * row) for part in inside])
-        return data.reshape(sum(map(len, inside)), *self.shape[1:])
-
-    def elements(self, runs: Sequence[range]) -> Tensor:
-        """Runs of elements in the order of the flattened tensor, one after the other, read without the rest."""
-        return self._read([(run.start * self.dtype.itemsize, len(run) * self.dtype.itemsize) for run in runs])
 
     def _read(self, parts: Sequence[tuple[int, int]]) -> Tensor:
         """Bytes of the tensor's data by (start, size), one after the other."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +171,22 @@ def test_what_the_format_has_no_place_for_is_said(tmp_path: Path) -> None:
     _, report = extract(open_base(base), open_base(new), "peft", Settings(rank=2))
     left = {row.name: row.reason for row in report.modules if row.kind is None}
     assert left == {"lm_head.weight": "is not in the tuned checkpoint"}
+
+
+def test_norms_and_biases_of_a_pipeline_are_left_out_of_kohyas_files_and_named(
+    unets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(unets[0], tmp_path / "new")
+    unet = _tuned(UNet2DConditionModel.from_pretrained(unets[0] / "unet"))
+    unet.save_pretrained(tmp_path / "new" / "unet")
+    report = extract_adapter(unets[0], tmp_path / "new", tmp_path / "out.safetensors", Settings(rank=2))
+    left = {row.name.removeprefix("unet.") for row in report.modules if row.kind is None}
+    assert left == {name for name, value in unet.named_parameters() if value.dim() < 2}
+
+
+def test_a_selection_of_nothing_is_said(unets: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="selected"):
+        extract_adapter(*unets, tmp_path / "out", Settings(rank=2, selection=Selection(include=("none*",))))
 
 
 def test_a_cast_alone_is_no_change(tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def test_a_size_that_is_none_is_a_usage_error(sizes: Sizes, tmp_path: Path) -> N
         resize_adapter(tmp_path / "in", tmp_path / "out", sizes)
 
 
+def test_a_glob_that_matches_nothing_is_a_usage_error(tmp_path: Path) -> None:
+    saved(unet_lora(), tmp_path / "in.safetensors")
+    sizes = Sizes(rank=4, per_module=(("*", 2), ("none*", 2)))
+    with pytest.raises(UsageError, match="'none\\*' matches no module"):
+        resize_adapter(tmp_path / "in.safetensors", tmp_path / "out.safetensors", sizes)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_keys_that_are_not_understood_stop_it(tmp_path: Path) -> None:
     stem = "lora_unet_" + next(iter(UNET)).replace(".", "_")
     pair = factors((8, 8), 2, 0)

@@ -78,7 +78,7 @@ def tensors_of(adapter: Adapter, spelling: Spelling, *, extra: Extra | None = No
     writer = _Writer(adapter, spelling, extra)
     if adapter.tokens and not spelling.tokens:
         token = str(next(iter(adapter.tokens)))
-        raise cannot_hold(spelling.format, "embeddings of added tokens", token, "They would be lost: keep the format.")
+        raise cannot_hold(spelling.format, "embeddings of added tokens", token)
     slots: dict[tuple[str, str], _Slot] = {}
     for ref, update in adapter.updates.items():
         writer.check(ref, update)
@@ -194,19 +194,19 @@ class _Writer:
             # T5 stands second in Flux' pipeline, and has the prefix of the third encoder.
             return self.prefixes.get("text_encoder_3") or self.prefixes[role]
         if component not in self.prefixes and role not in self.prefixes:
-            have = ", ".join(sorted({prefix.component for prefix in self.spelling.prefixes}))
-            raise cannot_hold(self.spelling.format, f"the component {component}", ref, f"They have: {have}.")
+            have = sorted({prefix.component for prefix in self.spelling.prefixes} - {MAIN})
+            remedy = f"They hold a main model{''.join(f', {name}' for name in have)}; keep the old format for the rest."
+            raise cannot_hold(self.spelling.format, f"the component {component}", ref, remedy)
         return self.prefixes.get(component) or self.prefixes[role]
 
     def check(self, ref: ModuleRef, update: Update) -> None:
         """Raise an `OutputError` where the format has no place for this kind."""
-        lost = "It would be lost: keep the old format."
         if isinstance(update, LowRank) and update.orientation != "weight":
-            raise cannot_hold(self.spelling.format, "an update of an embedding or a Conv1D layer", ref, lost)
+            raise cannot_hold(self.spelling.format, "an update of an embedding or a Conv1D layer", ref)
         if update.kind not in self.spelling.kinds and not self.own:
-            raise cannot_hold(self.spelling.format, NAMES.get(update.kind, f"a {update.kind} update"), ref, lost)
+            raise cannot_hold(self.spelling.format, NAMES.get(update.kind, f"a {update.kind} update"), ref)
         if isinstance(update, LowRank) and update.bias is not None and self.spelling.style != "lora_A":
-            raise cannot_hold(self.spelling.format, "a bias of the factor B (lora_bias)", ref, lost)
+            raise cannot_hold(self.spelling.format, "a bias of the factor B (lora_bias)", ref)
 
     def place(self, ref: ModuleRef, update: Update, slots: dict[tuple[str, str], _Slot]) -> None:
         """Put the update into the slot of the name that it is written under."""
@@ -238,8 +238,7 @@ class _Writer:
             name, index = table.inverse[parameter]
             return table, name, index
         if scheme != CANONICAL and table is not None:
-            remedy = "Keep the old format."
-            raise cannot_hold(self.spelling.format, "a module that its naming has no name for", ref, remedy)
+            raise cannot_hold(self.spelling.format, "a module that its naming has no name for", ref)
         return None, parameter, 0
 
     def keys(self, slot: _Slot, update: Update) -> dict[str, TensorRef]:
@@ -284,7 +283,7 @@ class _Writer:
         if self.spelling.whole:
             return self.prefix(slot.refs[0]).text + slot.parameter
         if last == "bias":
-            raise cannot_hold(self.spelling.format, "a bias stored whole", slot.refs[0], "Keep the old format.")
+            raise cannot_hold(self.spelling.format, "a bias stored whole", slot.refs[0])
         return f"{slot.stem}.set_weight"
 
     def alphas(self, stems: Mapping[str, tuple[ModuleRef, Update]]) -> dict[str, TensorRef]:

@@ -70,6 +70,10 @@ def magnitude_per_output(update: LowRank, format: str, module: object) -> Tensor
     return ref
 
 
-def cannot_hold(format: str, what: str, module: object, remedy: str) -> OutputError:
+#: The remedy where there is no better one.
+KEEP = "Keep the old format."
+
+
+def cannot_hold(format: str, what: str, module: object, remedy: str = KEEP) -> OutputError:
     """The error for an update that a format has no place for."""
     return OutputError(f"{format} files can't hold {what}", key=str(module), remedy=remedy)

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from regraft.filehash import LEGACY_SPAN, legacy_digits
+
 KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-_LEGACY_FROM, _LEGACY_SIZE = 0x100000, 0x10000
 
 
 def with_true_hashes(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -24,9 +25,10 @@ def with_true_hashes(metadata: Mapping[str, str], tensors: Mapping[str, Tensor])
     if "sshs_model_hash" in result or "sshs_legacy_hash" in result:
         raw = save(dict(tensors), {key: value for key, value in result.items() if key.startswith("ss_")})
         data = raw[8 + int.from_bytes(raw[:8], "little") :]
+        start, size = LEGACY_SPAN
         hashes = {
             "sshs_model_hash": hashlib.sha256(data).hexdigest(),
-            "sshs_legacy_hash": hashlib.sha256(raw[_LEGACY_FROM : _LEGACY_FROM + _LEGACY_SIZE]).hexdigest()[:8],
+            "sshs_legacy_hash": legacy_digits(raw[start : start + size]),
         }
         result |= {key: value for key, value in hashes.items() if key in result}
     if "modelspec.hash_sha256" in result:

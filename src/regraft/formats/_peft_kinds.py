@@ -187,16 +187,15 @@ def check_kind(update: Update, path: str, *, own: bool) -> str:
     Raises:
         OutputError: PEFT has no place for it.
     """
-    lost = "It would be lost: keep the old format."
     kind = next((name for name, known in TYPES.items() if isinstance(update, known)), None)
     if kind is None:
-        raise cannot_hold("PEFT", f"{update.kind} updates", path, lost)
+        raise cannot_hold("PEFT", f"{update.kind} updates", path)
     if update.magnitude is not None:
-        raise cannot_hold("PEFT", f"DoRA's magnitude beside a {update.kind} update", path, lost)
+        raise cannot_hold("PEFT", f"DoRA's magnitude beside a {update.kind} update", path)
     if isinstance(update, Oft | Boft | Ia3) and (update.convention != "peft" or not own):
-        raise cannot_hold("PEFT", f"{update.kind} updates of another tool's convention", path, lost)
+        raise cannot_hold("PEFT", f"{update.kind} updates of another tool's convention", path)
     if isinstance(update, Oft | Boft) and update.strength != 1.0:
-        raise cannot_hold("PEFT", f"{update.kind} updates at a strength other than 1", path, lost)
+        raise cannot_hold("PEFT", f"{update.kind} updates at a strength other than 1", path)
     return kind
 
 
@@ -216,7 +215,7 @@ def corrected_kind(
         cut = lokr_config({path: update for path, update in updates.items() if isinstance(update, LoKr)})
         if cut is None:
             what = "LoKr updates that are cut into halves otherwise than PEFT does"
-            raise cannot_hold("PEFT", what, next(iter(updates)), "They would be lost: keep the old format.")
+            raise cannot_hold("PEFT", what, next(iter(updates)))
         result |= cut[0]
         _set_scales(result, updates, cut[1])
     elif kind in ("LOHA", "LOKR"):

@@ -61,7 +61,7 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
 def _write(adapter: Adapter) -> Written:
     if adapter.updates:
         module = next(iter(adapter.updates))
-        raise cannot_hold("embedding", "changes of weights", module, "They would be lost: keep the old format.")
+        raise cannot_hold("embedding", "changes of weights", module)
     names = {token.token for token in adapter.tokens}
     if len(names) != 1:
         other = sorted(names)[1] if len(names) > 1 else None

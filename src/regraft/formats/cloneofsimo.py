@@ -122,7 +122,7 @@ def _write(adapter: Adapter) -> Written:
         component = component_for(adapter, module.component, "cloneofsimo")
         number = numbers.get((component, without_text_model(module.path)))
         if number is None:
-            remedy = "It would be lost: these files number the attention and GEGLU layers of SD 1.x alone."
+            remedy = "These files number the attention and GEGLU layers of SD 1.x alone."
             raise cannot_hold("cloneofsimo", "this module", module, remedy)
         update = _checked(module, update)
         name = f"{component}:{number}"
@@ -132,23 +132,22 @@ def _write(adapter: Adapter) -> Written:
     for token, ref in adapter.tokens.items():
         if token.component not in (MODEL, TEXT) or token.output or len(ref.shape) != 1:
             what = "an embedding that is not one vector of the first text encoder"
-            raise cannot_hold("cloneofsimo", what, token, "It would be lost: write a1111-embedding.")
+            raise cannot_hold("cloneofsimo", what, token, "Write a1111-embedding.")
         tensors[token.token], metadata[token.token] = ref, EMBEDDED
     return Written(contiguous(tensors), metadata)
 
 
 def _checked(module: ModuleRef, update: Update) -> LowRank:
-    lost = "It would be lost: keep the old format."
     if isinstance(update, Full):
-        raise cannot_hold("cloneofsimo", "a parameter stored whole", module, lost)
+        raise cannot_hold("cloneofsimo", "a parameter stored whole", module)
     if not isinstance(update, LowRank):
-        raise cannot_hold("cloneofsimo", f"{update.kind} updates", module, lost)
+        raise cannot_hold("cloneofsimo", f"{update.kind} updates", module)
     if update.magnitude is not None:
-        raise cannot_hold("cloneofsimo", "DoRA's magnitude", module, lost)
+        raise cannot_hold("cloneofsimo", "DoRA's magnitude", module)
     if update.bias is not None:
-        raise cannot_hold("cloneofsimo", "a bias of the factor B (lora_bias)", module, lost)
+        raise cannot_hold("cloneofsimo", "a bias of the factor B (lora_bias)", module)
     if len(update.shape) > 2 or update.orientation != "weight":
-        raise cannot_hold("cloneofsimo", "an update that is not a linear layer's", module, lost)
+        raise cannot_hold("cloneofsimo", "an update that is not a linear layer's", module)
     return folded(update)
 
 

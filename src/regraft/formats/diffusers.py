@@ -244,8 +244,7 @@ def _write(adapter: Adapter) -> Written:
     for token in adapter.tokens:
         if token not in token_keys:
             # diffusers' own loader passes them over: only a file that had them keeps them.
-            remedy = "They would be lost: keep the old format."
-            raise cannot_hold("diffusers", "embeddings of added tokens", token, remedy)
+            raise cannot_hold("diffusers", "embeddings of added tokens", token)
     components: dict[str, dict[str, LowRank]] = {}
     tensors: dict[str, TensorRef] = bundled(adapter.tokens, token_keys)
     for module, update in adapter.updates.items():
@@ -254,13 +253,12 @@ def _write(adapter: Adapter) -> Written:
             tensors[_stem(adapter.layout if own else {}, component, module.path)] = update.value
             continue
         if isinstance(update, Full):
-            remedy = "They would be lost: keep PEFT's format."
+            remedy = "Keep PEFT's format."
             raise cannot_hold("diffusers", "parameters stored whole, but for norms of query and key", module, remedy)
         if not isinstance(update, LowRank):
-            remedy = "It would be lost: keep the old format."
-            raise cannot_hold("diffusers", f"{update.kind} updates", module, remedy)
+            raise cannot_hold("diffusers", f"{update.kind} updates", module)
         if update.orientation != "weight":
-            remedy = "Such an update would be lost: keep PEFT's format."
+            remedy = "Keep PEFT's format."
             raise cannot_hold("diffusers", "updates of embeddings or Conv1D layers", module, remedy)
         components.setdefault(component, {})[module.path] = update
         tensors |= _keys(adapter.layout if own else {}, component, module.path, update)

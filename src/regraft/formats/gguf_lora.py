@@ -204,8 +204,7 @@ def _write(adapter: Adapter) -> Written:
             "GGUF LoRA", f"the architecture {arch!r}", None, f"Known: {', '.join(sorted(ARCHITECTURES))}."
         )
     if adapter.tokens:
-        lost = "They would be lost: keep the old format."
-        raise cannot_hold("GGUF LoRA", "embeddings of added tokens", next(iter(adapter.tokens)), lost)
+        raise cannot_hold("GGUF LoRA", "embeddings of added tokens", next(iter(adapter.tokens)))
     fields = dict(adapter.layout["fields"]) if own else {}
     fields |= head_fields(arch, adapter.base_config)
     checked = {module: _checked(module, update, own=own) for module, update in adapter.updates.items()}
@@ -262,21 +261,20 @@ def _architecture(adapter: Adapter) -> str:
 
 
 def _checked(module: ModuleRef, update: Update, *, own: bool) -> LowRank | Full:
-    lost = "It would be lost: keep the old format."
     if module.component != MODEL:
         raise cannot_hold("GGUF LoRA", f"the component {module.component}", module, "It is for one language model.")
     if isinstance(update, Full):
         if own:
             return update
-        raise cannot_hold("GGUF LoRA", "a parameter stored whole: llama.cpp passes it over", module, lost)
+        raise cannot_hold("GGUF LoRA", "a parameter stored whole: llama.cpp passes it over", module)
     if not isinstance(update, LowRank):
-        raise cannot_hold("GGUF LoRA", f"an update of kind {update.kind}", module, lost)
+        raise cannot_hold("GGUF LoRA", f"an update of kind {update.kind}", module)
     if update.magnitude is not None:
         raise cannot_hold("GGUF LoRA", "DoRA's magnitude", module, "Merge it into a LoRA first, with --base.")
     if update.bias is not None:
-        raise cannot_hold("GGUF LoRA", "a bias of the factor B (lora_bias)", module, lost)
+        raise cannot_hold("GGUF LoRA", "a bias of the factor B (lora_bias)", module)
     if len(update.shape) != 2:
-        raise cannot_hold("GGUF LoRA", "an update of a convolution", module, lost)
+        raise cannot_hold("GGUF LoRA", "an update of a convolution", module)
     return update
 
 
@@ -309,7 +307,7 @@ def _pair(arch: str, module: ModuleRef, update: LowRank, fields: Mapping[str, An
     elif pattern in ARCHITECTURES[arch].transposed:
         up, down = transposed(down), transposed(up)
     elif update.orientation != "weight":
-        raise cannot_hold("GGUF LoRA", "a transposed update of a plain linear layer", module, "Keep the old format.")
+        raise cannot_hold("GGUF LoRA", "a transposed update of a plain linear layer", module)
     elif reorders(arch, pattern):
         up = _reordered(up, arch, pattern, block, module, fields)
     return {f"{name}.weight.lora_a": down, f"{name}.weight.lora_b": up}

@@ -229,8 +229,7 @@ def _write(adapter: Adapter) -> Written:
     token_keys: Mapping[TokenRef, str] = adapter.layout.get("tokens", {}) if own else {}
     for token in adapter.tokens:
         if token not in token_keys:
-            lost = "They would be lost: keep the old format."
-            raise cannot_hold("PEFT", "embeddings of added tokens", token, lost)
+            raise cannot_hold("PEFT", "embeddings of added tokens", token)
     paths = next(iter(components.values()), {})
     bare = own and bool(adapter.layout.get("bare"))
     low_rank = {path: update for path, update in paths.items() if isinstance(update, LowRank)}
@@ -267,9 +266,7 @@ def _one_kind(low_rank: Mapping[str, LowRank], others: Mapping[str, Update], *, 
         kinds["LORA"] = next(iter(low_rank))
     if len(kinds) > 1:
         names = " beside ".join(sorted(kinds))
-        raise cannot_hold(
-            "PEFT", f"{names}: one file has one peft_type", list(kinds.values())[1], "Keep the old format."
-        )
+        raise cannot_hold("PEFT", f"{names}: one file has one peft_type", list(kinds.values())[1])
     return next(iter(kinds), "LORA")
 
 

@@ -81,14 +81,13 @@ def _family(updates: Mapping[ModuleRef, Update]) -> str | None:
 
 
 def _write(adapter: Adapter) -> Written:
-    lost = "It would be lost: keep the old format."
     if adapter.tokens:
-        raise cannot_hold("SVDiff", "embeddings of added tokens", next(iter(adapter.tokens)), lost)
+        raise cannot_hold("SVDiff", "embeddings of added tokens", next(iter(adapter.tokens)))
     own = adapter.format == "svdiff"
     parts: dict[str, dict[str, TensorRef]] = {}
     for module, update in adapter.updates.items():
         if not isinstance(update, SpectralShift):
-            raise cannot_hold("SVDiff", f"{update.kind} updates", module, lost)
+            raise cannot_hold("SVDiff", f"{update.kind} updates", module)
         component = component_for(adapter, module.component, "SVDiff")
         if component not in (_UNET, _TEXT):
             raise cannot_hold("SVDiff", f"the component {component}", module, "They have unet and text_encoder.")

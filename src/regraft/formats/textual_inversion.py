@@ -45,14 +45,13 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
 
 
 def _write(adapter: Adapter) -> Written:
-    lost = "It would be lost: keep the old format."
     if adapter.updates:
-        raise cannot_hold("textual-inversion", "changes of weights", next(iter(adapter.updates)), lost)
+        raise cannot_hold("textual-inversion", "changes of weights", next(iter(adapter.updates)))
     own = adapter.format == "textual-inversion"
     tensors: dict[str, TensorRef] = {}
     for token, ref in adapter.tokens.items():
         if token.output:
-            raise cannot_hold("textual-inversion", "an embedding of the encoder's output", token, lost)
+            raise cannot_hold("textual-inversion", "an embedding of the encoder's output", token)
         if not of_one_encoder(adapter.tokens):
             remedy = "diffusers has a file for each encoder: write a1111-embedding."
             raise cannot_hold("textual-inversion", "one token in several text encoders", token, remedy)

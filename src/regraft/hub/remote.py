@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.hub.ranges import RemoteFile, Span
-from regraft.tensors import SAFETENSORS_DTYPES, Shape, TensorFile, TensorRef, n_bytes
+from regraft.tensors import SAFETENSORS_DTYPES, InBytes, Shape, TensorFile, TensorRef, n_bytes
 
 _FIRST_READ, _LONGEST_HEADER = 1 << 17, 100_000_000
 
@@ -23,7 +23,7 @@ _ahead = threading.local()
 
 
 @dataclass(frozen=True)
-class RemoteTensor:
+class RemoteTensor(InBytes):
     """A `TensorRef` into a `RemoteFile`.
 
     Attributes:
@@ -35,20 +35,6 @@ class RemoteTensor:
     shape: Shape
     dtype: torch.dtype
     offset: int = field(repr=False)
-
-    def load(self) -> Tensor:
-        return self._read([(0, n_bytes(self))]).reshape(self.shape)
-
-    def rows(self, ranges: Sequence[range]) -> Tensor:
-        """See `regraft.tensors.ByRows`."""
-        row = n_bytes(self) // max(1, self.shape[0])
-        inside = [range(self.shape[0])[part.start : part.stop] for part in ranges]
-        data = self._read([(part.start * row, len(part) * row) for part in inside])
-        return data.reshape(sum(map(len, inside)), *self.shape[1:])
-
-    def elements(self, runs: Sequence[range]) -> Tensor:
-        """See `regraft.tensors.ByElements`."""
-        return self._read([(run.start * self.dtype.itemsize, len(run) * self.dtype.itemsize) for run in runs])
 
     def _read(self, parts: Sequence[Span]) -> Tensor:
         spans = [(self.offset + start, size) for start, size in parts]

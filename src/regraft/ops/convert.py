@@ -19,6 +19,7 @@ from regraft.base import Base, open_base
 from regraft.errors import OutputError, UsageError
 from regraft.families import get_family
 from regraft.formats import Format, get_format
+from regraft.formats._factors import KEEP
 from regraft.formats.peft import PREFIX
 from regraft.metadata import strip_private, with_ranks
 from regraft.ops._common import (
@@ -152,7 +153,7 @@ class Held:
             try:
                 self.write(replace(self.adapter, updates=together, tokens={}, sidecars={}))
             except OutputError as error:
-                self.answers[sort] = f"{error.what}. {error.remedy or ''}".strip()
+                self.answers[sort] = _why(error)
             else:
                 self.answers[sort], self.accepted = None, together
         return self.answers[sort]
@@ -172,11 +173,16 @@ class Held:
                     status="lost",
                     rank_in=None,
                     rank_out=None,
-                    reason=f"{error.what}. {error.remedy or ''}".strip(),
+                    reason=_why(error),
                 )
                 for token in self.adapter.tokens
             ]
         return []
+
+
+def _why(error: OutputError) -> str:
+    # That the old format can hold it goes without saying.
+    return error.what if error.remedy in (None, KEEP) else f"{error.what}. {error.remedy}"
 
 
 def _sort(ref: ModuleRef, update: Update) -> tuple[object, ...]:
@@ -367,7 +373,7 @@ def _check_none_lost(plan: Plan, adapter: Adapter, format: str, *, based: bool) 
         return
     first, count = plan.lost[0], len(plan.lost)
     more = f" ({count} modules in all; --dry-run lists them)" if count > 1 else ""
-    remedy = "Keep the old format." if based else "Keep the old format, or give the base with --base to refactor them."
+    remedy = KEEP if based else f"{KEEP.rstrip('.')}, or give the base with --base to refactor them."
     raise OutputError(
         f"a {first.kind} would be lost{more}: {first.reason.rstrip('.')}",
         file=adapter.path,

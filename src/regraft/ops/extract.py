@@ -195,7 +195,7 @@ def extract(
         tick: called before each parameter.
 
     Raises:
-        InputError: nothing differs, or a weight holds NaN or Inf.
+        InputError: nothing is selected, nothing differs, or a weight holds NaN or Inf.
         Refused: the two are different architectures.
     """
     work = _Extractor(base, format, settings)
@@ -203,6 +203,12 @@ def extract(
     for done, (ref, old, new) in enumerate(todo):
         tick(done, len(todo), str(ref))
         work.extract(ref, old, new)
+    if not todo:
+        raise InputError(
+            "has none of the base's parameters that are selected",
+            file=tuned.path,
+            remedy="Check --base, --tuned, --include, --exclude and --components.",
+        )
     if not work.rows:
         raise InputError(
             "is equal to the base in every selected parameter: there is nothing to extract",

@@ -148,7 +148,7 @@ def resize_adapter(
     Raises:
         InputError: the source can't be read, or holds NaN or Inf.
         OutputError: no module has a rank, the format can't hold the result, or the target can't be written.
-        UsageError: no size is asked for, or it is out of range.
+        UsageError: no size is asked for, it is out of range, or a glob matches no module.
     """
     _check(sizes)
     if format is not None:
@@ -157,6 +157,7 @@ def resize_adapter(
     check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
     opened = open_base(base) if base is not None else None
     adapter = read_whole(source, opened)
+    _check_globs(sizes, adapter)
     resized, rows, kept = resize(adapter, sizes, to_lora=to_lora, base=opened, tick=tick)
     if not any(isinstance(update, LowRank) for update in resized.updates.values()):
         raise OutputError("no module of this file has factors to resize", file=source, remedy=_remedy(rows, to_lora))
@@ -174,6 +175,13 @@ def resize_adapter(
         modules=rows,
         notes=notes,
     )
+
+
+def _check_globs(sizes: Sizes, adapter: Adapter) -> None:
+    for glob, _ in sizes.per_module:
+        if not any(matches(glob, ref, adapter.family) for ref in adapter.updates):
+            remedy = f"Modules are named like {next(iter(adapter.updates), 'none')}."
+            raise UsageError(f"--per-module: {glob!r} matches no module or block of the adapter", remedy=remedy)
 
 
 def _remedy(rows: list[ResizedModule], to_lora: bool) -> str:

@@ -12,6 +12,8 @@ from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, 
 
 #: Rows of a table: what a person reads; ``--json`` has every module.
 ROW_LIMIT = 24
+#: Header entries that are named.
+ENTRY_LIMIT = 8
 
 
 def convert_table(report: ConvertReport, console: Console) -> None:
@@ -93,7 +95,9 @@ def diff_table(report: DiffReport, console: Console) -> None:
             some = ", ".join(only[:3]) + (", …" if len(only) > 3 else "")
             console.print(f"only in {escape(name)}: {len(only)} ({escape(some)})", soft_wrap=True)
     if report.metadata:
-        console.print(f"header entries that differ: {escape(', '.join(report.metadata))}", soft_wrap=True)
+        count = len(report.metadata)
+        some = ", ".join(list(report.metadata)[:ENTRY_LIMIT]) + (f", … ({count} in all)" if count > ENTRY_LIMIT else "")
+        console.print(f"header entries that differ: {escape(some)}", soft_wrap=True)
     rows = [
         (
             row.name,
