@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from tools.make_families.__main__ import CLIP_L, SD15_UNET
+from tools.make_families.configs import CLIP_L, SD15_UNET
 from transformers import CLIPTextConfig, CLIPTextModel
 
 DRIFT = 0.1
