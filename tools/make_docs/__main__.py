@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+from regraft.cli.port import port
 from regraft.methods import Method, methods
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -30,9 +31,15 @@ def row(method: Method) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def flag(option: str) -> str:
+    if option in inspect.signature(port).parameters:
+        return f"`--{option.replace('_', '-')}`"
+    return f"`{option}=`, from Python alone"
+
+
 def section(method: Method) -> str:
     options = "".join(
-        f"- `--{name.replace('_', '-')}`: default {'the method’s own' if default is None else default}\n"
+        f"- {flag(name)}: default {'the method’s own' if default is None else default}\n"
         for name, default in method.options.items()
     )
     rule = inspect.getdoc(method.function) or ""

@@ -6,8 +6,8 @@ what the real converters make of them.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,16 @@ def _rows(rows: dict[str, Any], indent: str) -> str:
     return f"{{\n{body}\n{indent[:-1]}}}"
 
 
-def main(names: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.make_families", description="Write families/tables.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all unless given: {', '.join(MODELS)}")
+    names = parser.parse_args(argv).names
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        parser.error(f"no table is named {unknown[0]}")
     for name in names or MODELS:
         write(name, table(MODELS[name]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

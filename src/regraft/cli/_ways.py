@@ -48,7 +48,8 @@ def migration_along(
     """
     if (ends.new is None) == (ends.to is None):
         raise UsageError(
-            "--migrations takes one goal", remedy="Give --to NEW, or --to-fingerprint with what `check` calls it."
+            "--migrations takes one goal",
+            remedy="Give --to NEW, or --to-fingerprint with what `regraft fingerprint` prints.",
         )
     goal = BaseId(fingerprint=_checked(ends.to)) if ends.new is None else BaseId.model_validate(base_id(ends.new))
     components: tuple[str, ...] = ()

@@ -62,7 +62,8 @@ def _print(report: FingerprintReport, base: Base, console: Console) -> None:
     for told in (report, report.other):
         if told is not None:
             console.print(
-                f"{escape(told.path)}  {told.fingerprint}  [dim]{escape(told.family or '')}[/]", soft_wrap=True
+                f"{escape(told.path)}  {told.fingerprint}  [dim]{escape(told.family or 'family unknown')}[/]",
+                soft_wrap=True,
             )
     if report.other is not None:
         console.print(report.summary, soft_wrap=True)

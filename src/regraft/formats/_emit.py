@@ -195,7 +195,7 @@ class _Writer:
             return self.prefixes.get("text_encoder_3") or self.prefixes[role]
         if component not in self.prefixes and role not in self.prefixes:
             have = sorted({prefix.component for prefix in self.spelling.prefixes} - {MAIN})
-            remedy = f"They hold a main model{''.join(f', {name}' for name in have)}; keep the old format for the rest."
+            remedy = f"They hold {', '.join(['a main model', *have])} alone."
             raise cannot_hold(self.spelling.format, f"the component {component}", ref, remedy)
         return self.prefixes.get(component) or self.prefixes[role]
 

@@ -373,7 +373,10 @@ def _check_none_lost(plan: Plan, adapter: Adapter, format: str, *, based: bool) 
         return
     first, count = plan.lost[0], len(plan.lost)
     more = f" ({count} modules in all; --dry-run lists them)" if count > 1 else ""
-    remedy = KEEP if based else f"{KEEP.rstrip('.')}, or give the base with --base to refactor them."
+    # No base gives a plain LoRA a place.
+    remedy = (
+        KEEP if based or first.kind == "lora" else f"{KEEP.rstrip('.')}, or give the base with --base to refactor them."
+    )
     raise OutputError(
         f"a {first.kind} would be lost{more}: {first.reason.rstrip('.')}",
         file=adapter.path,
