@@ -157,6 +157,7 @@ class _Writer:
         canonical = trained == "diffusers" or (trained is None and "unet" in mains)
         self.schemes = (CANONICAL,) if spelling.prefixes[0].flat and canonical else spelling.schemes
         self.prefixes = self._prefixes(known.data.get("prefixes", {}) if known else {})
+        self.known: dict[str, dict[str, Table]] = {}
         self.by_text = {prefix.text: prefix for prefix in spelling.prefixes}
 
     def _tables(self, family: Family | None) -> dict[str, str]:
@@ -225,9 +226,9 @@ class _Writer:
     def _named(self, ref: ModuleRef, component: str, parameter: str) -> tuple[Table | None, str, int]:
         """The table that names a parameter, its name there, and its place in it."""
         text = component.startswith("text_encoder")
-        schemes = dict(tables(self.tables[component])) if component in self.tables else {}
-        if self.extra is not None and not text:
-            schemes |= self.extra(schemes)
+        if component not in self.known:
+            self.known[component] = self._known(component)
+        schemes = self.known[component]
         wanted = (CANONICAL,) if text else self.schemes
         default = next((scheme for scheme in wanted if scheme in schemes), CANONICAL)
         scheme = chosen(self.layout.get("scheme", {}), component, ref.path, default)
@@ -240,6 +241,13 @@ class _Writer:
         if scheme != CANONICAL and table is not None:
             raise cannot_hold(self.spelling.format, "a module that its naming has no name for", ref)
         return None, parameter, 0
+
+    def _known(self, component: str) -> dict[str, Table]:
+        """Every scheme of a component, the format's own ones too."""
+        schemes = dict(tables(self.tables[component])) if component in self.tables else {}
+        if self.extra is not None and not component.startswith("text_encoder"):
+            schemes |= self.extra(schemes)
+        return schemes
 
     def keys(self, slot: _Slot, update: Update) -> dict[str, TensorRef]:
         """Keys of an update that is kept by module, without alpha."""
