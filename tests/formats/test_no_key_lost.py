@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_files import DTYPES, _cut_shape, golden
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_round_trip import CASES
 
 from regraft import Adapter, InputError, OutputError, load_adapter
@@ -66,6 +66,33 @@ def changed(tensors: dict[str, torch.Tensor], chance: random.Random) -> dict[str
             kept[chance.choice(("", "x.", stem.split(".")[0])) + chance.choice(endings)] = torch.ones(())
     kept.pop("", None)
     return kept
+
+
+def test_a_suffix_that_nobody_knows_leaves_the_other_keys_understood(tmp_path: Path) -> None:
+    data = golden("sdxl.kohya-lierla")
+    tensors = {key: torch.ones(about["shape"]) for key, about in list(data["tensors"].items())[-90:]}
+    strange = f"{next(iter(tensors)).split('.')[0]}.on_output"
+    save_file({**tensors, strange: torch.ones(1)}, tmp_path / "in.safetensors")
+    adapter = load_adapter(tmp_path / "in.safetensors")
+    assert (adapter.family, adapter.unrecognised, len(adapter.updates)) == ("sdxl", (strange,), 30)
+
+
+def test_values_of_a_fused_weight_and_its_bias_keep_their_own_keys(tmp_path: Path) -> None:
+    stem = "diffusion_model.double_blocks.{}.img_attn"
+    tensors = {}
+    for block in range(19):
+        tensors[f"{stem.format(block)}.qkv.weight"] = torch.full((72, 24), 2.0 + block)
+        tensors[f"{stem.format(block)}.qkv.bias"] = torch.full((72,), 3.0 + block)
+        tensors[f"{stem.format(block)}.norm.query_norm.scale"] = torch.full((8,), 4.0 + block)
+        tensors[f"{stem.format(block)}.proj.lora_A.weight"] = torch.ones(2, 24)
+        tensors[f"{stem.format(block)}.proj.lora_B.weight"] = torch.ones(24, 2)
+    save_file(tensors, tmp_path / "in.safetensors")
+    adapter = load_adapter(tmp_path / "in.safetensors")
+    assert adapter.unrecognised == ()
+    adapter.save(tmp_path / "out.safetensors")
+    again = load_file(tmp_path / "out.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", NAMES)

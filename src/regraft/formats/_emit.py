@@ -274,14 +274,15 @@ class _Writer:
         split = split_key(update.key)
         suffix = split[1] if split and split[1] in PARAMETERS else ""
         last = slot.parameter.rpartition(".")[2]
+        own_name = self.prefix(slot.refs[0]).text + slot.parameter
         if self.own:
-            return slot.stem + suffix if suffix else update.key if len(slot.refs) == 1 else slot.stem
+            return slot.stem + suffix if suffix else own_name
         if isinstance(update, Diff):
             if suffix in (".w_norm", ".b_norm"):
                 return slot.stem + suffix
             return slot.stem + (".diff_b" if last == "bias" else ".diff")
         if self.spelling.whole:
-            return self.prefix(slot.refs[0]).text + slot.parameter
+            return own_name
         if last == "bias":
             raise cannot_hold(self.spelling.format, "a bias stored whole", slot.refs[0])
         return f"{slot.stem}.set_weight"

@@ -255,7 +255,7 @@ class _Reader:
     def _values(self, stem: _Stem, component: str, scheme: str, table: Table, module: str) -> list[str]:
         """A ``.weight`` that is no part of an update is the parameter's new value."""
         keys = [key for suffix, key in stem.keys.items() if suffix not in PARAMETERS]
-        pieces = table.of(module)
+        pieces = table.pieces.get(f"{module}.weight")
         if stem.prefix.flat or set(stem.keys) - set(PARAMETERS) != {".weight"} or not pieces:
             return keys
         cut = _cut(Full(self.file.tensors[keys[0]], keys[0]), pieces)
@@ -305,6 +305,9 @@ def _double(file: AdapterFile, ref: ModuleRef, stem: _Stem) -> None:
 def _recognised(stems: Iterable[_Stem], metadata: Mapping[str, str], whole: Callable[[str], str]) -> Recognition | None:
     names: dict[str, dict[str, Shape | None]] = {}
     for stem in stems:
+        if stem.prefix.flat and "" in stem.keys:
+            # No module's: one key with a suffix that nobody knows must not make dotted names of all the others.
+            continue
         name = whole(stem.name)
         names.setdefault(stem.prefix.component, {})[name] = stem.shape if name == stem.name else None
     if MAIN in names:
