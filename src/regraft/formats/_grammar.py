@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
-from regraft.errors import InputError
 from regraft.families import (
     CANONICAL,
     Family,
@@ -27,7 +26,7 @@ from regraft.families import (
 )
 from regraft.formats import AdapterFile, BaseNames
 from regraft.formats._bundled_embeddings import read_bundled
-from regraft.formats._common import Choices, scalars, shapes_of
+from regraft.formats._common import Choices, doubled, scalars, shapes_of
 from regraft.formats._naming import Table, own_table, tables, whole_shape
 from regraft.formats._suffixes import PARAMETERS, SUFFIXES, build, parameter, split_key
 from regraft.tensors import Shape, Transposed
@@ -276,7 +275,7 @@ class _Reader:
         for path, update in cut.items():
             ref = ModuleRef(component, path)
             if ref in self.updates:
-                _double(self.file, ref, stem)
+                raise doubled(f"update of {ref}", self.file.path, next(iter(stem.keys.values())))
             self.updates[ref] = update
             self.choices["prefix"].note(component, path, stem.prefix.text)
             self.choices["scheme"].note(component, path, scheme)
@@ -291,15 +290,6 @@ class _Reader:
             **{name: choices.to_layout() for name, choices in self.choices.items()},
             "tables": self.tables,
         }
-
-
-def _double(file: AdapterFile, ref: ModuleRef, stem: _Stem) -> None:
-    raise InputError(
-        f"is a second update of {ref}",
-        file=file.path,
-        key=next(iter(stem.keys.values())),
-        remedy="Two spellings of one module in a file contradict each other: keep one.",
-    )
 
 
 def _recognised(stems: Iterable[_Stem], metadata: Mapping[str, str], whole: Callable[[str], str]) -> Recognition | None:
