@@ -12,9 +12,10 @@ from golden_files import build, golden
 from safetensors.torch import load_file, save_file
 from test_round_trip import CASES, content
 
-from regraft import Adapter, InputError, OutputError, load_adapter
+from regraft import Adapter, InputError, ModuleRef, OutputError, load_adapter
 from regraft.formats._suffixes import SUFFIXES, split_key
-from regraft.tensors import TensorRef
+from regraft.tensors import InMemory, TensorRef
+from regraft.updates import LowRank
 
 # The config beside PEFT's files makes most changes an error: they get more rounds, on files of one kind each.
 PEFT = {
@@ -80,6 +81,27 @@ def test_a_suffix_that_nobody_knows_leaves_the_other_keys_understood(tmp_path: P
     save_file({**tensors, strange: torch.ones(1)}, tmp_path / "in.safetensors")
     adapter = load_adapter(tmp_path / "in.safetensors")
     assert (adapter.family, adapter.unrecognised, len(adapter.updates)) == ("sdxl", (strange,), 30)
+
+
+def test_a_bias_of_b_keeps_the_spelling_of_its_pair(tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{}"
+    tensors = {}
+    for name in ("q", "k", "v", "out_0"):
+        tensors[f"{stem.format(name)}.lora_down.weight"] = torch.ones(2, 320)
+        tensors[f"{stem.format(name)}.lora_up.weight"] = torch.ones(320, 2)
+        tensors[f"{stem.format(name)}.lora_up.bias"] = torch.ones(320)
+    save_file(tensors, tmp_path / "in.safetensors")
+    adapter = load_adapter(tmp_path / "in.safetensors")
+    adapter.save(tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("format", ["musubi", "xlabs", "original"])
+def test_a_text_encoder_is_refused_by_formats_of_one_model(format: str, tmp_path: Path) -> None:
+    t5 = ModuleRef("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q")
+    pair = LowRank(InMemory(torch.ones(4096, 2)), InMemory(torch.ones(2, 4096)), 1.0)
+    with pytest.raises(OutputError, match="component text_encoder_2"):
+        Adapter({t5: pair}, "none", family="flux").save(tmp_path / "out.safetensors", format=format)
 
 
 def test_values_of_a_fused_weight_and_its_bias_keep_their_own_keys(tmp_path: Path) -> None:

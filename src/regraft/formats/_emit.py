@@ -190,9 +190,10 @@ class _Writer:
         if component in spelt and (text := chosen(spelt, component, ref.path, "")) in self.by_text:
             return self.by_text[text]
         role = MAIN if component in MAIN_COMPONENTS else component
-        if role == "text_encoder_2" and ref.path.startswith(("encoder.block.", "shared")):
+        second_t5 = role == "text_encoder_2" and ref.path.startswith(("encoder.block.", "shared"))
+        if second_t5 and "text_encoder_3" in self.prefixes:
             # T5 stands second in Flux' pipeline, and has the prefix of the third encoder.
-            return self.prefixes.get("text_encoder_3") or self.prefixes[role]
+            return self.prefixes["text_encoder_3"]
         if component not in self.prefixes and role not in self.prefixes:
             have = sorted({prefix.component for prefix in self.spelling.prefixes} - {MAIN})
             remedy = f"They hold {', '.join(['a main model', *have])} alone."
@@ -205,7 +206,8 @@ class _Writer:
             raise cannot_hold(self.spelling.format, "an update of an embedding or a Conv1D layer", ref)
         if update.kind not in self.spelling.kinds and not self.own:
             raise cannot_hold(self.spelling.format, NAMES.get(update.kind, f"a {update.kind} update"), ref)
-        if isinstance(update, LowRank) and update.bias is not None and self.spelling.style != "lora_A":
+        biased = isinstance(update, LowRank) and update.bias is not None
+        if biased and self.spelling.style != "lora_A" and not self.own:
             raise cannot_hold(self.spelling.format, "a bias of the factor B (lora_bias)", ref)
 
     def place(self, ref: ModuleRef, update: Update, slots: dict[tuple[str, str], _Slot]) -> None:
