@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import regraft.output as output
+from regraft.adapter import Adapter
 from regraft.errors import OutputError
 from regraft.formats import Written
 from regraft.output import check_writable, sort_metadata, write_text, write_whole
@@ -228,4 +229,10 @@ def test_numbers_that_overflow_are_not_written(tmp_path: Path, dtype: torch.dtyp
     tensors = {"fine": torch.ones(2), "broken": torch.full((2,), float("inf")).to(dtype)}
     with pytest.raises(OutputError, match=r"out.safetensors: broken: would hold NaN or Inf in float\d+.*strength"):
         write_whole(Written(tensors, {}), tmp_path / "out.safetensors", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_which_nothing_is_left_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="nothing is left to write"):
+        Adapter({}, "kohya").save(tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []

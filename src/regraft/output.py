@@ -198,8 +198,9 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
         OutputError: see `check_writable` and `whole`.
     """
     check_writable(path, overwrite=overwrite, source=source)
-    if not content.tensors and content.save is None:
-        raise OutputError("there is nothing to write: no tensor is left", file=path)
+    if not content.tensors and not content.beside:
+        what = "nothing is left to write: no key of the input was understood"
+        raise OutputError(what, file=source or path, remedy="`regraft inspect` lists its keys.")
     folder = content.folder or bool(content.files)
     if folder and path.suffix.lower() in (".safetensors", ".gguf", *TORCH_SUFFIXES):
         raise OutputError(

@@ -140,6 +140,8 @@ class Table:
             source = {CANONICAL: "parameters", ORIGINAL: "original"}.get(scheme)
             rows = self.data[source] if source else self.data["spellings"][scheme]
             names = {kind_of(template) for template in rows}
+            if source is None:
+                names |= {kind_of(template) for template in self.data.get("original", {})}
             names |= {name.removesuffix(".weight") for name in names}
             names |= {name.removeprefix(_OPTIONAL) for name in names}
             self._kinds[scheme] = frozenset(names | {flattened(name) for name in names})
@@ -153,8 +155,11 @@ class Table:
         elif scheme == ORIGINAL:
             yield from self.original.items()
         else:
-            for name, target in self.spellings[scheme].items():
+            renamed = self.spellings[scheme]
+            for name, target in renamed.items():
                 yield name, self.original.get(target) or (Piece(target),)
+            # What a tool did not rename has its original name.
+            yield from ((name, held) for name, held in self.original.items() if name not in set(renamed.values()))
 
     def named(self, scheme: str, *, flat: bool = False) -> Mapping[str, Named]:
         """Names of one scheme → what they stand for: modules and whole parameters, dotted; or modules, flattened."""

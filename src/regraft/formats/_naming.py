@@ -56,12 +56,8 @@ def tables(name: str) -> dict[str, Table]:
     found = {CANONICAL: Table(canonical)}
     if known.original:
         found[ORIGINAL] = Table(known.original)
-    for scheme, names in known.spellings.items():
-        pieces = {name: known.original.get(to) or (Piece(to),) for name, to in names.items()}
-        # What a tool did not rename has its original name.
-        renamed = set(names.values())
-        kept = {name: held for name, held in known.original.items() if name not in renamed}
-        found[scheme] = Table({**pieces, **kept})
+    for scheme in known.spellings:
+        found[scheme] = Table(dict(known.pieces(scheme)))
     return found
 
 

@@ -14,9 +14,10 @@ import re
 from collections.abc import Mapping
 
 from regraft.adapter import Adapter
-from regraft.families import ORIGINAL, Piece
+from regraft.families import ORIGINAL, Family, Piece, get_family
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
+from regraft.formats._factors import cannot_hold
 from regraft.formats._grammar import MAIN, Prefix, read
 from regraft.formats._naming import Table
 
@@ -34,6 +35,7 @@ _KEY = re.compile(
 )
 
 
+_NAMINGS = ("unet", "sd3", "flux", "hunyuan-video")
 # The number of a part behind a fused projection's name.
 _PART = re.compile(r"(?<=qkv|ar1)\.\d$")
 
@@ -57,7 +59,16 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
     return read(file, names, "omi", PREFIXES, extra=_parts, whole=lambda name: _PART.sub("", name))
 
 
+def _has_names(family: Family | None) -> bool:
+    if family is None or family.naming not in _NAMINGS or family.main not in family.components:
+        return False
+    return ORIGINAL in family.table(family.main).schemes
+
+
 def _write(adapter: Adapter) -> Written:
+    if adapter.format != "omi" and not _has_names(get_family(adapter.family)):
+        remedy = "OMI names exist for SD, SDXL, SD 3, Flux and HunyuanVideo."
+        raise cannot_hold("OMI", "an adapter of this model", adapter.family, remedy)
     return write(adapter, _SPELLING, {}, extra=_parts)
 
 

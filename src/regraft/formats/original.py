@@ -10,13 +10,14 @@ Facts (black-forest-labs' Canny and Depth LoRA; OneTrainer 23df3832):
 from __future__ import annotations
 
 from regraft.adapter import Adapter
-from regraft.families import ORIGINAL
+from regraft.families import CANONICAL, ORIGINAL
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats._grammar import MAIN, Prefix, read
 from regraft.formats._naming import recognise_scheme
 from regraft.formats._suffixes import split_key
 
+_COMPONENTS = ("unet.", "transformer.", "transformer_2.", "text_encoder", "controlnet.", "prior.", "base_model.model.")
 PREFIXES = (Prefix("", MAIN, flat=False),)
 _SPELLING = Spelling(
     "original",
@@ -32,7 +33,10 @@ _SPELLING = Spelling(
 
 def _detect(file: AdapterFile) -> bool:
     names = [split[0] for key in file.tensors if (split := split_key(key))]
-    return bool(names) and recognise_scheme(names) not in (None, "canonical")
+    # A pipeline's file has a component before each name; one of a single model may have diffusers' names.
+    if file.config is not None or all(name.startswith(_COMPONENTS) for name in names):
+        return False
+    return recognise_scheme(names) not in (None, CANONICAL)
 
 
 def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
@@ -44,5 +48,5 @@ def _write(adapter: Adapter) -> Written:
 
 
 FORMAT = Format(
-    "original", "names of the model's own code (BFL control, OneTrainer original)", 50, _detect, _read, _write
+    "original", "names of the model's own code (BFL control, OneTrainer original)", 86, _detect, _read, _write
 )
