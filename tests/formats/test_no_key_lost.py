@@ -104,6 +104,13 @@ def test_a_text_encoder_is_refused_by_formats_of_one_model(format: str, tmp_path
         Adapter({t5: pair}, "none", family="flux").save(tmp_path / "out.safetensors", format=format)
 
 
+def test_two_modules_of_one_underscored_name_are_refused(tmp_path: Path) -> None:
+    pair = LowRank(InMemory(torch.ones(8, 2)), InMemory(torch.ones(2, 8)), 1.0)
+    twins = {ModuleRef("unet", path): pair for path in ("block.to_q", "block_to.q")}
+    with pytest.raises(OutputError, match="second module that is written as lora_unet_block_to_q"):
+        Adapter(twins, "none").save(tmp_path / "out.safetensors", format="kohya")
+
+
 def test_values_of_a_fused_weight_and_its_bias_keep_their_own_keys(tmp_path: Path) -> None:
     stem = "diffusion_model.double_blocks.{}.img_attn"
     tensors = {}

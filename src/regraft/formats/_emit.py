@@ -87,11 +87,16 @@ def tensors_of(adapter: Adapter, spelling: Spelling, *, extra: Extra | None = No
     stems: dict[str, tuple[ModuleRef, Update]] = {}
     for slot in slots.values():
         update = slot.parts[0] if slot.table is None else joined(slot)
-        if update.by_parameter:
-            keys[writer.parameter_key(slot, update)] = update.value  # type: ignore[union-attr]
+        if isinstance(update, Diff | Full):
+            new = {writer.parameter_key(slot, update): update.value}
         else:
-            keys |= writer.keys(slot, update)
+            new = writer.keys(slot, update)
             stems[slot.stem] = slot.refs[0], update
+        if keys.keys() & new.keys():
+            # Underscored names of two modules can be one.
+            what = f"a second module that is written as {slot.stem}"
+            raise cannot_hold(spelling.format, what, slot.refs[0])
+        keys |= new
     return keys | writer.alphas(stems)
 
 
