@@ -16,7 +16,7 @@ from regraft.identify import identify_base
 from regraft.report.identify_schema import IdentifyReport
 
 Bases = Annotated[
-    list[str], typer.Argument(metavar="BASE...", help="Files, folders or hub ids, or a folder of such, to look among.")
+    list[str], typer.Argument(metavar="BASE", help="Files, folders or hub ids, or a folder of such, to look among.")
 ]
 
 

@@ -51,7 +51,7 @@ def show(adapter: o.AdapterArgument, json: o.Json = False) -> None:
 
 @app.command()
 def validate(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER…", help="Adapters; or lineages as .json files.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Adapters; or lineages as .json files.")],
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

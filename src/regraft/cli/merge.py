@@ -15,7 +15,7 @@ from regraft.report.ops_tables import merge_table
 
 
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER…", help="Two or more, of any format.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Two or more, of any format.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")],
     weights: Annotated[
         str | None, typer.Option("--weights", metavar="W,W,…", help="A factor for each; 1 unless given.")

@@ -109,7 +109,7 @@ def make(
 
 @app.command()
 def compose(
-    migrations: Annotated[list[Path], typer.Argument(metavar="M…", help="Two or more, from old to new.")],
+    migrations: Annotated[list[Path], typer.Argument(metavar="M", help="Two or more, from old to new.")],
     output: Output,
     license: License = None,
     json: o.Json = False,
@@ -157,7 +157,7 @@ def show(
 
 @app.command()
 def validate(
-    migrations: Annotated[list[Path], typer.Argument(metavar="M…", help="Migration files.")],
+    migrations: Annotated[list[Path], typer.Argument(metavar="M", help="Migration files.")],
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

@@ -95,6 +95,12 @@ def key_of(ref: TensorRef, otherwise: str) -> str:
     return ref.name if isinstance(ref, Stored) else otherwise
 
 
+def doubled(what: str, file: Path, key: str) -> InputError:
+    """The error for a key that says once more what another key of the file has said."""
+    remedy = "Two spellings of one module in a file contradict each other: keep one."
+    return InputError(f"is a second {what}", file=file, key=key, remedy=remedy)
+
+
 @dataclass
 class Parts:
     """The tensors of one module, by role, with the file's keys for messages."""
@@ -110,12 +116,7 @@ class Parts:
             InputError: the module has one of that role already.
         """
         if role in self.tensors:
-            raise InputError(
-                f"is a second {role} of one module, beside {self.keys[role]}",
-                file=file,
-                key=key,
-                remedy="Two spellings of one module in a file contradict each other: keep one.",
-            )
+            raise doubled(f"{role} of one module, beside {self.keys[role]}", file, key)
         self.tensors[role], self.keys[role] = ref, key
 
     def check_pair(self, file: Path) -> tuple[TensorRef, TensorRef]:

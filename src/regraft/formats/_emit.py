@@ -87,11 +87,16 @@ def tensors_of(adapter: Adapter, spelling: Spelling, *, extra: Extra | None = No
     stems: dict[str, tuple[ModuleRef, Update]] = {}
     for slot in slots.values():
         update = slot.parts[0] if slot.table is None else joined(slot)
-        if update.by_parameter:
-            keys[writer.parameter_key(slot, update)] = update.value  # type: ignore[union-attr]
+        if isinstance(update, Diff | Full):
+            new = {writer.parameter_key(slot, update): update.value}
         else:
-            keys |= writer.keys(slot, update)
+            new = writer.keys(slot, update)
             stems[slot.stem] = slot.refs[0], update
+        if keys.keys() & new.keys():
+            # Underscored names of two modules can be one.
+            what = f"a second module that is written as {slot.stem}"
+            raise cannot_hold(spelling.format, what, slot.refs[0])
+        keys |= new
     return keys | writer.alphas(stems)
 
 
@@ -191,9 +196,10 @@ class _Writer:
         if component in spelt and (text := chosen(spelt, component, ref.path, "")) in self.by_text:
             return self.by_text[text]
         role = MAIN if component in MAIN_COMPONENTS else component
-        if role == "text_encoder_2" and ref.path.startswith(("encoder.block.", "shared")):
+        second_t5 = role == "text_encoder_2" and ref.path.startswith(("encoder.block.", "shared"))
+        if second_t5 and "text_encoder_3" in self.prefixes:
             # T5 stands second in Flux' pipeline, and has the prefix of the third encoder.
-            return self.prefixes.get("text_encoder_3") or self.prefixes[role]
+            return self.prefixes["text_encoder_3"]
         if component not in self.prefixes and role not in self.prefixes:
             have = sorted({prefix.component for prefix in self.spelling.prefixes} - {MAIN})
             remedy = f"They hold {', '.join(['a main model', *have])} alone."
@@ -206,7 +212,8 @@ class _Writer:
             raise cannot_hold(self.spelling.format, "an update of an embedding or a Conv1D layer", ref)
         if update.kind not in self.spelling.kinds and not self.own:
             raise cannot_hold(self.spelling.format, NAMES.get(update.kind, f"a {update.kind} update"), ref)
-        if isinstance(update, LowRank) and update.bias is not None and self.spelling.style != "lora_A":
+        biased = isinstance(update, LowRank) and update.bias is not None
+        if biased and self.spelling.style != "lora_A" and not self.own:
             raise cannot_hold(self.spelling.format, "a bias of the factor B (lora_bias)", ref)
 
     def place(self, ref: ModuleRef, update: Update, slots: dict[tuple[str, str], _Slot]) -> None:
@@ -282,14 +289,15 @@ class _Writer:
         split = split_key(update.key)
         suffix = split[1] if split and split[1] in PARAMETERS else ""
         last = slot.parameter.rpartition(".")[2]
+        own_name = self.prefix(slot.refs[0]).text + slot.parameter
         if self.own:
-            return slot.stem + suffix if suffix else update.key if len(slot.refs) == 1 else slot.stem
+            return slot.stem + suffix if suffix else own_name
         if isinstance(update, Diff):
             if suffix in (".w_norm", ".b_norm"):
                 return slot.stem + suffix
             return slot.stem + (".diff_b" if last == "bias" else ".diff")
         if self.spelling.whole:
-            return self.prefix(slot.refs[0]).text + slot.parameter
+            return own_name
         if last == "bias":
             raise cannot_hold(self.spelling.format, "a bias stored whole", slot.refs[0])
         return f"{slot.stem}.set_weight"

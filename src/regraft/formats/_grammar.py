@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
-from regraft.errors import InputError
 from regraft.families import (
     CANONICAL,
     Family,
@@ -27,7 +26,7 @@ from regraft.families import (
 )
 from regraft.formats import AdapterFile, BaseNames
 from regraft.formats._bundled_embeddings import read_bundled
-from regraft.formats._common import Choices, scalars, shapes_of
+from regraft.formats._common import Choices, doubled, scalars, shapes_of
 from regraft.formats._naming import Table, own_table, tables, whole_shape
 from regraft.formats._suffixes import PARAMETERS, SUFFIXES, build, parameter, split_key
 from regraft.tensors import Shape, Transposed
@@ -255,7 +254,7 @@ class _Reader:
     def _values(self, stem: _Stem, component: str, scheme: str, table: Table, module: str) -> list[str]:
         """A ``.weight`` that is no part of an update is the parameter's new value."""
         keys = [key for suffix, key in stem.keys.items() if suffix not in PARAMETERS]
-        pieces = table.of(module)
+        pieces = table.pieces.get(f"{module}.weight")
         if stem.prefix.flat or set(stem.keys) - set(PARAMETERS) != {".weight"} or not pieces:
             return keys
         cut = _cut(Full(self.file.tensors[keys[0]], keys[0]), pieces)
@@ -276,7 +275,7 @@ class _Reader:
         for path, update in cut.items():
             ref = ModuleRef(component, path)
             if ref in self.updates:
-                _double(self.file, ref, stem)
+                raise doubled(f"update of {ref}", self.file.path, next(iter(stem.keys.values())))
             self.updates[ref] = update
             self.choices["prefix"].note(component, path, stem.prefix.text)
             self.choices["scheme"].note(component, path, scheme)
@@ -293,18 +292,12 @@ class _Reader:
         }
 
 
-def _double(file: AdapterFile, ref: ModuleRef, stem: _Stem) -> None:
-    raise InputError(
-        f"is a second update of {ref}",
-        file=file.path,
-        key=next(iter(stem.keys.values())),
-        remedy="Two spellings of one module in a file contradict each other: keep one.",
-    )
-
-
 def _recognised(stems: Iterable[_Stem], metadata: Mapping[str, str], whole: Callable[[str], str]) -> Recognition | None:
     names: dict[str, dict[str, Shape | None]] = {}
     for stem in stems:
+        if stem.prefix.flat and "" in stem.keys:
+            # No module's: one key with a suffix that nobody knows must not make dotted names of all the others.
+            continue
         name = whole(stem.name)
         names.setdefault(stem.prefix.component, {})[name] = stem.shape if name == stem.name else None
     if MAIN in names:

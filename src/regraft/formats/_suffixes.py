@@ -287,7 +287,6 @@ def _misfit(held: Parts, role: str, what: str, file: AdapterFile) -> InputError:
 # Field of an update → suffix, where kinds don't share the field's name.
 _FIELDS = {
     **{role: suffix for suffix, role in _PARTS.items() if not suffix.startswith((".hada_", ".lokr_"))},
-    "bias": ".lora_B.bias",
     "weight": ".weight",
 }
 _OWN = {"loha": ".hada_", "lokr": ".lokr_"}
@@ -306,7 +305,8 @@ def spelled(update: Update, style: str = "lora_down", magnitude: str = ".dora_sc
     for role, ref in update.parts().items():
         if role == "alpha":
             continue
-        known = {"down": down, "up": up, "magnitude": magnitude}
+        bias = ".lora_up.bias" if style == "lora_down" else ".lora_B.bias"
+        known = {"down": down, "up": up, "magnitude": magnitude, "bias": bias}
         own = f"{_OWN[update.kind]}{role}" if update.kind in _OWN else _FIELDS.get(role, "")
         suffixes[known.get(role) or own] = ref
     return suffixes

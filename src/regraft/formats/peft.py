@@ -31,7 +31,7 @@ from regraft.errors import OutputError
 from regraft.families import family_of_modules, refine_by_hint
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._bundled_embeddings import check_embedding
-from regraft.formats._common import Choices, Parts, chosen, contiguous, shapes_of, training_metadata
+from regraft.formats._common import Choices, Parts, chosen, contiguous, doubled, shapes_of, training_metadata
 from regraft.formats._factors import Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
 from regraft.formats._model_card import CARD, with_base
 from regraft.formats._peft_config import MINIMAL, check_config, corrected, scale_of
@@ -98,8 +98,15 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         ModuleRef(MODEL, path): _low_rank(path, part, file) for path, part in keys.lora.items()
     }
     for (kind, path), parts in keys.kinds.items():
-        updates[ModuleRef(MODEL, path)] = build_kind(kind, path, parts, file)
-    updates |= {ModuleRef(MODEL, path): update for path, update in keys.full.items()}
+        ref = ModuleRef(MODEL, path)
+        if ref in updates:
+            raise doubled(f"update of {ref}", file.path, next(iter(parts.values())))
+        updates[ref] = build_kind(kind, path, parts, file)
+    for path, update in keys.full.items():
+        ref = ModuleRef(MODEL, path)
+        if ref in updates:
+            raise doubled(f"update of {ref}", file.path, update.key)
+        updates[ref] = update
     layout = {
         "bare": config is None,
         "prefix": prefix,
@@ -174,7 +181,10 @@ def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
         elif _OTHER_TUNERS.search(f".{key}"):
             keys.unrecognised.append(key)
         else:
-            keys.full[_whole_parameter(name)] = Full(ref, key)
+            path = _whole_parameter(name)
+            if path in keys.full:
+                raise doubled(f"value of {path}, beside {keys.full[path].key}", file.path, key)
+            keys.full[path] = Full(ref, key)
     return keys
 
 
