@@ -115,6 +115,19 @@ def test_another_rank_is_that_of_the_lora_or_refused(bases: tuple[Base, Base]) -
         port(with_update(ON_THE_WEIGHT["oft"]), *bases, "copy", settings=Settings(rank=4))
 
 
+def test_another_rank_of_a_flattened_kernel_is_a_lora_of_the_convolution(tmp_path: Path) -> None:
+    conv, state = "model.layers.1.conv", llama()
+    state[f"{conv}.weight"] = torch.randn(24, 24, 3, 3, generator=torch.Generator().manual_seed(5))
+    bases = [
+        open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, drifted(state, 0.05)))
+    ]
+    loha = LoHa(values(24, 3), values(3, 216, seed=1), values(24, 2, seed=2), values(2, 216, seed=3), 2.0)
+    adapter = with_update(loha, conv, {name: tensor for name, tensor in state.items() if tensor.dim() == 2})
+    carried = port(adapter, *bases, "copy", settings=Settings(rank=7)).adapter.updates[ModuleRef(MODEL, conv)]
+    assert carried.shape == (24, 24, 3, 3)
+    torch.testing.assert_close(carried.delta().flatten(1), loha.delta(), rtol=1e-4, atol=1e-7)
+
+
 def test_strength_reaches_every_kind(bases: tuple[Base, Base]) -> None:
     for name in ("lokr", "ia3", "glora"):
         carried = port(with_update(ALL[name]), *bases, "copy", settings=Settings(strength=0.5))

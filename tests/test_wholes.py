@@ -11,7 +11,7 @@ import torch
 from regraft import Adapter, InputError, ModuleRef, fit_migration, load_migration, open_base, port
 from regraft.adapter import MODEL
 from regraft.tensors import InMemory
-from regraft.updates import Full
+from regraft.updates import Diff, Full
 from toys import StateDict, drifted, llama, lora, save_base
 
 
@@ -45,6 +45,18 @@ def test_the_change_is_carried_not_the_value(tmp_path: Path) -> None:
     adapter = with_wholes(lora(state), **{norm: state[norm] + 0.5})
     bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, moved))]
     torch.testing.assert_close(value(port(adapter, *bases).adapter, norm), moved[norm] + 0.5)
+
+
+@pytest.mark.parametrize("component", [MODEL, "unet"])
+def test_an_adapter_of_changes_of_whole_parameters_alone_is_carried(component: str, tmp_path: Path) -> None:
+    state = llama()
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, drifted(state, 0.1)))]
+    paths = [f"model.layers.{i}.{name}.weight" for i in range(3) for name in ("input_layernorm", "self_attn.q_proj")]
+    updates = {ModuleRef(component, path): Diff(InMemory(state[path] * 0.1), path) for path in paths}
+    result = port(Adapter(dict(updates), "lycoris"), *bases, "copy")
+    assert {ref.path for ref in result.adapter.updates} == set(paths)
+    for ref, update in result.adapter.updates.items():
+        torch.testing.assert_close(update.delta(), state[ref.path] * 0.1)
 
 
 def test_a_whole_parameter_goes_where_its_block_goes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from torch import Tensor
@@ -231,5 +232,10 @@ def carry_magnitude(magnitude: Tensor, norms: Tensor | None, transport: Transpor
 
 
 def _shape_like(shape: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
-    """The new weight's shape, spelt with as many dimensions as the adapter's own (1 × 1 convolutions)."""
-    return (*new[:2], *shape[2:]) if len(shape) > len(new) else tuple(new[: len(shape)])
+    """The new weight's shape, spelt with as many dimensions as the adapter's own (1 × 1 convolutions).
+
+    A kernel that the adapter flattens (LoHa, LoKr) is spelt as the weight has it.
+    """
+    if len(shape) > len(new):
+        return (*new[:2], *shape[2:])
+    return tuple(new) if prod(new[len(shape) :]) > 1 else tuple(new[: len(shape)])

@@ -16,7 +16,7 @@ from regraft.tensors import check_finite
 from regraft.tokens import refused_tokens
 from regraft.updates import Update
 from regraft.updates.exact import is_factored
-from regraft.wholes import Whole, plan_wholes
+from regraft.wholes import Whole, home_of, plan_wholes
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ def prepare(
     """
     which = "old" if migration.source is not None else "new"
     located = locate(adapter, migration, which)
+    # A migration of this adapter's modules alone has no entries for a component of whole parameters alone.
+    homes = {name: home_of(migration, name, updates) for name, updates in adapter.components().items()}
+    located = replace(located, missing={r: why for r, why in located.missing.items() if homes[r.component] is None})
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
     shares = _shares(adapter, left_out, located, old)
     problems = _unknown(adapter, located, which, selection)

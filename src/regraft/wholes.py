@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.migration import Migration
 from regraft.names import resolve_names
 from regraft.pairing import Pairing, find_component, pair_bases
 from regraft.tensors import TensorRef
-from regraft.updates import Diff, Full
+from regraft.updates import Diff, Full, Update
 from regraft.widening import widens
 
 
@@ -55,7 +55,7 @@ def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: B
             continue
         # Without an old base, the migration knows the names of the new one.
         known = migration.parameters
-        home = find_component(migration, component, [path for path in updates if path not in paths] or paths)
+        home = home_of(migration, component, updates)
         names = set(known.get(home or component, ()))
         stems = {name.rpartition(".")[0] for name in names}
         found = resolve_names(paths, names)
@@ -73,6 +73,23 @@ def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: B
             else:
                 wholes[ref] = Whole("own", "a parameter of the adapter's own, carried as it is", ref)
     return wholes
+
+
+def home_of(migration: Migration, component: str, updates: Mapping[str, Update]) -> str | None:
+    """The migration's component in which an adapter's lives, or None; names tell that of whole parameters alone."""
+    known = migration.parameters
+    if any(not update.by_parameter for update in updates.values()):
+        return find_component(migration, component, [p for p, update in updates.items() if not update.by_parameter])
+    if component in known:
+        return component
+    if component != MODEL and set(known) != {MODEL}:
+        return None
+    found = {
+        name: sum(place is not None for place in resolve_names(updates, set(names)).values())
+        for name, names in known.items()
+    }
+    best = max(found, key=lambda name: found[name], default=None)
+    return best if best is not None and 2 * found[best] >= len(updates) else None
 
 
 def _has_wholes(adapter: Adapter) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from safetensors.torch import load_file, save_file
 
-from regraft import load_adapter, open_base
+from regraft import OutputError, load_adapter, open_base
 from regraft.ops.convert import plan_conversion
 
 # Without IA3: LyCORIS 4.1.3 fails to load its own files of that kind.
@@ -114,3 +115,15 @@ def renamed(path: Path) -> Path:
     tensors = {key.replace("lora_unet_", "lycoris_"): value for key, value in load_file(path).items()}
     save_file(tensors, path)
     return path
+
+
+@pytest.mark.parametrize("suffix", ["oft_blocks", "oft_blocks of stages"])
+def test_a_rotation_at_a_part_of_its_strength_is_refused(suffix: str, tmp_path: Path) -> None:
+    blocks = torch.randn(*((2,) if "stages" in suffix else ()), 4, 8, 8) * 0.1
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    save_file({f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(0.0)}, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    adapter.save(tmp_path / "whole.safetensors")
+    half = replace(adapter, updates={ref: update.scaled(0.5) for ref, update in adapter.updates.items()})
+    with pytest.raises(OutputError, match="a strength other than 1"):
+        half.save(tmp_path / "half.safetensors")

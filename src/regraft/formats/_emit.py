@@ -54,6 +54,9 @@ class Spelling:
     tokens: bool = True
 
 
+#: The remedy for a rotation that is to act at a part of its strength.
+AT_ONE = "Keep its strength at 1, and give it where the adapter is loaded."
+
 #: Components that the prefix of the main model stands for.
 MAIN_COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
 
@@ -215,6 +218,9 @@ class _Writer:
         biased = isinstance(update, LowRank) and update.bias is not None
         if biased and self.spelling.style != "lora_A" and not self.own:
             raise cannot_hold(self.spelling.format, "a bias of the factor B (lora_bias)", ref)
+        turn = update.of if isinstance(update, Slice) else update
+        if isinstance(turn, Oft | Boft) and turn.strength != 1.0:
+            raise cannot_hold(self.spelling.format, f"{turn.kind} updates at a strength other than 1", ref, AT_ONE)
 
     def place(self, ref: ModuleRef, update: Update, slots: dict[tuple[str, str], _Slot]) -> None:
         """Put the update into the slot of the name that it is written under."""
