@@ -59,19 +59,27 @@ class Prefix:
 
 @dataclass
 class _Stem:
-    """What a file says of one name."""
+    """What a file says of one name.
+
+    Attributes:
+        prefix: before the name.
+        name: of the module, or of a parameter.
+        keys: suffix → key.
+        update: of the module.
+        parameters: key → (``weight`` or ``bias``, its change or new value).
+    """
 
     prefix: Prefix
     name: str
     keys: dict[str, str] = field(default_factory=dict)
     update: Update | None = None
-    parameters: list[tuple[str, Update]] = field(default_factory=list)
+    parameters: dict[str, tuple[str, Update]] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape | None:
         if self.update is not None:
             return None if isinstance(self.update, _PARTIAL) else self.update.shape
-        return next((update.shape for name, update in self.parameters if name == "weight"), None)
+        return next((update.shape for name, update in self.parameters.values() if name == "weight"), None)
 
 
 def split_prefix(key: str, prefixes: Sequence[Prefix]) -> Prefix | None:
@@ -143,9 +151,9 @@ def _stems(file: AdapterFile, keys: Sequence[str], prefixes: Sequence[Prefix]) -
         own = {suffix: key for suffix, key in stem.keys.items() if suffix and suffix not in PARAMETERS}
         if own and not set(own) <= {".alpha", ".weight"}:
             stem.update = build(own, file, alphas.get((stem.prefix.text, stem.name)))
-        stem.parameters = [
-            parameter(suffix, key, file.tensors[key]) for suffix, key in stem.keys.items() if suffix in PARAMETERS
-        ]
+        stem.parameters = {
+            key: parameter(suffix, key, file.tensors[key]) for suffix, key in stem.keys.items() if suffix in PARAMETERS
+        }
     return list(stems.values()), unrecognised
 
 
@@ -240,15 +248,13 @@ class _Reader:
                 self._note(component, stem, scheme, {name.removesuffix(".weight"): u for name, u in cut.items()})
         elif any(suffix and suffix not in PARAMETERS for suffix in stem.keys):
             left += self._values(stem, component, scheme, table, module)
-        for suffix, key in stem.keys.items():
-            if suffix in PARAMETERS:
-                name, change = parameter(suffix, key, self.file.tensors[key])
-                pieces = table.of(module, name)
-                cut = _cut(change, pieces) if pieces else None
-                if cut is None:
-                    left.append(key)
-                else:
-                    self._note(component, stem, scheme, cut)
+        for key, (name, change) in stem.parameters.items():
+            pieces = table.of(module, name)
+            cut = _cut(change, pieces) if pieces else None
+            if cut is None:
+                left.append(key)
+            else:
+                self._note(component, stem, scheme, cut)
         return left
 
     def _values(self, stem: _Stem, component: str, scheme: str, table: Table, module: str) -> list[str]:
