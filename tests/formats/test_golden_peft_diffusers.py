@@ -1,17 +1,16 @@
-"""PEFT's and diffusers' files as the real tools write them, family by family: nothing is lost on the way through."""
+"""PEFT's and diffusers' files as the real tools write them, family by family: every tensor belongs to one update.
+
+That they come back with the same bytes is tested with all other formats' in `test_round_trip.py`.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 from golden_files import build, golden
-from safetensors import safe_open
 
 from regraft import load_adapter
-from regraft.formats._hashes import KEYS as HASHES
 
 # Name of the list → modules by component.
 CASES: dict[str, dict[str, int]] = {
@@ -38,14 +37,8 @@ CASES: dict[str, dict[str, int]] = {
 }
 
 
-def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    weights = path / "adapter_model.safetensors" if path.is_dir() else path
-    with safe_open(weights, framework="pt") as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_a_file_of_a_real_tool_comes_back_key_for_key(name: str, tmp_path: Path) -> None:
+def test_every_tensor_of_a_real_tools_file_is_a_part_of_one_update(name: str, tmp_path: Path) -> None:
     source = build(name, tmp_path)
     adapter = load_adapter(source)
     assert adapter.format == ("peft" if ".peft" in name else "diffusers")
@@ -53,20 +46,3 @@ def test_a_file_of_a_real_tool_comes_back_key_for_key(name: str, tmp_path: Path)
     modules = {component: len(updates) for component, updates in adapter.components().items()}
     assert modules == (CASES[name] or modules)
     assert sum(len(update.parts()) for update in adapter.updates.values()) == golden(name)["n_tensors"]
-
-    target = tmp_path / ("again" if source.is_dir() else "again.safetensors")
-    adapter.save(target)
-    (before, metadata), (after, metadata_after) = content(source), content(target)
-    assert set(after) == set(before)
-    for key, tensor in before.items():
-        assert after[key].dtype == tensor.dtype, key
-        assert torch.equal(after[key], tensor), key
-    if "lora_adapter_metadata" in metadata:
-        ours = json.loads(metadata_after.pop("lora_adapter_metadata"))
-        assert ours == json.loads(metadata.pop("lora_adapter_metadata"))
-    # The lists' hashes are placeholders.
-    plain = [{key: value for key, value in each.items() if key not in HASHES} for each in (metadata, metadata_after)]
-    assert plain[0] == plain[1]
-    if source.is_dir():
-        configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (source, target)]
-        assert configs[0] == configs[1]
