@@ -6,15 +6,15 @@ measured recoveries; `regraft verify` measures. No figure of expected recovery i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from regraft.adapter import Adapter, ModuleRef
+from regraft.adapter import Adapter
 from regraft.families import same_naming
+from regraft.forecast.evidence import Evidence
 from regraft.lineage import ports_of
 from regraft.lineage.fit import other_base
 from regraft.migration import Migration
-from regraft.nearness import Nearness
 from regraft.report.schema import BaseSummary, Verdict
 
 # Below this similarity, old and new weights have no more to do with each other than by chance or a distant start.
@@ -48,41 +48,6 @@ class Judgement:
     reasons: tuple[str, ...] = ()
     similarity: float | None = None
     distance: float | None = None
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the verdict is made from.
-
-    Attributes:
-        shares: adapter's module → its share of ‖ΔW‖².
-        nearness: the same modules → how near the two weights are; absent where a module was not paired.
-        skipped: the same modules → why they have no place in the new base.
-    """
-
-    shares: Mapping[ModuleRef, float]
-    nearness: Mapping[ModuleRef, Nearness] = field(default_factory=dict)
-    skipped: Mapping[ModuleRef, str] = field(default_factory=dict)
-
-    def contained(self) -> float | None:
-        """The share of the whole update that the drift holds; None where that could be chance.
-
-        Weighted by share, the modules' figures add up to ⟨D, ΔW⟩ / ‖ΔW‖² over the whole adapter.
-        """
-        found = [(self.shares.get(ref, 0.0), n.contained, n.contained_noise) for ref, n in self.nearness.items()]
-        known = [(share, held, noise) for share, held, noise in found if held is not None and noise is not None]
-        total = sum(share * held for share, held, _ in known)
-        noise = sum((share * noise) ** 2 for share, _, noise in known) ** 0.5
-        return total if known and total > _CHANCE * noise else None
-
-    def mean(self, values: Mapping[ModuleRef, float | None], *, missing: float | None = None) -> float | None:
-        """Mean weighted by share; ``missing`` stands in for None, or such modules are left out."""
-        pairs = [(self.shares.get(ref, 0.0), missing if value is None else value) for ref, value in values.items()]
-        weights = sum(share for share, value in pairs if value is not None)
-        if weights <= 0:
-            known = [value for _, value in pairs if value is not None]
-            return sum(known) / len(known) if known else None
-        return sum(share * value for share, value in pairs if value is not None) / weights
 
 
 def judge(adapter: Adapter, migration: Migration, evidence: Evidence) -> Judgement:
