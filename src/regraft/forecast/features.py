@@ -8,14 +8,20 @@ from typing import Literal
 
 from regraft.adapter import ModuleRef
 from regraft.forecast.evidence import Evidence
-from regraft.nearness import Nearness
 
 Stage = Literal["headers", "weights", "activations"]
 
+#: What each stage's forecast goes by; see `features`.
+FIGURES: Mapping[Stage, tuple[str, ...]] = {
+    "headers": ("removed", "resized"),
+    "weights": ("removed", "resized", "turned", "faint"),
+    "activations": ("removed", "resized", "turned", "faint", "moved"),
+}
+
 # An update this faint beside its weight counts as no fainter: ratios to it would blow up.
-_FAINTEST = 1e-3
-# Drift from which on weights have nothing to do with each other: that of two independent draws is √2.
-_MOST = 1.5
+_FAINTEST = 1e-2
+# From here on, weights have nothing to do with each other; for features that have no end of their own.
+_MOST = 4.0
 
 
 def features(evidence: Evidence) -> dict[str, float]:
@@ -27,20 +33,22 @@ def features(evidence: Evidence) -> dict[str, float]:
     near = {ref: n for ref, n in evidence.nearness.items() if n.similarity is not None}
     if not near:
         return found
-    drifts = {ref: _drift(n, ref in evidence.rotated) for ref, n in near.items()}
+    angles = {ref: angle(n.similarity or 0.0) for ref, n in near.items()}
 
     def mean(values: Mapping[ModuleRef, float | None]) -> float:
-        filled = {ref: drifts[ref] if value is None else min(value, _MOST) for ref, value in values.items()}
+        filled = {ref: angles[ref] if value is None else min(value, _MOST) for ref, value in values.items()}
         return evidence.mean(filled) or 0.0
 
     still = {ref: n for ref, n in near.items() if ref not in evidence.rotated}
     nothing = dict.fromkeys(near, None)
-    found["drift"] = mean(drifts)
-    found["apart"] = evidence.mean({ref: 1 - max(0.0, min(1.0, n.similarity or 0.0)) for ref, n in near.items()}) or 0.0
+    found["angle"] = mean(angles)
+    found["angle2"] = mean({k: v * v for k, v in angles.items()})
+    found["rms"] = found["angle2"] ** 0.5
+    found["drift"] = mean(nothing | {ref: n.distance for ref, n in still.items()})
     found["inside"] = mean(nothing | {ref: n.adapter_distance for ref, n in still.items()})
     found["inputs"] = mean(nothing | {ref: n.input_distance for ref, n in still.items()})
     found["outputs"] = mean(nothing | {ref: n.output_distance for ref, n in still.items()})
-    faint = {ref: drifts[ref] / max(_FAINTEST, n.strength) for ref, n in near.items() if n.strength is not None}
+    faint = {ref: min(_MOST, angles[ref] / max(_FAINTEST, n.strength)) for ref, n in near.items() if n.strength is not None}
     if faint:
         found["faint"] = evidence.mean(faint) or 0.0
     strength = evidence.mean({ref: n.strength for ref, n in near.items()})
@@ -51,14 +59,27 @@ def features(evidence: Evidence) -> dict[str, float]:
         found["contained"] = contained
     if (survey := evidence.survey) is not None:
         found["added"] = survey.added
-        found["base"] = found["drift"] if survey.drift is None else min(_MOST, survey.drift)
+        if survey.drift is not None:
+            found["base"] = min(_MOST, survey.drift)
         if survey.overlap is not None:
             found["turned"] = 1 - max(0.0, survey.overlap)
     return found | dict(evidence.probe)
 
 
-def _drift(near: Nearness, rotated: bool) -> float:
-    """The relative drift; of a rotated module, that of equally long weights of its aligned similarity."""
-    if rotated or near.distance is None:
-        return sqrt(2 * (1 - max(0.0, min(1.0, near.similarity or 0.0))))
-    return min(near.distance, _MOST)
+def angle(similarity: float) -> float:
+    """The tangent of the angle between two weights: their relative drift where that is square to the weight.
+
+    >>> round(angle(1 / (1 + 0.36**2) ** 0.5), 6)
+    0.36
+    """
+    cosine = max(1e-9, min(1.0, similarity))
+    return min(_MOST, sqrt(1 / cosine**2 - 1))
+
+
+def stage_of(figures: Mapping[str, float]) -> Stage:
+    """The last stage whose figures are all there."""
+    reached: Stage = "headers"
+    for stage, names in FIGURES.items():
+        if all(name in figures for name in names):
+            reached = stage
+    return reached
