@@ -16,6 +16,7 @@ from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
 from regraft.forecast import Judgement
+from regraft.joining import joined
 from regraft.lineage import with_port
 from regraft.lineage.port_entry import port_entry
 from regraft.memory import peak_mb
@@ -68,6 +69,8 @@ def fit_for(
     adapter = chosen_part if chosen_part.updates else adapter
     if old is not None:
         return fit_migration(old, new, method, adapter=adapter, device=device, dtype=dtype, tick=tick, **options)
+    # Nothing tells what was removed.
+    options.pop("removed", None)
     chosen, reason = get_method(method), ""
     if method == "auto":
         chosen, reason = get_method("copy"), "no old base was given to compare the new one with"
@@ -127,7 +130,7 @@ def apply_migration(
     if ready.problems and not settings.allow_partial:
         raise not_understood(adapter, ready.problems)
     carrier = Carrier(adapter, ready, settings, old, new)
-    updates: dict[ModuleRef, Update] = {}
+    landed: dict[ModuleRef, list[Update]] = {}
     rows: list[PortedModule] = []
     for done, (ref, update) in enumerate(adapter.updates.items()):
         if tick is not None:
@@ -135,7 +138,11 @@ def apply_migration(
         row, target, carried = carrier.carry(ref, update)
         rows.append(row)
         if carried is not None and target is not None:
-            updates[target] = carried if settings.save_dtype is None else carried.cast(settings.save_dtype)
+            for place, part in ((target, carried), *carrier.copies(ref, update)):
+                landed.setdefault(place, []).append(part)
+    updates, rows = joined(landed, rows, settings.rank, adapter.path)
+    if settings.save_dtype is not None:
+        updates = {place: update.cast(settings.save_dtype) for place, update in updates.items()}
     tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
     named = {*adapter.unrecognised, *map(str, adapter.tokens)}
     rows += [

@@ -42,6 +42,12 @@ Threshold = Annotated[
     float | None,
     typer.Option("--threshold", help="lora-x, prolora: least subspace similarity to carry a module."),
 ]
+Removed = Annotated[
+    str | None,
+    typer.Option(
+        "--removed", metavar="POLICY", help="Updates of blocks that NEW lacks: drop (default), nearest, fold."
+    ),
+]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these modules; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these modules; repeatable.")]
 Components = Annotated[
@@ -101,7 +107,8 @@ def finite(number: float, option: str) -> float:
 def method_options(method: str, **given: Any) -> dict[str, Any]:
     """The options that were given, checked against what the method has."""
     options = {name: value for name, value in given.items() if value is not None}
-    get_method(method).check_options(options)
+    # The removed blocks' policy is every method's.
+    get_method(method).check_options({name: value for name, value in options.items() if name != "removed"})
     return options
 
 

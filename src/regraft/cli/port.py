@@ -44,6 +44,7 @@ def port(
     subspace_rank: o.SubspaceRank = None,
     energy: o.Energy = None,
     threshold: o.Threshold = None,
+    removed: o.Removed = None,
     strength: Annotated[float, typer.Option("--strength", help="Factor on the whole update.")] = 1.0,
     block_strength: Annotated[
         str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
@@ -97,7 +98,7 @@ def port(
         get_format(format)
     rank_out = o.number_or_share(rank, "--rank")
     subspace = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold)
+    options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold, removed=removed)
     if migrations is None and (to_fingerprint or via):
         raise UsageError("--to-fingerprint and --via belong to --migrations", remedy="Give --migrations FOLDER.")
     if migrations is not None and (migration or save_migration):
