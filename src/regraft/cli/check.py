@@ -9,7 +9,7 @@ from regraft.check import check as check_adapter
 from regraft.check import check_migration
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
-from regraft.errors import Refused
+from regraft.errors import Refused, UsageError
 from regraft.formats import load_adapter
 from regraft.migration_file import load_migration
 from regraft.output import write_text
@@ -33,6 +33,14 @@ def check(
     migration: Annotated[
         Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both.")
     ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Survey all modules of both bases, not a sample.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run both models on self-made inputs, for a sharper forecast.")
+    ] = False,
+    n_inputs: o.NInputs = None,
+    seed: o.Seed = 0,
+    prompts: o.Prompts = None,
+    config: o.Config = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
     ] = None,
@@ -51,16 +59,20 @@ def check(
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold, removed=removed)
     chosen = o.selection(include, exclude, components)
+    running = o.running(n_inputs, seed, prompts, config, device, False) if probe else None
+    if probe and (migration is not None or old is None):
+        raise UsageError("--probe runs both bases", remedy="Give --from and --to.")
     if migration is not None:
         read = load_migration(migration)
         loaded = load_adapter(adapter, names=o.names_of(read))
         record = check_migration(loaded, read, chosen)
     else:
         # These two judge by how near the weights are, for which a sample of a base on the hub is enough.
-        source, target = o.open_bases(old, new, whole=method not in ("auto", "copy"))
+        source, target = o.open_bases(old, new, whole=deep or probe or method not in ("auto", "copy"))
         loaded = load_adapter(adapter, names=o.names_of(source or target), base_config=o.config_of(source or target))
         with progress("Checking", quiet=quiet) as tick:
-            record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **computing, **options)
+            looked = {"deep": deep, "probe": running, **computing, **options}
+            record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **looked)
     if report is not None:
         from regraft.report.html import render_check
 

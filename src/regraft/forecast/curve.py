@@ -21,8 +21,12 @@ Array = NDArray[np.float64]
 NOISE = 0.05
 #: A recovery is scored within these bounds: below 0 an adapter does harm, and how much says nothing of the bases.
 LEAST, MOST = 0.0, 1.1
-# Penalty on the squared contributions, so that two figures that tell the same share the weight.
-_RIDGE = 1e-3
+# Pull of the weights towards what is believed beforehand, as if so large a share of the rows said it.
+_PULL = 1e-2
+# A figure's usual size, where no row shows more of it.
+_SIZE = 0.2
+# Noise grows with λ no further than to this many times itself: where all is lost, that is certain.
+_MOST_NOISE = 2.0
 # No interval is wider than the whole range by then.
 _WIDEST = 1e3
 
@@ -51,8 +55,8 @@ class Curve:
 
 def interval(damage: float, width: float) -> tuple[float, float]:
     """Least and most recovery at a width λ ≥ 0."""
-    low = exp(-damage * (1 + width)) - NOISE * width
-    return max(LEAST, low), min(MOST, exp(-damage / (1 + width)) + NOISE * width)
+    noise = NOISE * min(width, _MOST_NOISE)
+    return max(LEAST, exp(-damage * (1 + width)) - noise), min(MOST, exp(-damage / (1 + width)) + noise)
 
 
 def width_that_holds(damage: float, recovery: float) -> float:
@@ -66,32 +70,33 @@ def width_that_holds(damage: float, recovery: float) -> float:
 
 
 def fit_curve(
-    names: Sequence[str], figures: Array, recoveries: Array, importance: Array, *, offset: bool = False
+    names: Sequence[str],
+    figures: Array,
+    recoveries: Array,
+    importance: Array,
+    *,
+    belief: Mapping[str, float],
+    offset: bool = False,
 ) -> Curve:
-    """Least squares over rows, with weights (and an offset, if wanted) of 0 or more.
+    """Least squares over rows, with weights (and an offset, if wanted) of 0 or more, pulled a little towards a belief.
 
     Args:
         names: of the figures.
         figures: (rows, figures).
         recoveries: (rows,), within `LEAST` and `MOST`.
         importance: (rows,); each pair's rows add up to the same.
+        belief: figure → its weight before anything is measured.
         offset: fit one.
     """
-    x = np.concatenate([np.ones((len(figures), 1)), figures], axis=1) if offset else figures
-    # Each figure in units of its own size, so that the penalty means the same for all.
-    size = np.sqrt((x**2).mean(axis=0)) + 1e-9
-    scaled, root = x / size, np.sqrt(importance / importance.sum())
+    x = np.concatenate([figures, np.ones((len(figures), 1))], axis=1) if offset else figures
+    start = np.array([belief.get(name, 0.0) for name in names] + [0.0] * offset)
+    # Each weight in units of the damage that it usually does, so that the pull means the same for all.
+    size = np.maximum(np.sqrt((x**2).mean(axis=0)), _SIZE)
+    root, pull = np.sqrt(importance / importance.sum()), np.sqrt(_PULL)
 
     def residuals(w: Array) -> Array:
-        off = root * (np.exp(-scaled @ w) - recoveries)
-        return np.concatenate([off, np.sqrt(_RIDGE) * w])
+        return np.concatenate([root * (np.exp(-x @ w) - recoveries), pull * size * (w - start)])
 
-    best = min(
-        (
-            least_squares(residuals, np.full(x.shape[1], start / x.shape[1]), bounds=(0, np.inf))
-            for start in (0.1, 1.0, 4.0)
-        ),
-        key=lambda found: found.cost,
-    )
-    weights = [float(w) for w in best.x / size]
-    return Curve(tuple(names), tuple(weights[1:] if offset else weights), weights[0] if offset else 0.0)
+    found = least_squares(residuals, start + 1e-6, bounds=(0, np.inf))
+    weights = [float(w) for w in found.x]
+    return Curve(tuple(names), tuple(weights[: len(names)]), weights[-1] if offset else 0.0)

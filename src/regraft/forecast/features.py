@@ -14,8 +14,16 @@ Stage = Literal["headers", "weights", "activations"]
 #: What each stage's forecast goes by; see `features`.
 FIGURES: Mapping[Stage, tuple[str, ...]] = {
     "headers": ("removed", "resized"),
-    "weights": ("removed", "resized", "turned", "faint"),
-    "activations": ("removed", "resized", "turned", "faint", "moved"),
+    "weights": ("removed", "resized", "angle2", "faint"),
+    "activations": ("removed", "resized", "angle2", "faint", "effect moved"),
+}
+#: Damage that one unit of a figure is believed to do before anything is measured. What no row shows rests on it.
+BELIEF: Mapping[str, float] = {
+    "removed": 2.0,
+    "resized": 4.0,
+    "angle2": 1.0,
+    "faint": 0.2,
+    "effect moved": 1.0,
 }
 
 # An update this faint beside its weight counts as no fainter: ratios to it would blow up.
@@ -42,7 +50,7 @@ def features(evidence: Evidence) -> dict[str, float]:
     still = {ref: n for ref, n in near.items() if ref not in evidence.rotated}
     nothing = dict.fromkeys(near, None)
     found["angle"] = mean(angles)
-    found["angle2"] = mean({k: v * v for k, v in angles.items()})
+    found["angle2"] = evidence.mean({k: v * v for k, v in angles.items()}) or 0.0
     found["rms"] = found["angle2"] ** 0.5
     found["drift"] = mean(nothing | {ref: n.distance for ref, n in still.items()})
     found["inside"] = mean(nothing | {ref: n.adapter_distance for ref, n in still.items()})

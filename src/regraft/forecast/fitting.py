@@ -9,6 +9,7 @@ from math import sqrt
 import numpy as np
 from scipy.stats import spearmanr
 
+from regraft.forecast.features import BELIEF
 from regraft.forecast.curve import Array, Curve, fit_curve, interval, width_that_holds
 from regraft.forecast.rows import Row, Table
 
@@ -84,12 +85,12 @@ def fit_table(table: Table, names: Sequence[str], *, offset: bool = False) -> Fi
         if not rest.rows:
             scores[mine] = 1.0
             continue
-        curve = fit_curve(names, rest.figures, rest.recoveries, rest.importance, offset=offset)
+        curve = fit_curve(names, rest.figures, rest.recoveries, rest.importance, belief=BELIEF, offset=offset)
         for i in np.flatnonzero(mine):
             damage = curve.damage(dict(zip(names, table.figures[i], strict=True)))
             width = width_that_holds(damage, float(table.recoveries[i]))
             scores[i] = width / (1 + _novelty(table.figures[i], rest.figures, spans, near))
-    curve = fit_curve(names, table.figures, table.recoveries, importance, offset=offset)
+    curve = fit_curve(names, table.figures, table.recoveries, importance, belief=BELIEF, offset=offset)
     adapters = {(row.pair, row.adapter) for row in table.rows}
     width = _quantile(scores, importance, len(set(table.pairs)))
     return Fitted(curve, width, tuple(map(float, spans)), near, len(set(table.pairs)), len(adapters))
@@ -133,25 +134,16 @@ class Score:
 
 
 def score(held: Sequence[Held], floor: float) -> Score:
-    """Figures over pair × adapter; seeds of one adapter are averaged first."""
-    groups: dict[tuple[str, str], list[Held]] = {}
-    for one in held:
-        groups.setdefault((one.row.pair, one.row.adapter), []).append(one)
-
-    def means(values: Sequence[Sequence[float]]) -> Array:
-        return np.array([np.mean(v) for v in values])
-
-    measured = means([[h.measured for h in group] for group in groups.values()])
-    expected = means([[h.expected for h in group] for group in groups.values()])
-    tops = means([[h.high for h in group] for group in groups.values()])
-    within = means([[float(h.low <= h.measured <= h.high) for h in group] for group in groups.values()])
+    """Figures over pair × adapter."""
+    measured, expected = np.array([h.measured for h in held]), np.array([h.expected for h in held])
+    tops = np.array([h.high for h in held])
     refused, lost = tops < floor, measured < floor
     return Score(
-        pairs=len({pair for pair, _ in groups}),
-        adapters=len(groups),
+        pairs=len({h.row.pair for h in held}),
+        adapters=len(held),
         spearman=float(spearmanr(expected, measured).statistic),
         error=float(np.abs(expected - measured).mean()),
-        held=float(within.mean()),
+        held=float(np.mean([h.low <= h.measured <= h.high for h in held])),
         refusals=float((refused == lost).mean()),
         wrongly_refused=float((refused & ~lost).mean()),
     )

@@ -43,10 +43,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as arrays.
+    """Rows as arrays, each adapter's seeds as one.
 
     Attributes:
-        rows: of them, those with the wanted recovery.
+        rows: those with the wanted recovery.
         figures: (rows, figures).
         recoveries: (rows,), within `LEAST` and `MOST`.
         pairs: (rows,), names.
@@ -59,7 +59,7 @@ class Table:
 
     @classmethod
     def of(cls, rows: Iterable[Row], way: str, names: Sequence[str]) -> Table:
-        kept = tuple(row for row in rows if row.recovery.get(way) is not None)
+        kept = tuple(over_seeds(row for row in rows if row.recovery.get(way) is not None))
         figures = np.array([[row.figures.get(name, 0.0) for name in names] for row in kept], dtype=np.float64)
         recoveries = np.clip([row.recovery[way] for row in kept], LEAST, MOST).astype(np.float64)
         return cls(kept, figures.reshape(len(kept), len(names)), recoveries, [row.pair for row in kept])
@@ -80,3 +80,19 @@ class Table:
         chosen = np.array(keep, dtype=bool)
         rows = tuple(row for row, kept in zip(self.rows, keep, strict=True) if kept)
         return Table(rows, self.figures[chosen], self.recoveries[chosen], [row.pair for row in rows])
+
+
+def over_seeds(rows: Iterable[Row]) -> list[Row]:
+    """One row for each adapter on each pair: the means over its seeds."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.pair, row.adapter), []).append(row)
+
+    def means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        common = [name for name in records[0] if all(name in record for record in records)]
+        return {name: float(np.mean([record[name] for record in records])) for name in common}
+
+    return [
+        Row(pair, adapter, group[0].seed, means([r.figures for r in group]), means([r.recovery for r in group]))
+        for (pair, adapter), group in groups.items()
+    ]
