@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from regraft.bench.language_models import Size, deepened, new_model, pruned, widened
 from regraft.bench.language_train import AdapterRecipe, Course
@@ -43,14 +43,14 @@ def _as_it_is(model: Any) -> Any:
 
 BASES = {
     "v1": BaseRecipe(Course(2000, 3e-3), FIRST, size=Size()),
-    "drift-1": BaseRecipe(Course(200, 5e-4), made=_as_it_is),
-    "drift-2": BaseRecipe(Course(600, 1.5e-3), made=_as_it_is),
-    "drift-3": BaseRecipe(Course(1000, 3e-3), made=_as_it_is),
-    "pruned": BaseRecipe(Course(500, 1e-3), made=lambda v1: pruned(v1, (2, 4)), distilled=True),
-    "wider": BaseRecipe(Course(350, 1e-3), made=lambda v1: widened(v1, channels=48, heads=2, units=128, seed=0)),
-    "deeper": BaseRecipe(Course(400, 1e-3), made=lambda v1: deepened(v1, (2, 4))),
-    "scratch": BaseRecipe(Course(1600, 3e-3), size=Size(width=120, layers=4, mlp=336, heads=5)),
-    "tokenizer": BaseRecipe(Course(800, 2e-3), made=_as_it_is, tokens=512),
+    "drift-1": BaseRecipe(Course(150, 1.3e-3), made=_as_it_is),
+    "drift-2": BaseRecipe(Course(400, 2.2e-3), made=_as_it_is),
+    "drift-3": BaseRecipe(Course(600, 3e-3), made=_as_it_is),
+    "pruned": BaseRecipe(Course(350, 1e-3), made=lambda v1: pruned(v1, (2, 4)), distilled=True),
+    "wider": BaseRecipe(Course(250, 1e-3), made=lambda v1: widened(v1, channels=48, heads=2, units=128, seed=0)),
+    "deeper": BaseRecipe(Course(250, 1e-3), made=lambda v1: deepened(v1, (2, 4))),
+    "scratch": BaseRecipe(Course(1300, 3e-3), size=Size(width=120, layers=4, mlp=336, heads=5)),
+    "tokenizer": BaseRecipe(Course(500, 2e-3), made=_as_it_is, tokens=512),
 }
 
 ADAPTERS = {
@@ -67,62 +67,37 @@ ADAPTERS = {
 DEV, DEV_SEED = ("dev-web", "dev-po"), 100
 DEV_PAIRS = ("lm-drift-1", "lm-drift-2", "lm-drift-3", "lm-scratch")
 
-_ALL = ("js", "c", "tweets", "reviews-dora", "capitals")
 _THREE = ("js", "c", "reviews-dora")
+_FIRST, _SECOND = (*_THREE, "tweets"), (*_THREE, "capitals")
+
+
+def _pair(
+    relation: Literal["drift", "pruned", "wider", "deeper", "scratch", "tokenizer"],
+    expects: Literal["near", "strong", "pruned", "grown", "far"],
+    about: str,
+    adapters: tuple[str, ...],
+    *,
+    degree: str = "",
+    seeds: tuple[int, ...] = (0,),
+) -> PairSpec:
+    return PairSpec(f"lm-{relation}{degree}", "language", relation, expects, about, adapters, seeds)
+
 
 PAIRS = (
-    PairSpec("lm-drift-1", "language", "drift", "near", "v1 trained on for a while, a third domain added", _ALL, (0,)),
-    PairSpec(
-        "lm-drift-2", "language", "drift", "strong", "v1 trained on for longer, a third domain added", _ALL, (0, 1, 2)
-    ),
-    PairSpec(
-        "lm-drift-3", "language", "drift", "strong", "v1 trained on for long and fast, a third domain added", _ALL, (0,)
-    ),
-    PairSpec(
-        "lm-pruned",
-        "language",
+    _pair("drift", "near", "v1 trained on for a while, with a third domain", _FIRST, degree="-1"),
+    _pair("drift", "strong", "v1 trained on for longer, with a third domain", _THREE, degree="-2", seeds=(0, 1, 2)),
+    _pair("drift", "strong", "v1 trained on for longest, with a third domain", _SECOND, degree="-3"),
+    _pair(
         "pruned",
         "pruned",
         "two of v1's six blocks removed, then healed with v1 as teacher and a third domain",
         _THREE,
-        (0, 1, 2),
+        seeds=(0, 1, 2),
     ),
-    PairSpec(
-        "lm-wider",
-        "language",
-        "wider",
-        "grown",
-        "v1 with half of its channels, heads and MLP units copied (Net2Net), then trained on",
-        _ALL,
-        (0,),
-    ),
-    PairSpec(
-        "lm-deeper",
-        "language",
-        "deeper",
-        "grown",
-        "v1 with two blocks copied behind themselves, trained on",
-        _ALL,
-        (0,),
-    ),
-    PairSpec(
-        "lm-scratch",
-        "language",
-        "scratch",
-        "far",
-        "another width and depth, trained from scratch on the mix",
-        _ALL,
-        (0,),
-    ),
-    PairSpec(
-        "lm-tokenizer",
-        "language",
-        "tokenizer",
-        "strong",
-        "v1's blocks under another vocabulary (512 merged pairs in place of characters), trained on",
-        _ALL,
-        (0,),
-    ),
+    _pair("wider", "grown", "half of v1's channels, heads and MLP units copied (Net2Net), then trained on", _SECOND),
+    _pair("deeper", "grown", "two of v1's six blocks copied behind themselves, then trained on", _FIRST),
+    _pair("scratch", "far", "another width and depth, trained from scratch on v1's domains and a third", _SECOND),
+    _pair("tokenizer", "strong", "v1's blocks under 512 merged pairs in place of characters, trained on", _FIRST),
 )
 
 

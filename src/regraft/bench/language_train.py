@@ -53,7 +53,7 @@ class AdapterRecipe:
     rank: int
     targets: str | tuple[str, ...] = "all-linear"
     dora: bool = False
-    course: Course = field(default_factory=lambda: Course(200, 5e-3, batch=8))
+    course: Course = field(default_factory=lambda: Course(120, 5e-3, batch=8))
 
 
 def batches(texts: Sequence[Tensor], course: Course, seed: int) -> Iterator[Tensor]:
