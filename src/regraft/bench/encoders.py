@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from .texts import Split
+from regraft.bench.rated import Split
 
 # Every linear layer of the encoder's blocks; the pooler is left out, because mean pooling passes it by.
 _TARGETS = r"encoder\.layer\..*\.(query|key|value|dense)"
@@ -54,7 +54,8 @@ class Encoder:
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
         hidden = self.model(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
+        pooled: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+        return pooled
 
     @torch.no_grad()
     def features(self, texts: list[str]) -> Tensor:
@@ -99,7 +100,7 @@ def train_lora(base: Path, out: Path, train: Split, recipe: Recipe, seed: int) -
         logits = head(encoder([train.texts[i] for i in indices])).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, train.labels[indices])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     encoder.model.save_pretrained(out)
     state = {name: tensor.detach() for name, tensor in head.state_dict().items()}
@@ -122,7 +123,7 @@ def retrained_head(features: Tensor, train: Split, recipe: Recipe, seed: int) ->
     for indices in batches(train.texts, recipe.epochs, seed):
         loss = nn.functional.binary_cross_entropy_with_logits(head(features[indices]).squeeze(1), train.labels[indices])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return head
 
@@ -139,10 +140,10 @@ def best_head(features: Tensor, labels: Tensor, weight_decay: float = 1e-2) -> n
         optimizer.zero_grad()
         loss = nn.functional.binary_cross_entropy_with_logits(scaled @ weight + bias, targets)
         loss = loss + weight_decay * weight.square().sum() / 2
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     head = nn.Linear(features.shape[1], 1)
     with torch.no_grad():
         head.weight.copy_((weight / std.double()).unsqueeze(0))

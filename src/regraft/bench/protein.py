@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,8 +26,9 @@ _HEADS = 8
 _LOOPS = ((5, 7), (5, 8), (11, 16), (5, 6), (5, 7), (11, 18))
 _LAST_LOOP = 6
 # Kyte and Doolittle 1982, in the order of `_AMINO_ACIDS`.
-_HYDROPATHY = (1.8, 2.5, -3.5, -3.5, 2.8, -0.4, -3.2, 4.5, -3.9, 3.8, 1.9, -3.5, -1.6, -3.5, -4.5, -0.8, -0.7, 4.2)
-_HYDROPATHY += (-0.9, -1.3)
+_HYDROPATHY = (
+    1.8, 2.5, -3.5, -3.5, 2.8, -0.4, -3.2, 4.5, -3.9, 3.8, 1.9, -3.5, -1.6, -3.5, -4.5, -0.8, -0.7, 4.2, -0.9, -1.3
+)  # fmt: skip
 
 # Its fused in_proj_weight is a parameter of the attention, no linear module: LoRAs go to the other three.
 _STACK = "_self_attention_stack._standard_stack._self_attention_stack.layers"
@@ -34,6 +36,11 @@ _STACK = "_self_attention_stack._standard_stack._self_attention_stack.layers"
 
 class Protein(nn.Module):
     """Six loops of a receptor, (n, tokens, 4), to its normalised CLS vector, (n, width)."""
+
+    # Modules that hold modules under the package's names; the type of their parts is of no interest.
+    _token_embedder: Any
+    _self_attention_stack: Any
+    _mlm_token_prediction_projector: Any
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -67,6 +74,8 @@ class Protein(nn.Module):
 
 
 class _OneHot(nn.Module):
+    _token_embeddings: Tensor
+
     def __init__(self, n: int) -> None:
         super().__init__()
         self.register_buffer("_token_embeddings", torch.zeros(n, n - 1))
@@ -157,7 +166,7 @@ def outputs(model: Protein, inputs: Tensor, lora: Lora | None = None) -> Tensor:
     """Vectors (n, width) of the inputs, with or without an adapter."""
     with torch.no_grad():
         changed = lora.weights(model) if lora is not None else {}
-        return torch.cat([functional_call(model, changed, (part,)) for part in inputs.split(256)])
+        return torch.cat([functional_call(model, changed, (part,)) for part in torch.split(inputs, 256)])
 
 
 def new_lora(model: Protein, layers: list[int], rank: int, seed: int) -> Lora:
