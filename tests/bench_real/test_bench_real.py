@@ -22,7 +22,7 @@ def test_an_epoch_visits_each_text_once() -> None:
 
 def test_a_text_is_never_in_training_and_test(tmp_path: Path) -> None:
     lines = [f"{i}\t{(-1) ** i * (1 + i % 3)}\ttext {i % 40}" for i in range(60)]
-    (tmp_path / rated.TASKS["film"]).write_text("\n".join([*lines, "60\t0.5\tundecided"]), encoding="utf-8")
+    (tmp_path / rated.FILES["film"]).write_text("\n".join([*lines, "60\t0.5\tundecided"]), encoding="utf-8")
     train, test = rated.load_task(tmp_path, "film", 0, 30, 10)
     assert not set(train.texts) & set(test.texts)
     assert len(train.texts) == 30

@@ -22,6 +22,8 @@ from regraft.bench.encoders import Recipe
 
 from . import commands, results
 
+#: Texts whose sentiment is learnt; keys of `rated.FILES`.
+TASKS = ("film", "tweets")
 #: The rows that stand on the new base beside the methods.
 NONE, RANDOM, NATIVE = "none", "random, same norm", "native"
 FIGURES = "figures.json"
@@ -280,7 +282,7 @@ def bench(cache: Path, out: Path, tasks: list[str], seeds: list[int], recipe: Re
 def collected(cache: Path, recipe: Recipe, name: str) -> dict[str, Any]:
     """The content of the result file, from what lies in the cache."""
     tasks: dict[str, Any] = {}
-    for task in rated.TASKS:
+    for task in TASKS:
         files = sorted((cache / "minilm").glob(f"{task}-seed*-{recipe.key}/{FIGURES}"))
         seeds = {file.parent.name.split("-")[1].removeprefix("seed"): json.loads(file.read_bytes()) for file in files}
         if seeds:

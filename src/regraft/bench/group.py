@@ -27,7 +27,7 @@ from regraft.check import check
 from regraft.errors import InputError, RegraftError
 from regraft.formats import load_adapter
 from regraft.port import PortResult, port
-from regraft.probes import make_probe
+from regraft.probes import Probe, make_probe
 from regraft.probes.controls import random_like
 from regraft.probes.effects import compare, interval
 from regraft.report.bench_schema import BenchCheck
@@ -100,8 +100,14 @@ class Group:
     @cached_property
     def effects(self) -> Effects | str:
         """The original's effect on the old base, or why it can't be compared."""
+        old, new = self.model("old"), self.model("new")
+        own: Callable[[str, int], Probe | None] | None = getattr(self.world, "probe", None)
         try:
-            return Effects.of(self.model("old"), self.model("new"), self.adapter, self.inputs, self.seed)
+            probe = own(self.spec.name, self.seed) if own is not None else None
+            if probe is None:
+                prompts, n_inputs = self.inputs.get("prompts"), self.inputs.get("n_inputs")
+                probe = make_probe(old, self.adapter, prompts=prompts, n_inputs=n_inputs, seed=self.seed)
+            return Effects.of(old, new, self.adapter, probe, self.seed)
         except RegraftError as error:
             return str(error)
 
@@ -110,6 +116,8 @@ class Group:
         settings: dict[str, Any] = {"force": True, "allow_partial": True, "rank": variant.rank, "strength": strength}
         if any(field.name == "running" for field in fields(Settings)):
             known = {key: value for key, value in self.inputs.items() if key in ("prompts", "config")}
+            if "prompts" in known:
+                known["prompts"] = tuple(known["prompts"])
             running = import_module("regraft.methods.task").Running
             settings["running"] = running(n_inputs=variant.n_inputs, seed=self.seed, **known)
         return port(
@@ -209,17 +217,15 @@ class Effects:
 
     before: list[tuple[Tensor, Tensor]]
     base: list[Tensor]
-    probe: Any
+    probe: Probe
     model: Loaded
     mismatch: str | None
     seed: int
 
     @classmethod
-    def of(cls, old: Loaded, new: Loaded, adapter: Adapter, inputs: dict[str, Any], seed: int) -> Effects:
-        """Run the old base with and without the adapter, and the new base without, on self-made inputs."""
-        prompts, n_inputs = inputs.get("prompts"), inputs.get("n_inputs")
+    def of(cls, old: Loaded, new: Loaded, adapter: Adapter, probe: Probe, seed: int) -> Effects:
+        """Run the old base with and without the adapter, and the new base without."""
         with torch.no_grad(), quiet_libraries():
-            probe = make_probe(old, adapter, prompts=prompts, n_inputs=n_inputs, seed=seed)
             without = list(probe.outputs(old))
             with applied(old.components, adapter):
                 before = list(zip(without, probe.outputs(old), strict=True))
