@@ -29,8 +29,8 @@ _SILENT = 0.1
 def grown(pairs: WeightPairs, *, copies: Literal["all", "first"] = "all") -> Fit:
     """ΔW_new = diag(g) C_out ΔW C_inᵀ diag(s): the update moves as the weight did.
 
-    W_new ≈ diag(g) C_out W_old C_inᵀ diag(s), where C (m', m) says of which old unit each new one is a copy, and g and s
-    are what the growth multiplied the copies' rows and columns by, one factor for all units with as many copies
+    W_new ≈ diag(g) C_out W_old C_inᵀ diag(s), where C (m', m) says of which old unit each new one is a copy, and g and
+    s are what the growth multiplied the copies' rows and columns by, one factor for all units with as many copies
     (`regraft.methods._units`). Net2Net: g = 1, s = 1 / count. Of a copied block, the update goes to every copy, times
     what its weight kept of the old one's: a copy that was silenced (LLaMA Pro zeroes its output projections) takes
     none there.
