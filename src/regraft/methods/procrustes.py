@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -17,6 +12,7 @@ from torch import Tensor
 from regraft.adapter import ModuleRef
 from regraft.methods import Fit, WeightPairs, method
 from regraft.nearness import cosine
+from regraft.spaces import named_sides
 from regraft.transport import IDENTITY, LinearMap, Transport
 
 Space = tuple[str, str, int, int]
@@ -37,13 +33,6 @@ class _Sides:
     out_copies: int
 
 
-@cache
-def _rules() -> list[dict[str, Any]]:
-    text = files("regraft.families").joinpath("_spaces.json").read_text(encoding="utf-8")
-    rules: list[dict[str, Any]] = json.loads(text)["rules"]
-    return [{**rule, "match": re.compile(rule["match"])} for rule in rules]
-
-
 def _sides(module: ModuleRef, old: Tensor, new: Tensor) -> _Sides:
     def space(name: str | None, axis: int, copies: int) -> Space | None:
         m, m_new = old.shape[axis] // copies, new.shape[axis] // copies
@@ -52,13 +41,8 @@ def _sides(module: ModuleRef, old: Tensor, new: Tensor) -> _Sides:
             return None if m == m_new else (module.component, f"{module.path}:{axis}", m, m_new)
         return (module.component, name, m, m_new)
 
-    for rule in _rules():
-        found = rule["match"].fullmatch(module.path)
-        if found:
-            copies = rule.get("out_copies", 1)
-            out, inp = (found.expand(rule[side]) if side in rule else None for side in ("out", "in"))
-            return _Sides(space(out, 0, copies), space(inp, 1, 1), copies)
-    return _Sides(space(None, 0, 1), space(None, 1, 1), 1)
+    sides = named_sides(module.path)
+    return _Sides(space(sides.out, 0, sides.out_copies), space(sides.inp, 1, 1), sides.out_copies)
 
 
 class _Alignment:
@@ -156,10 +140,8 @@ def _connected(pairs: WeightPairs) -> list[ModuleRef]:
     """The modules whose weights bear on the wanted ones' spaces, over any chain of spaces; by names alone."""
     spaces: dict[ModuleRef, set[tuple[str, str]]] = {}
     for module in pairs:
-        found = ((rule, rule["match"].fullmatch(module.path)) for rule in _rules())
-        rule, hit = next(((rule, hit) for rule, hit in found if hit), ({}, None))
-        named = {hit.expand(rule[side]) for side in ("out", "in") if side in rule} if hit else set()
-        spaces[module] = {(module.component, name) for name in named}
+        sides = named_sides(module.path)
+        spaces[module] = {(module.component, name) for name in (sides.out, sides.inp) if name is not None}
     wanted = set(pairs.wanted)
     reached = {space for module in wanted for space in spaces[module]}
     while grown := {space for held in spaces.values() if held & reached for space in held} - reached:
