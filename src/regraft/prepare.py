@@ -134,9 +134,7 @@ def prepare(
     return Preparation(migration, located, evidence, judgement, wholes, problems, left_out)
 
 
-def _surveyed(
-    located: Located, migration: Migration, old: Base | None, new: Base | None, deep: bool
-) -> Survey | None:
+def _surveyed(located: Located, migration: Migration, old: Base | None, new: Base | None, deep: bool) -> Survey | None:
     """The bases beyond the adapter's modules, where both are at hand as a whole."""
     if migration.source is None or old is None or new is None or old.partial or new.partial:
         return None

@@ -22,7 +22,7 @@ NOISE = 0.05
 #: A recovery is scored within these bounds: below 0 an adapter does harm, and how much says nothing of the bases.
 LEAST, MOST = 0.0, 1.1
 # Pull of the weights towards what is believed beforehand, as if so large a share of the rows said it.
-_PULL = 1e-2
+_PULL = 1e-3
 # A figure's usual size, where no row shows more of it.
 _SIZE = 0.2
 # Noise grows with λ no further than to this many times itself: where all is lost, that is certain.

@@ -56,7 +56,9 @@ def features(evidence: Evidence) -> dict[str, float]:
     found["inside"] = mean(nothing | {ref: n.adapter_distance for ref, n in still.items()})
     found["inputs"] = mean(nothing | {ref: n.input_distance for ref, n in still.items()})
     found["outputs"] = mean(nothing | {ref: n.output_distance for ref, n in still.items()})
-    faint = {ref: min(_MOST, angles[ref] / max(_FAINTEST, n.strength)) for ref, n in near.items() if n.strength is not None}
+    faint = {
+        ref: min(_MOST, angles[ref] / max(_FAINTEST, n.strength)) for ref, n in near.items() if n.strength is not None
+    }
     if faint:
         found["faint"] = evidence.mean(faint) or 0.0
     strength = evidence.mean({ref: n.strength for ref, n in near.items()})

@@ -9,8 +9,8 @@ from math import sqrt
 import numpy as np
 from scipy.stats import spearmanr
 
-from regraft.forecast.features import BELIEF
 from regraft.forecast.curve import Array, Curve, fit_curve, interval, width_that_holds
+from regraft.forecast.features import BELIEF
 from regraft.forecast.rows import Row, Table
 
 #: Share of held-out ports whose recovery the interval is to hold.
@@ -76,7 +76,9 @@ def fit_table(table: Table, names: Sequence[str], *, offset: bool = False) -> Fi
     """See `fit`."""
     importance = table.importance
     spans = np.maximum(np.ptp(table.figures, axis=0), 1e-9) if len(table.rows) else np.ones(len(names))
-    nearest = [_nearest(x, table.without(pair).figures, spans) for x, pair in zip(table.figures, table.pairs, strict=True)]
+    nearest = [
+        _nearest(x, table.without(pair).figures, spans) for x, pair in zip(table.figures, table.pairs, strict=True)
+    ]
     known = [d for d in nearest if np.isfinite(d)]
     near = float(np.median(known)) if known else 1.0
     scores = np.zeros(len(table.rows))

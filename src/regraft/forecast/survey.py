@@ -69,7 +69,7 @@ def spread(items: Sequence[_T], count: int) -> list[_T]:
 
 
 def subspace_overlap(old: Tensor, new: Tensor) -> float:
-    """Mean of the chance-corrected overlaps of the leading left and right singular subspaces; 1 equal, about 0 unrelated.
+    """How far the leading left and right singular subspaces agree, chance-corrected; 1 equal, about 0 unrelated.
 
     Args:
         old: (out, in).

@@ -62,7 +62,6 @@ def check_table(report: CheckReport, console: Console) -> None:
         ),
         ("weights", _weights(report.similarity, report.distance)),
     ]
-    forecast = report.forecast
     rows += [(f"forecast {name}", _forecast(value)) for name, value in forecasts_of(report)]
     _facts(console, rows)
     _left_out(console, report.modules)
