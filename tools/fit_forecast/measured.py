@@ -39,14 +39,9 @@ def rows_of_bench(record: Path, cache: Path) -> Iterator[Row]:
 
 
 def recoveries(adapter: BenchAdapter) -> dict[str, float]:
-    """Row of the benchmark → recovery; where nothing could be copied, a copy recovers nothing."""
-    found = {}
-    for row in adapter.rows:
-        if row.recovery.mean is not None and (row.kind == "method" or row.name == "copy"):
-            found[row.name] = row.recovery.mean
-        elif row.name == "copy" and row.missing:
-            found["copy"] = 0.0
-    return found
+    """Row of the benchmark → recovery."""
+    ways = [row for row in adapter.rows if row.kind == "method" or row.name == "copy"]
+    return {row.name: row.recovery.mean for row in ways if row.recovery.mean is not None}
 
 
 def effect(adapter: BenchAdapter) -> dict[str, float]:

@@ -13,7 +13,6 @@ from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 Array = NDArray[np.float64]
 
@@ -76,6 +75,7 @@ def fit_curve(
     importance: Array,
     *,
     belief: Mapping[str, float],
+    least: Mapping[str, float] | None = None,
     offset: bool = False,
 ) -> Curve:
     """Least squares over rows, with weights (and an offset, if wanted) of 0 or more, pulled a little towards a belief.
@@ -86,17 +86,22 @@ def fit_curve(
         recoveries: (rows,), within `LEAST` and `MOST`.
         importance: (rows,); each pair's rows add up to the same.
         belief: figure → its weight before anything is measured.
+        least: figure → what its weight is never below; 0 by default.
         offset: fit one.
     """
+    # SciPy takes long to import, and a forecast fits nothing.
+    from scipy.optimize import least_squares
+
     x = np.concatenate([figures, np.ones((len(figures), 1))], axis=1) if offset else figures
     start = np.array([belief.get(name, 0.0) for name in names] + [0.0] * offset)
     # Each weight in units of the damage that it usually does, so that the pull means the same for all.
-    size = np.maximum(np.sqrt((x**2).mean(axis=0)), _SIZE)
+    size = np.maximum(np.sqrt((np.minimum(x, 1.0) ** 2).mean(axis=0)), _SIZE)
     root, pull = np.sqrt(importance / importance.sum()), np.sqrt(_PULL)
 
     def residuals(w: Array) -> Array:
         return np.concatenate([root * (np.exp(-x @ w) - recoveries), pull * size * (w - start)])
 
-    found = least_squares(residuals, start + 1e-6, bounds=(0, np.inf))
+    bottom = np.array([(least or {}).get(name, 0.0) for name in names] + [0.0] * offset)
+    found = least_squares(residuals, np.maximum(start, bottom) + 1e-6, bounds=(bottom, np.inf))
     weights = [float(w) for w in found.x]
     return Curve(tuple(names), tuple(weights[: len(names)]), weights[-1] if offset else 0.0)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from regraft.forecast.curve import Array, Curve, fit_curve, interval, width_that_holds
-from regraft.forecast.features import BELIEF
+from regraft.forecast.features import BELIEF, LEAST_WEIGHT
 from regraft.forecast.rows import Row, Table
 
 #: Share of held-out ports whose recovery the interval is to hold.
 LEVEL = 0.9
+# Distances are measured in each figure's range over the rows, and in this where no row shows any of it.
+_SPAN = 0.2
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def fit(rows: Iterable[Row], way: str, names: Sequence[str], *, offset: bool = F
 def fit_table(table: Table, names: Sequence[str], *, offset: bool = False) -> Fitted:
     """See `fit`."""
     importance = table.importance
-    spans = np.maximum(np.ptp(table.figures, axis=0), 1e-9) if len(table.rows) else np.ones(len(names))
+    spans = np.maximum(np.ptp(_places(table.figures), axis=0), _SPAN) if len(table.rows) else np.ones(len(names))
     nearest = [
         _nearest(x, table.without(pair).figures, spans) for x, pair in zip(table.figures, table.pairs, strict=True)
     ]
@@ -87,15 +88,31 @@ def fit_table(table: Table, names: Sequence[str], *, offset: bool = False) -> Fi
         if not rest.rows:
             scores[mine] = 1.0
             continue
-        curve = fit_curve(names, rest.figures, rest.recoveries, rest.importance, belief=BELIEF, offset=offset)
+        curve = fit_curve(
+            names, rest.figures, rest.recoveries, rest.importance, belief=BELIEF, least=LEAST_WEIGHT, offset=offset
+        )
         for i in np.flatnonzero(mine):
             damage = curve.damage(dict(zip(names, table.figures[i], strict=True)))
             width = width_that_holds(damage, float(table.recoveries[i]))
             scores[i] = width / (1 + _novelty(table.figures[i], rest.figures, spans, near))
-    curve = fit_curve(names, table.figures, table.recoveries, importance, belief=BELIEF, offset=offset)
+    curve = fit_curve(
+        names, table.figures, table.recoveries, importance, belief=BELIEF, least=LEAST_WEIGHT, offset=offset
+    )
     adapters = {(row.pair, row.adapter) for row in table.rows}
     width = _quantile(scores, importance, len(set(table.pairs)))
     return Fitted(curve, width, tuple(map(float, spans)), near, len(set(table.pairs)), len(adapters))
+
+
+def _curve(table: Table, names: Sequence[str], offset: bool) -> Curve:
+    return fit_curve(
+        names,
+        table.figures,
+        table.recoveries,
+        table.importance,
+        belief=BELIEF,
+        least=LEAST_WEIGHT,
+        offset=offset,
+    )
 
 
 def leave_one_pair_out(rows: Iterable[Row], way: str, names: Sequence[str], *, offset: bool = False) -> list[Held]:
@@ -137,6 +154,8 @@ class Score:
 
 def score(held: Sequence[Held], floor: float) -> Score:
     """Figures over pair × adapter."""
+    from scipy.stats import spearmanr
+
     measured, expected = np.array([h.measured for h in held]), np.array([h.expected for h in held])
     tops = np.array([h.high for h in held])
     refused, lost = tops < floor, measured < floor
@@ -154,7 +173,13 @@ def score(held: Sequence[Held], floor: float) -> Score:
 def _nearest(point: Array, figures: Array, spans: Array) -> float:
     if not len(figures):
         return float("inf")
-    return float(np.sqrt((((figures - point) / spans) ** 2).sum(axis=1)).min()) / sqrt(len(spans))
+    away = (_places(figures) - _places(point)) / spans
+    return float(np.sqrt((away**2).sum(axis=1)).min()) / sqrt(len(spans))
+
+
+def _places(figures: Array) -> Array:
+    """Where figures lie between none and without end: beyond some, more of it is nothing new."""
+    return figures / (1 + figures)
 
 
 def _novelty(point: Array, figures: Array, spans: Array, near: float) -> float:

@@ -21,7 +21,7 @@ from regraft.report.schema import BaseSummary, Forecast, Forecasts, Verdict
 #: A port is refused where not even the top of the forecast's interval reaches this share of a native adapter's gain.
 FLOOR = 0.2
 #: From this forecast on, an adapter survives; below it, part of it does, and a refine is advised.
-SURVIVES = 0.75
+SURVIVES = 0.7
 # Below this similarity, old and new weights have no more to do with each other than by chance or a distant start.
 _RELATED = 0.5
 # From this share on, the drift from old to new is (or holds) the adapter itself.
