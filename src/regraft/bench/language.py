@@ -113,13 +113,20 @@ class LanguageWorld:
             raise InputError(f"no adapter is named {name!r}", remedy=f"Known: {', '.join(self.adapters)}.")
         return self.adapters[name]
 
+    def _called(self, base: str) -> str:
+        """A base's folder: its name and its recipe's digest, so that a cache never holds what another recipe made."""
+        recipe = self.bases[base]
+        start = self.bases[recipes.OLD].digest if recipe.size is None else ""
+        return f"{base}-{recipes.digest(recipe.digest, start)}"
+
     def _base(self, name: str) -> Path:
-        return self._once(self.cache / "bases" / name, lambda folder, log: self._train_base(name, folder, log))
+        folder = self.cache / "bases" / self._called(name)
+        return self._once(folder, lambda fresh, log: self._train_base(name, fresh, log))
 
     def _adapter(self, base: str, name: str, seed: int) -> Path:
         recipe = self._recipe(name)
         return self._once(
-            self.cache / "adapters" / base / f"{name}-s{seed}",
+            self.cache / "adapters" / self._called(base) / f"{name}-s{seed}-{recipes.digest(recipe)}",
             lambda folder, log: self._train_adapter(base, recipe, seed, folder, log),
         )
 
