@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -138,12 +139,13 @@ class LanguageWorld:
         with library("filelock").FileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.is_dir():
                 return folder
-            began = datetime.now(timezone.utc)
+            began = perf_counter(), process_time()
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as place:
                 fresh = Path(place) / folder.name
                 fresh.mkdir()
                 notes = build(fresh, lambda line: self._say(f"{folder.relative_to(self.cache)}: {line}"))
-                notes["wall_seconds"] = round((datetime.now(timezone.utc) - began).total_seconds(), 1)
+                notes["wall_seconds"] = round(perf_counter() - began[0], 1)
+                notes["cpu_seconds"] = round(process_time() - began[1], 1)
                 write_whole(fresh / "training.json", json.dumps(notes, indent=1))
                 fresh.rename(folder)
         self._say(f"{folder.relative_to(self.cache)}: {json.dumps(notes)}")
