@@ -58,7 +58,7 @@ BASES = {
     "v1": BaseRecipe(Course(2000, 3e-3), FIRST, size=Size()),
     "drift-1": BaseRecipe(Course(150, 1.3e-3), made=partial(as_it_is)),
     "drift-2": BaseRecipe(Course(600, 3e-3), made=partial(as_it_is)),
-    "drift-3": BaseRecipe(Course(1000, 5e-3), made=partial(as_it_is)),
+    "drift-3": BaseRecipe(Course(900, 6e-3), made=partial(as_it_is)),
     "pruned": BaseRecipe(Course(350, 1e-3), made=partial(pruned, removed=(2, 4)), distilled=True),
     "wider": BaseRecipe(Course(250, 1e-3), made=partial(widened, channels=48, heads=2, units=128, seed=0)),
     "deeper": BaseRecipe(Course(250, 1e-3), made=partial(deepened, copied=(2, 4))),
