@@ -103,6 +103,15 @@ class Carrier:
         row = row.model_copy(update={"energy_kept": kept, "cut_loss": cut, "rank_out": carried.rank})
         return row, target, carried
 
+    def copies(self, ref: ModuleRef, update: Update) -> Iterator[tuple[ModuleRef, Update]]:
+        """The further modules of the new base that take an update which `carry` has carried, and the update there."""
+        entry = self.ready.migration.entries.get(self.ready.located.modules.get(ref, ref))
+        for copy in entry.copies if entry is not None else ():
+            assert copy.transport is not None
+            assert copy.target is not None
+            factors = self._factored(ref, update, copy.transport)
+            yield respelled(ref, copy.target), self._transport(ref, factors, copy, copy.transport)[0]
+
     def _factored(self, ref: ModuleRef, update: Update, transport: Transport) -> Update:
         """The update itself where a copy does, else the LoRA that it equals.
 

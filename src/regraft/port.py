@@ -16,6 +16,7 @@ from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
 from regraft.forecast import Judgement
+from regraft.joining import joined
 from regraft.lineage import with_port
 from regraft.lineage.port_entry import port_entry
 from regraft.making import make_for
@@ -73,6 +74,8 @@ def fit_for(
         return fit_migration(
             old, new, method, adapter=adapter, device=device, dtype=dtype, running=running, tick=tick, **options
         )
+    # Nothing tells what was removed.
+    options.pop("removed", None)
     chosen, reason = get_method(method), ""
     if method == "auto":
         chosen, reason = get_method("copy"), "no old base was given to compare the new one with"
@@ -138,21 +141,31 @@ def apply_migration(
         migration = replace(migration, used=made.method, reason=made.reason)
     ready = replace(ready, migration=migration)
     carrier = Carrier(adapter, ready, settings, old, new)
-    updates: dict[ModuleRef, Update] = {}
+    landed: dict[ModuleRef, list[Update]] = {}
     rows: list[PortedModule] = []
 
     def keep(row: PortedModule, target: ModuleRef | None, carried: Update | None) -> None:
         rows.append(row)
         if carried is not None and target is not None:
-            updates[target] = carried if settings.save_dtype is None else carried.cast(settings.save_dtype)
+            landed.setdefault(target, []).append(carried)
 
     for done, (ref, update) in enumerate(adapter.updates.items()):
         if tick is not None:
             tick(done, len(adapter.updates), str(ref))
-        keep(*(carrier.adopt(ref, update, made) if isinstance(made, Carried) else carrier.carry(ref, update)))
+        if isinstance(made, Carried):
+            keep(*carrier.adopt(ref, update, made))
+            continue
+        row, target, carried = carrier.carry(ref, update)
+        keep(row, target, carried)
+        if carried is not None:
+            for place, part in carrier.copies(ref, update):
+                landed.setdefault(place, []).append(part)
     if isinstance(made, Carried):
         for added in carrier.added(made, {row.target for row in rows if row.target}):
             keep(*added)
+    updates, rows = joined(landed, rows, 1.0 if settings.rank == "full" else settings.rank, adapter.path)
+    if settings.save_dtype is not None:
+        updates = {place: update.cast(settings.save_dtype) for place, update in updates.items()}
     tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
     named = {*adapter.unrecognised, *map(str, adapter.tokens)}
     rows += [

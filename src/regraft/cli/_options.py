@@ -58,6 +58,12 @@ Pull = Annotated[
 Ridge = Annotated[
     float | None, typer.Option("--ridge", help="effect, ridge: weight of the prior, in mean squares of the inputs.")
 ]
+Removed = Annotated[
+    str | None,
+    typer.Option(
+        "--removed", metavar="POLICY", help="Updates of blocks that NEW lacks: drop (default), nearest, fold."
+    ),
+]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these modules; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these modules; repeatable.")]
 Components = Annotated[
@@ -147,7 +153,8 @@ def finite(number: float, option: str) -> float:
 def method_options(method: str, **given: Any) -> dict[str, Any]:
     """The options that were given, checked against what the method has."""
     options = {name: value for name, value in given.items() if value is not None}
-    get_method(method).check_options(options)
+    # The removed blocks' policy is every method's.
+    get_method(method).check_options({name: value for name, value in options.items() if name != "removed"})
     return options
 
 

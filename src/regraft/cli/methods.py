@@ -11,7 +11,6 @@ from regraft.cli._sink import out
 from regraft.methods import methods as registered
 from regraft.report.schema import MethodInfo
 
-
 _NEEDS = {"old": "old base", "new": "new base", "models": "both models run", "adapters": "paired adapters"}
 
 

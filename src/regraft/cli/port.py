@@ -51,6 +51,7 @@ def port(
     prompts: o.Prompts = None,
     config: o.Config = None,
     weights_only: o.WeightsOnly = False,
+    removed: o.Removed = None,
     strength: Annotated[float, typer.Option("--strength", help="Factor on the whole update.")] = 1.0,
     block_strength: Annotated[
         str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
@@ -105,7 +106,13 @@ def port(
     rank_out = o.wanted_rank(rank)
     subspace = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(
-        method, subspace_rank=subspace, energy=energy, threshold=threshold, pull=o.pull(pull), ridge=ridge
+        method,
+        subspace_rank=subspace,
+        energy=energy,
+        threshold=threshold,
+        pull=o.pull(pull),
+        ridge=ridge,
+        removed=removed,
     )
     running = o.running(n_inputs, seed, prompts, config, device, weights_only)
     if migrations is None and (to_fingerprint or via):

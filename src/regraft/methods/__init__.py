@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
+from regraft.base import Base
 from regraft.errors import UsageError
 from regraft.nearness import Nearness
+from regraft.pairing import Pairing
 from regraft.transport import Transport
 from regraft.updates import Update
 
@@ -82,6 +84,20 @@ class WeightPairs(Protocol):
         """
         ...
 
+    @property
+    def pairing(self) -> Pairing:
+        """What answers to what, with the modules that were removed and added."""
+        ...
+
+    @property
+    def bases(self) -> tuple[Base, Base]:
+        """The old and the new base, for modules that are not paired, and for configs and tokens."""
+        ...
+
+    def weight(self, which: Literal["old", "new"], module: ModuleRef) -> Tensor:
+        """Any module's weight in one of the bases, as `load` gives it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -92,12 +108,15 @@ class Fit:
         method: name of the method that was used in the end (`auto` chooses).
         reason: why, in plain words.
         similarity: chance-corrected similarity after the alignment, where the method changes it.
+        placed: old module → module of the new base → transport or skip, where the update goes elsewhere than the
+            pairing has it, or to several modules.
     """
 
     transports: Mapping[ModuleRef, Outcome]
     method: str
     reason: str = ""
     similarity: Mapping[ModuleRef, float] = field(default_factory=dict)
+    placed: Mapping[ModuleRef, Mapping[ModuleRef, Outcome]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
