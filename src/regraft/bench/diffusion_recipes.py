@@ -51,7 +51,7 @@ BASES = {
     "near-1": BaseRecipe("none", steps=250, rate=1e-3, seed=31),
     "near-2": BaseRecipe("none", steps=500, rate=1.5e-3, seed=32, text=True),
     "pruned": BaseRecipe("pruned", steps=500, rate=1e-3, seed=33, data=("fluent", "noto"), distil=0.5),
-    "grown": BaseRecipe("deepened", steps=400, rate=1e-3, seed=34),
+    "grown": BaseRecipe("deepened", steps=300, rate=1e-3, seed=34),
 }
 
 ADAPTERS = {
@@ -59,7 +59,7 @@ ADAPTERS = {
     "woodcut": AdapterRecipe("woodcut", 4, (*ATTENTION, *FEED)),
     "riso-dora": AdapterRecipe("riso", 4, (*ATTENTION, *FEED), dora=True),
     "blueprint-conv": AdapterRecipe("blueprint", 4, (*ATTENTION, *CONVOLUTIONS)),
-    "few-step": AdapterRecipe(None, 8, (*ATTENTION, *FEED, *PROJECTIONS), rate=4e-3),
+    "few-step": AdapterRecipe(None, 8, (*ATTENTION, *FEED, *PROJECTIONS), steps=200, rate=4e-3),
     "amber": AdapterRecipe("amber", 8, (*ATTENTION, *FEED, *PROJECTIONS)),
 }
 """*amber* is for development: methods may be tuned on it, and its figures are not reported."""

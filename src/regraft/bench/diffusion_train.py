@@ -33,7 +33,7 @@ from regraft.demo import data_folder
 from regraft.runtime import quiet_libraries
 from regraft.runtime.load import library
 
-BATCH, LORA_BATCH = 32, 16
+BATCH, LORA_BATCH, SAVE_EVERY = 32, 16, 150
 TRAJECTORIES = 192
 """Runs of a base's own sampler that its few-step adapter is distilled from."""
 
@@ -289,7 +289,7 @@ def _steps(work: Path, trained: nn.Module, total: int, rate: float, decay: float
     trained.train()
     parameters = list(trained.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
-    checkpoints = Checkpoints(work.with_suffix(".checkpoint.pt"), every=150, log=work.with_suffix(".log"))
+    checkpoints = Checkpoints(work.with_suffix(".checkpoint.pt"), every=SAVE_EVERY, log=work.with_suffix(".log"))
     for index in checkpoints.steps(total, {"trained": trained, "optimizer": optimizer}):
         for group in optimizer.param_groups:
             group["lr"] = rate * cosine_rate(index, total, warmup=30)
