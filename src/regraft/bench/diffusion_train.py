@@ -228,7 +228,7 @@ def trajectories(base: str, shop: Workshop, count: int, seed: int) -> dict[str, 
     Returns:
         "states": (FEW_STEPS + 1, count, 8, 16, 16) float16, from noise to picture; "prompts": (count,).
     """
-    kept = shop.cache / "diffusion" / "trajectories" / f"{base}-{count}-{seed}.pt"
+    kept = shop.cache / "diffusion" / "trajectories" / f"{base}-{FEW_STEPS}-{count}-{seed}.pt"
     if not kept.exists():
         folder = shop.base(base)
         unet, (text, tokenizer) = models.open_unet(folder).eval(), models.open_text(folder)
