@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import UsageError
 from regraft.families import family_of_base
-from regraft.methods import Method, Outcome, Skip, get_method
+from regraft.methods import Fit, Method, Outcome, Skip, get_method
+from regraft.methods.task import AS_IT_IS, Running
 from regraft.nearness import Nearness, compare
 from regraft.pairing import Pairing, pair_bases
+from regraft.removed import Policy, check_policy, rehomed
 from regraft.report.schema import BaseSummary
 from regraft.sketch import spread_runs
 from regraft.tensors import InMemory, Shape, n_bytes
@@ -27,6 +30,7 @@ from regraft.widening import widened, widens
 if TYPE_CHECKING:
     from regraft.carry import Settings
     from regraft.port import PortResult
+    from regraft.runtime.record import Statistics
 
 Ticker = Callable[[int, int, str], None]
 
@@ -47,6 +51,8 @@ class Entry:
             between weights of one shape.
         derived: whether similarity and distance are derived from several steps (`regraft.migrations.compose`), not
             measured.
+        copies: further modules of the new base that take the update, each with its own transport. A migration file
+            holds none.
     """
 
     target: ModuleRef | None
@@ -58,6 +64,7 @@ class Entry:
     uncovered: bool = False
     row_norms: Tensor | None = None
     derived: bool = False
+    copies: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +159,16 @@ _ROW_RUNS, _ROWS_OF_RUN = 2, 16
 class _Pairs:
     """`WeightPairs` over two bases; an update, where one is given, sharpens the nearness of its module."""
 
-    def __init__(self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef]) -> None:
-        self.old, self.new, self._wanted = old, new, list(wanted)
+    def __init__(
+        self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef], running: Running = AS_IT_IS
+    ) -> None:
+        self.old, self.new, self._wanted, self.running, self.pairing = old, new, list(wanted), running, pairing
         self.targets = {old: answer.module for old, answer in pairing.counterparts.items() if answer.module is not None}
         self.updates: dict[ModuleRef, LowRank] = {}
         self._nearness: dict[ModuleRef, Nearness] = {}
         self._row_norms: dict[ModuleRef, Tensor] = {}
         self._fetched = False
+        self._ahead: dict[ModuleRef, Statistics] = {}
 
     @property
     def sampled(self) -> bool:
@@ -185,6 +195,29 @@ class _Pairs:
         elif module not in self._nearness:
             self.load(module)
         return self._nearness[module]
+
+    def statistics(self, module: ModuleRef) -> Statistics | None:
+        """Of the wanted modules in their order: what has been asked for is not kept."""
+        place = {wanted: i for i, wanted in enumerate(self._wanted)}
+        while module not in self._ahead:
+            known, found = next(self._recorded, (None, None))
+            if known is None or found is None:
+                return None
+            self._ahead[known] = found
+            if place[known] > place[module]:
+                return None
+        return self._ahead.pop(module)
+
+    @cached_property
+    def _recorded(self) -> Iterator[tuple[ModuleRef, Statistics]]:
+        from regraft.probes.batches import make_batches
+        from regraft.runtime.both import BothModels
+        from regraft.runtime.record import statistics
+
+        running = self.running
+        models = BothModels.load(self.old.path, self.new.path, running.config, running.device)
+        batches = make_batches(models, None, running.n_inputs, running.seed, running.prompts, held_out=0)
+        return statistics(models, {module: self.targets[module] for module in self._wanted}, batches.fit)
 
     def _by_rows(self, module: ModuleRef) -> Nearness:
         """The nearness as a sample of the weights' rows shows it."""
@@ -236,6 +269,8 @@ class _Computing:
     def __init__(self, pairs: _Pairs, device: str, dtype: torch.dtype) -> None:
         self.pairs, self.device, self.dtype = pairs, device, dtype
         self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
+        self.statistics = pairs.statistics
+        self.pairing, self.bases = pairs.pairing, (pairs.old, pairs.new)
 
     def __iter__(self) -> Iterator[ModuleRef]:
         return iter(self.pairs)
@@ -243,6 +278,10 @@ class _Computing:
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
         old, new = self.pairs.load(module)
         return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
+
+    def weight(self, which: Literal["old", "new"], module: ModuleRef) -> Tensor:
+        base = self.pairs.old if which == "old" else self.pairs.new
+        return base.weight(module).flatten(1).to(self.device, self.dtype)
 
 
 def fit_migration(
@@ -253,7 +292,9 @@ def fit_migration(
     adapter: Adapter | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    running: Running = AS_IT_IS,
     tick: Ticker | None = None,
+    removed: Policy = "drop",
     **options: Any,
 ) -> Migration:
     """Fit the transports from ``old`` to ``new``, one module in memory at a time.
@@ -265,11 +306,13 @@ def fit_migration(
         adapter: fit only the modules that it touches, and measure the drift as it meets it. By default, all.
         device: that the methods compute on.
         dtype: that the methods compute in.
+        running: how both models are run, by a method that does that.
         tick: called with (modules done, modules in all, module's name).
+        removed: what becomes of the updates of blocks that the new base lacks, see `regraft.removed`.
         **options: of the method.
 
     Raises:
-        UsageError: no such method or option, or the method depends on the adapter.
+        UsageError: no such method, option or policy, or the method depends on the adapter.
         InputError: a base is damaged.
     """
     from regraft.plan import source_modules
@@ -278,29 +321,42 @@ def fit_migration(
     if chosen.scope != "pair" and adapter is None:
         raise UsageError(f"method {method!r} depends on the adapter: it has no migration", remedy="Port with it.")
     settings = chosen.check_options(options)
+    check_policy(removed)
     pairing = _paired(old, new)
     touched = source_modules(adapter, old) if adapter is not None else None
     wanted = list(pairing.counterparts) if touched is None else [m for m in pairing.counterparts if m in touched]
-    pairs = _Pairs(old, new, pairing, [module for module in wanted if pairing[module].module is not None])
+    gone = [] if removed == "drop" else [module for module in wanted if module in pairing.survivors]
+    # What is folded into a survivor is carried by its transport, whether or not the adapter touches it.
+    needed = dict.fromkeys([*wanted, *(pairing.survivors[module] for module in gone)])
+    paired = [module for module in needed if pairing[module].module is not None]
+    pairs = _Pairs(old, new, pairing, paired, running)
     if touched is not None:
         pairs.updates = {module: update for module, update in touched.items() if isinstance(update, LowRank)}
     computing = _Computing(pairs, device, dtype)
-    outcomes, used, reason, similarity = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
+    fit = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
     entries: dict[ModuleRef, Entry] = {}
     moved: dict[int, Tensor] = {}
     for module in wanted:
         answer = pairing[module]
-        if answer.module is None:
+        if module in fit.placed:
+            entries[module] = _placed_entry(pairs, module, fit, moved)
+        elif answer.module is None:
             entries[module] = Entry(None, None, answer.reason, old.shape(module))
-            continue
-        entries[module] = _entry(pairs, module, outcomes[module], similarity.get(module), answer.reason, moved)
+        else:
+            aligned = fit.similarity.get(module)
+            entries[module] = _entry(pairs, module, fit.transports[module], aligned, answer.reason, moved)
+    for module in gone:
+        if entries[module].target is None:
+            survivor = pairing.survivors[module]
+            entry = _entry(pairs, survivor, fit.transports[survivor], None, "", moved)
+            entries[module] = rehomed(removed, module, survivor, entry, computing)
     return Migration(
         summarise(old),
         summarise(new),
         method,
-        used,
-        reason,
-        settings,
+        fit.method,
+        fit.reason,
+        settings if removed == "drop" else {**settings, "removed": removed},
         entries,
         parameters_of(old),
         base_bytes=size_of(new),
@@ -327,23 +383,30 @@ def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:
     return {component: tuple(tensors) for component, tensors in base.components.items()}
 
 
-def _fit(
-    method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: Ticker
-) -> tuple[Mapping[ModuleRef, Outcome], str, str, Mapping[ModuleRef, float]]:
+def _fit(method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: Ticker) -> Fit:
     total = len(pairs.wanted)
+    if method.per == "adapter":
+        # Planned and judged as a copy; what it makes of the adapter comes once that is not refused.
+        copies = {module: _copied(pairs, module) for module in pairs.wanted}
+        return Fit(copies, method.name)
     if method.per == "pair":
         # The measurements are the long part, and the method reads them too: take them where progress can be told.
         for done, module in enumerate(pairs.wanted):
             tick(done, total, str(module))
             pairs.nearness(module)
-        fit = method.function(pairs, **settings)
-        return fit.transports, fit.method, fit.reason, fit.similarity
+        fit: Fit = method.function(pairs, **settings)
+        return fit
     outcomes: dict[ModuleRef, Outcome] = {}
     for done, module in enumerate(pairs.wanted):
         tick(done, total, str(module))
         outcomes[module] = fit_module(method, *pairs.load(module), settings)
     tick(total, total, "")
-    return outcomes, method.name, "", {}
+    return Fit(outcomes, method.name)
+
+
+def _copied(pairs: _Computing, module: ModuleRef) -> Outcome:
+    outcome = fit_module(get_method("copy"), *pairs.load(module), {})
+    return replace(outcome, planned=True) if isinstance(outcome, Skip) else outcome
 
 
 def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mapping[str, Any]) -> Outcome:
@@ -373,6 +436,30 @@ def _entry(
         row_norms = torch.stack([before.norm(dim=1), after.norm(dim=1)])
         reason += "; the inputs that the new base added stay its own"
     return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
+
+
+def _placed_entry(pairs: _Pairs, module: ModuleRef, fit: Fit, moved: dict[int, Tensor]) -> Entry:
+    """The entry of a module that the method places itself: on one module of the new base or on several."""
+    shape_old, aligned = pairs.old.shape(module), fit.similarity.get(module)
+    nearness = pairs.nearness(module) if module in pairs.targets else Nearness(similarity=aligned)
+    entries, lost = [], Skip("the method gives it no place in the new base")
+    for target, outcome in fit.placed[module].items():
+        if isinstance(outcome, Skip):
+            lost = outcome
+            continue
+        carried = as_carried(nearness, outcome, aligned)
+        same = target == pairs.targets.get(module)
+        row_norms = pairs.row_norms(module) if same else None
+        where = pairs.pairing[module].reason if same else f"placed on {target}"
+        shape_new = pairs.new.shape(target)
+        entries.append(Entry(target, outcome.to_cpu(moved), where, shape_old, shape_new, carried, row_norms=row_norms))
+    if not entries:
+        return Entry(None, None, lost.reason, shape_old, nearness=nearness, uncovered=not lost.planned)
+    first, *copies = entries
+    if copies:
+        further = ", ".join(str(copy.target) for copy in copies)
+        first = replace(first, reason=f"{first.reason}; also on {further}", copies=tuple(copies))
+    return first
 
 
 def as_carried(nearness: Nearness, transport: Transport, aligned: float | None) -> Nearness:

@@ -19,7 +19,7 @@ from torch import Tensor
 from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
-from regraft.errors import InputError, Refused, reading
+from regraft.errors import InputError, Refused, UsageError, reading
 from regraft.hub import hub_id_of
 from regraft.lineage import check_major, dumped, told
 from regraft.lineage.model import BaseId
@@ -45,7 +45,9 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
 
     Raises:
         OutputError: ``path`` exists or can't be written.
+        UsageError: modules share a target, or have several, which the format can't say.
     """
+    check_one_to_one(migration)
     check_writable(path, overwrite=overwrite)
     tensors, header = _Encoder().encode(migration)
     # An identity costs nothing, but safetensors wants a tensor: an empty one marks the file.
@@ -54,6 +56,24 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
         save_file(tensors, stage, metadata={KEY: dumped(header)})
         readable(stage)
     return path
+
+
+def check_one_to_one(migration: Migration) -> None:
+    """A reader of the format puts each module's update in one place, and overwrites what lies there.
+
+    Raises:
+        UsageError: modules share a target, or have several.
+    """
+    taken: set[ModuleRef] = set()
+    for module, entry in migration.entries.items():
+        if entry.copies or entry.target in taken:
+            why = "goes to several modules" if entry.copies else f"shares {entry.target} with another module"
+            raise UsageError(
+                f"{module} {why} of the new base: a migration can't say that yet",
+                remedy="Port each adapter with --from and --to; for removed blocks, --removed drop makes a migration.",
+            )
+        if entry.target is not None:
+            taken.add(entry.target)
 
 
 def read_header(path: Path) -> tuple[Header, Mapping[str, TensorRef]]:

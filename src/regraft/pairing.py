@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from regraft.tensors import Shape
 _CORNER_ROWS, _CORNER_COLUMNS = 48, 256
 # Relative depth decides between blocks that look equally alike, and nothing else.
 _DEPTH_WEIGHT = 1e-3
+# From this mean cosine on, an added block is a copy of an old one: by chance, corners have about 0.01.
+_COPIED = 0.2
 
 
 class Named(Protocol):
@@ -51,9 +53,19 @@ class Counterpart:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Old module → its counterpart, for every module of the components that both bases have."""
+    """Old module → its counterpart, for every module of the components that both bases have.
+
+    Attributes:
+        counterparts: as said.
+        survivors: module of a removed block → the old base's module of the same role in the nearest block that is
+            still there; absent where none is.
+        origins: module of an added block → the old base's module that its weights were copied from; absent where
+            none looks like it.
+    """
 
     counterparts: Mapping[ModuleRef, Counterpart]
+    survivors: Mapping[ModuleRef, ModuleRef] = field(default_factory=dict)
+    origins: Mapping[ModuleRef, ModuleRef] = field(default_factory=dict)
 
     def __getitem__(self, module: ModuleRef) -> Counterpart:
         return self.counterparts[module]
@@ -81,6 +93,8 @@ def find_component(base: Named, component: str, paths: Iterable[str]) -> str | N
 def pair_bases(old: Base, new: Base) -> Pairing:
     """Pair every module of ``old`` with one of ``new``; weights are read only where depths differ."""
     counterparts: dict[ModuleRef, Counterpart] = {}
+    survivors: dict[ModuleRef, ModuleRef] = {}
+    origins: dict[ModuleRef, ModuleRef] = {}
     for component in old.components:
         paths = list(old.modules(component))
         target = find_component(new, component, paths)
@@ -91,8 +105,16 @@ def pair_bases(old: Base, new: Base) -> Pairing:
         rename = _renaming(resolve_names(paths, set(new.modules(target))))
         stacks = _Stacks(old, component, new, target, rename)
         for path in paths:
-            counterparts[ModuleRef(component, path)] = stacks.counterpart(path)
-    return Pairing(counterparts)
+            module = ModuleRef(component, path)
+            counterparts[module] = stacks.counterpart(path)
+            if counterparts[module].module is None and (survivor := stacks.survivor(path)) is not None:
+                survivors[module] = survivor
+        answered = {answer.module for answer in counterparts.values()}
+        for name in new.modules(target):
+            module = ModuleRef(target, name)
+            if module not in answered and (origin := stacks.origin(name)) is not None:
+                origins[module] = origin
+    return Pairing(counterparts, survivors, origins)
 
 
 def _renaming(resolved: Mapping[str, str | None]) -> Callable[[str], str]:
@@ -120,6 +142,7 @@ class _Stacks:
         self.new_names = set(new.modules(target))
         self.aligned: dict[str, dict[int, int]] = {}
         self.depths: dict[str, tuple[int, int]] = {}
+        self.alike: dict[str, dict[int, int]] = {}
 
     def counterpart(self, path: str) -> Counterpart:
         here, there, how = "", "", "name"
@@ -143,6 +166,40 @@ class _Stacks:
         reason = "same name" if how == "name" else f"by depth: {name}"
         return Counterpart(ModuleRef(self.target, name), "depth" if how == "depth" else "name", reason)
 
+    def survivor(self, path: str) -> ModuleRef | None:
+        """The old module of the same role in the nearest block that the new base kept, of a removed block's module."""
+        here, there = "", ""
+        for part in self.renamed[path].split("."):
+            if not part.isdigit():
+                here, there = f"{here}{part}.", f"{there}{part}."
+                continue
+            kept = self._align(here, there)
+            if not kept:
+                return None
+            # Of two neighbours as near, the one before: what it writes passes all that the removed block's write did.
+            nearest = min(kept, key=lambda index: (abs(index - int(part)), index))
+            here, there = f"{here}{nearest}.", f"{there}{kept[nearest]}."
+        old = self.old_names.get(here.rstrip("."))
+        if old is None or old == path or there.rstrip(".") not in self.new_names:
+            return None
+        one, other = ModuleRef(self.component, path), ModuleRef(self.component, old)
+        return other if self.old.shape(one) == self.old.shape(other) else None
+
+    def origin(self, name: str) -> ModuleRef | None:
+        """The old module that a module of an added block was copied from."""
+        here, there = "", ""
+        for part in name.split("."):
+            if not part.isdigit():
+                here, there = f"{here}{part}.", f"{there}{part}."
+                continue
+            back = {new: old for old, new in self._align(here, there).items()}
+            index = back.get(int(part), self.alike.get(here, {}).get(int(part)))
+            if index is None:
+                return None
+            here, there = f"{here}{index}.", f"{there}{part}."
+        old = self.old_names.get(here.rstrip("."))
+        return None if old is None else ModuleRef(self.component, old)
+
     def _align(self, here: str, there: str) -> dict[int, int]:
         if here not in self.aligned:
             olds, news = _indices(self.old_names, here), _indices(self.new_names, there)
@@ -152,6 +209,8 @@ class _Stacks:
             else:
                 scores = self._scores(here, olds, there, news)
                 self.aligned[here] = {olds[i]: news[j] for i, j in monotone_alignment(scores)}
+                best, at = scores.max(dim=0)
+                self.alike[here] = {news[j]: olds[int(at[j])] for j in range(len(news)) if best[j] >= _COPIED}
         return self.aligned[here]
 
     def _scores(self, here: str, olds: list[int], there: str, news: list[int]) -> Tensor:

@@ -18,6 +18,7 @@ from regraft.errors import RegraftError, UsageError
 from regraft.families import block_names
 from regraft.hub import hub_id_of
 from regraft.methods import get_method
+from regraft.methods.task import Rank, Running
 from regraft.pairing import Named
 from regraft.plan import Selection
 
@@ -41,6 +42,27 @@ Energy = Annotated[float | None, typer.Option("--energy", help="lora-x, prolora:
 Threshold = Annotated[
     float | None,
     typer.Option("--threshold", help="lora-x, prolora: least subspace similarity to carry a module."),
+]
+NInputs = Annotated[
+    int | None, typer.Option("--n-inputs", min=2, help="Methods that run both bases: inputs that these make.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of those inputs.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Texts to run instead, one a line.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE|FOLDER", help="config.json of bare weights files.")
+]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="auto: run no model; choose by the weights alone.")]
+Pull = Annotated[
+    str | None, typer.Option("--pull", metavar="0…1|auto", help="effect: pull towards the old base's own outputs.")
+]
+Ridge = Annotated[
+    float | None, typer.Option("--ridge", help="effect, ridge: weight of the prior, in mean squares of the inputs.")
+]
+Removed = Annotated[
+    str | None,
+    typer.Option(
+        "--removed", metavar="POLICY", help="Updates of blocks that NEW lacks: drop (default), nearest, fold."
+    ),
 ]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these modules; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these modules; repeatable.")]
@@ -91,6 +113,36 @@ def number_or_share(text: str | None, option: str) -> int | float | None:
     return number
 
 
+def wanted_rank(text: str | None) -> Rank:
+    """The rank of the output: as `number_or_share`, or ``full``."""
+    return "full" if text == "full" else number_or_share(text, "--rank")
+
+
+def pull(text: str | None) -> float | str | None:
+    """``auto``, or how far to pull, 0 to 1."""
+    if text is None or text == "auto":
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise UsageError(f"--pull {text!r} is out of range", remedy="Give 0 to 1, or auto.")
+    return number
+
+
+def running(
+    n_inputs: int | None, seed: int, prompts: Path | None, config: Path | None, device: str, weights_only: bool
+) -> Running:
+    """How both models are to be run."""
+    texts = None
+    if prompts is not None:
+        from regraft.probes import read_prompts
+
+        texts = tuple(read_prompts(prompts))
+    return Running(n_inputs, seed, texts, config, device, weights_only)
+
+
 def finite(number: float, option: str) -> float:
     """``number``, or a usage error where it is no factor that can be applied."""
     if not isfinite(number):
@@ -101,7 +153,8 @@ def finite(number: float, option: str) -> float:
 def method_options(method: str, **given: Any) -> dict[str, Any]:
     """The options that were given, checked against what the method has."""
     options = {name: value for name, value in given.items() if value is not None}
-    get_method(method).check_options(options)
+    # The removed blocks' policy is every method's.
+    get_method(method).check_options({name: value for name, value in options.items() if name != "removed"})
     return options
 
 

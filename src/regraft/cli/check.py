@@ -26,6 +26,7 @@ def check(
     subspace_rank: o.SubspaceRank = None,
     energy: o.Energy = None,
     threshold: o.Threshold = None,
+    removed: o.Removed = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     components: o.Components = None,
@@ -48,7 +49,7 @@ def check(
         raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold)
+    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold, removed=removed)
     chosen = o.selection(include, exclude, components)
     if migration is not None:
         read = load_migration(migration)

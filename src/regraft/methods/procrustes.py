@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -17,48 +11,13 @@ from torch import Tensor
 from regraft.adapter import ModuleRef
 from regraft.methods import Fit, WeightPairs, method
 from regraft.nearness import cosine
+from regraft.spaces import Sides, Space, named_sides, sides_of
 from regraft.transport import IDENTITY, LinearMap, Transport
-
-Space = tuple[str, str, int, int]
-"""Component, name, size in the old base, size in the new one."""
 
 Load = Callable[[ModuleRef], tuple[Tensor, Tensor]]
 """Module → its old and new weight."""
 
 _SWEEPS = 3
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """The spaces that one weight writes and reads; None stands for coordinates that are the same in both bases."""
-
-    out: Space | None
-    inp: Space | None
-    out_copies: int
-
-
-@cache
-def _rules() -> list[dict[str, Any]]:
-    text = files("regraft.families").joinpath("_spaces.json").read_text(encoding="utf-8")
-    rules: list[dict[str, Any]] = json.loads(text)["rules"]
-    return [{**rule, "match": re.compile(rule["match"])} for rule in rules]
-
-
-def _sides(module: ModuleRef, old: Tensor, new: Tensor) -> _Sides:
-    def space(name: str | None, axis: int, copies: int) -> Space | None:
-        m, m_new = old.shape[axis] // copies, new.shape[axis] // copies
-        if name is None:
-            # A fixed space keeps its coordinates, unless the two bases disagree on its size.
-            return None if m == m_new else (module.component, f"{module.path}:{axis}", m, m_new)
-        return (module.component, name, m, m_new)
-
-    for rule in _rules():
-        found = rule["match"].fullmatch(module.path)
-        if found:
-            copies = rule.get("out_copies", 1)
-            out, inp = (found.expand(rule[side]) if side in rule else None for side in ("out", "in"))
-            return _Sides(space(out, 0, copies), space(inp, 1, 1), copies)
-    return _Sides(space(None, 0, 1), space(None, 1, 1), 1)
 
 
 class _Alignment:
@@ -67,10 +26,10 @@ class _Alignment:
     def __init__(self, load: Load, modules: Iterable[ModuleRef], keep_identity: float) -> None:
         self.load, self.keep_identity = load, keep_identity
         self.maps: dict[Space, Tensor | None] = {}
-        self.sides: dict[ModuleRef, _Sides] = {}
+        self.sides: dict[ModuleRef, Sides] = {}
         self.touching: dict[Space, list[ModuleRef]] = {}
         for module in modules:
-            sides = self.sides[module] = _sides(module, *load(module))
+            sides = self.sides[module] = sides_of(module, *(tuple(weight.shape) for weight in load(module)))
             for space in {sides.out, sides.inp} - {None}:
                 assert space is not None
                 self.touching.setdefault(space, []).append(module)
@@ -156,10 +115,8 @@ def _connected(pairs: WeightPairs) -> list[ModuleRef]:
     """The modules whose weights bear on the wanted ones' spaces, over any chain of spaces; by names alone."""
     spaces: dict[ModuleRef, set[tuple[str, str]]] = {}
     for module in pairs:
-        found = ((rule, rule["match"].fullmatch(module.path)) for rule in _rules())
-        rule, hit = next(((rule, hit) for rule, hit in found if hit), ({}, None))
-        named = {hit.expand(rule[side]) for side in ("out", "in") if side in rule} if hit else set()
-        spaces[module] = {(module.component, name) for name in named}
+        sides = named_sides(module.path)
+        spaces[module] = {(module.component, name) for name in (sides.out, sides.inp) if name is not None}
     wanted = set(pairs.wanted)
     reached = {space for module in wanted for space in spaces[module]}
     while grown := {space for held in spaces.values() if held & reached for space in held} - reached:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regraft.errors import InputError, Refused, UsageError
 from regraft.migration import Entry, Migration
+from regraft.migration_file import check_one_to_one
 from regraft.migrations.algebra import Products
 from regraft.migrations.base_id import public_name
 from regraft.migrations.model import MOST_TERMS
@@ -24,7 +25,7 @@ def compose_all(migrations: Sequence[Migration]) -> Migration:
     Raises:
         Refused: one does not begin where the one before it ends.
         InputError: a transport would have too many terms.
-        UsageError: there are none.
+        UsageError: there are none, or one has modules that share a target or have several.
     """
     if not migrations:
         raise UsageError("there is no migration to compose", remedy="Name two or more.")
@@ -41,6 +42,8 @@ def compose(first: Migration, second: Migration) -> Migration:
         InputError: a transport would have too many terms.
     """
     _check_meet(first, second)
+    for migration in (first, second):
+        check_one_to_one(migration)
     if _is_identity(first) and set(second.entries) <= _targets(first):
         return second
     if _is_identity(second) and _targets(first) <= set(second.entries):
