@@ -64,7 +64,10 @@ def test_held_out_drawings_are_other_drawings(tmp_path, monkeypatch):
 
 
 def test_a_drawing_is_turned_and_shifted_but_stays_in_sight():
-    pytest.importorskip("cairosvg", exc_type=ImportError)
+    try:
+        import cairosvg  # noqa: F401
+    except (ImportError, OSError):
+        pytest.skip("cairosvg or libcairo2 is not installed")
     red = '<rect x="4" y="4" width="24" height="24" fill="#f00"/>'
     drawn = art.draw(red, 32, np.random.default_rng(0))
     assert drawn.shape == (32, 32, 4)
@@ -76,6 +79,15 @@ def test_without_npm_it_says_which_file_would_do(tmp_path, monkeypatch):
     monkeypatch.setattr(art.shutil, "which", lambda _: None)
     with pytest.raises(RegraftError, match=r"npm is not installed.*iconify-json-noto-1\.2\.9\.tgz"):
         art.icons("noto", tmp_path)
+
+
+def test_without_cairo_it_says_what_to_install(monkeypatch):
+    def missing(name: str):
+        raise OSError("no library called cairo-2 was found")
+
+    monkeypatch.setattr(art, "import_module", missing)
+    with pytest.raises(RegraftError, match=r"cairosvg.*regraft\[bench\]"):
+        art.draw("", 32, np.random.default_rng(0))
 
 
 def test_a_judge_is_trained_once(tmp_path, monkeypatch):

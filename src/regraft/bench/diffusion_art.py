@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,6 @@ def icons(name: str, cache: Path) -> dict[str, Any]:
 
 def draw(body: str, width: int, rng: np.random.Generator) -> Pixels:
     """One icon, scaled, shifted, turned and perhaps mirrored: RGBA (32, 32, 4), straight alpha, uint8."""
-    import cairosvg  # type: ignore[import-untyped] # needs Debian's libcairo2; imported here so that the other stages run without it
-
     scale, angle = rng.uniform(0.78, 1.0), rng.uniform(-12, 12)
     across, down = rng.uniform(-0.08, 0.08, size=2) * width
     mirror = -1 if rng.random() < 0.5 else 1
@@ -153,8 +152,19 @@ def draw(body: str, width: int, rng: np.random.Generator) -> Pixels:
         f'viewBox="0 0 {width} {width}" width="{SIZE}" height="{SIZE}">'
         f'<g transform="{place} translate({-half} {-half})">{body}</g></svg>'
     )
-    png = cairosvg.svg2png(svg.encode(), output_width=SIZE, output_height=SIZE)
+    png = _cairosvg().svg2png(svg.encode(), output_width=SIZE, output_height=SIZE)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def _cairosvg() -> Any:
+    """Imported where it is needed: with the drawings in the cache, all else runs without it."""
+    try:
+        return import_module("cairosvg")
+    except (ImportError, OSError):  # the latter where the library libcairo2 is missing
+        raise RegraftError(
+            "the pictures are drawn by cairosvg, which is not there or finds no libcairo2",
+            remedy="Run: pip install 'regraft[bench]', and install libcairo2.",
+        ) from None
 
 
 def drawings(name: str, cache: Path, *, test: bool = False) -> Pixels:
