@@ -55,7 +55,7 @@ BASES = {
 }
 
 ADAPTERS = {
-    "cyano": AdapterRecipe("cyano", 8, (*ATTENTION, *FEED, *PROJECTIONS)),
+    "cyano": AdapterRecipe("cyano", 8, (*ATTENTION, *FEED, *PROJECTIONS), steps=600),
     "woodcut": AdapterRecipe("woodcut", 4, (*ATTENTION, *FEED)),
     "riso-dora": AdapterRecipe("riso", 4, (*ATTENTION, *FEED), dora=True),
     "blueprint-conv": AdapterRecipe("blueprint", 4, (*ATTENTION, *CONVOLUTIONS)),
