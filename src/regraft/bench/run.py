@@ -23,7 +23,7 @@ import torch
 from regraft.bench.cells import Cell, Shelf, digest, write
 from regraft.bench.controls import CONTROLS
 from regraft.bench.group import Group, group_of
-from regraft.bench.sources import source_of
+from regraft.bench.sources import source_of, source_of_check
 from regraft.bench.variants import Variant
 from regraft.bench.worlds import PairSpec, World
 from regraft.errors import InputError, RegraftError, UsageError, first_line
@@ -239,9 +239,9 @@ def dependence(row: str, variant: Variant | None = None) -> dict[str, Any]:
 def _fill(group: Group, shelf: Shelf, job: Job) -> None:
     rows: list[tuple[str, Variant | None]] = [(row, None) for row in CONTROLS]
     rows += [(variant.name, variant) for variant in job.variants]
-    checks = shelf.read_check(**dependence("check copy")) if job.resume else None
+    checks = shelf.read_check(source=source_of_check()) if job.resume else None
     if checks is None or checks.error:
-        write(_checked(group, job.cache), shelf.check_file(**dependence("check copy")))
+        write(_checked(group, job.cache), shelf.check_file(source=source_of_check()))
     for row, variant in rows:
         _stop_if_orphaned(job.owner)
         own = dependence(row, variant)
