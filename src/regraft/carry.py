@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -14,6 +14,8 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError
 from regraft.families import block_of
+from regraft.methods import Carried
+from regraft.methods.task import AS_IT_IS, Rank, Running
 from regraft.migration import Entry
 from regraft.plan import Selection
 from regraft.prepare import Preparation
@@ -42,21 +44,24 @@ class Settings:
         selection: which of its modules.
         strength: factor on every update.
         block_strength: (glob over block or module names, factor), each multiplied in where it matches.
-        rank: of the output: a number, a share of ‖ΔW‖² to keep (a float), or None for the adapter's own.
+        rank: of the output: a number, a share of ‖ΔW‖² to keep (a float), ``full`` for all of it, or None for the
+            adapter's own.
         save_dtype: of the output's tensors; None for the input's own.
         allow_partial: carry on where a key or shape is not understood.
         force: carry on where the verdict is a refusal.
         private: keep paths, names, prompts and tag lists of the header.
+        running: how both models are run, by a method that does that.
     """
 
     selection: Selection = Selection()
     strength: float = 1.0
     block_strength: tuple[tuple[str, float], ...] = ()
-    rank: int | float | None = None
+    rank: Rank = None
     save_dtype: torch.dtype | None = None
     allow_partial: bool = False
     force: bool = False
     private: bool = True
+    running: Running = AS_IT_IS
 
     def strength_of(self, ref: ModuleRef, family: str | None) -> float:
         """The factor on one module's update."""
@@ -114,7 +119,7 @@ class Carrier:
             InputError: it equals none, and is to have another rank.
         """
         magnitude = update.magnitude
-        copied = transport.is_identity and self.settings.rank in (None, update.rank)
+        copied = transport.is_identity and self._rank(transport) in (None, update.rank)
         if copied and (magnitude is None or not isinstance(update, Slice)):
             return update
         found = as_lowrank(update)
@@ -127,12 +132,11 @@ class Carrier:
     def _transport(
         self, ref: ModuleRef, update: Update, entry: Entry, transport: Transport
     ) -> tuple[Update, float, float]:
-        settings = self.settings
-        strength = settings.strength_of(ref, self.adapter.family)
+        strength, rank = self.settings.strength_of(ref, self.adapter.family), self._rank(transport)
         carried, kept, cut = update, 1.0, 0.0
-        if isinstance(update, LowRank) and not (transport.is_identity and settings.rank in (None, update.rank)):
+        if isinstance(update, LowRank) and not (transport.is_identity and rank in (None, update.rank)):
             up, down = update.factors()
-            moved = transport.factors(up, down, settings.rank)
+            moved = transport.factors(up, down, rank)
             shape = _shape_like(update.shape, entry.shape_new or entry.shape_old)
             carried = update.with_factors(moved.up, moved.down, shape)
             if update.bias is not None and transport.rotates:
@@ -153,6 +157,57 @@ class Carrier:
                 )
             carried = replace(carried, magnitude=InMemory(magnitude))
         return carried, kept, cut
+
+    def _rank(self, transport: Transport) -> int | float | None:
+        """The wanted rank of what a transport gives; all of a copy is the copy itself."""
+        rank = self.settings.rank
+        return rank if rank != "full" else None if transport.is_identity else 1.0
+
+    def adopt(
+        self, ref: ModuleRef, update: Update, made: Carried
+    ) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+        """The same as `carry`, with what a method made of the whole adapter."""
+        ready = self.ready
+        whole = isinstance(update, Full | Diff)
+        if whole or ref in ready.left_out or ref in ready.located.missing or str(ref) in ready.problems:
+            return self.carry(ref, update)
+        home = ready.located.modules[ref]
+        entry = ready.migration.entries[home]
+        answer = made.places.get(home, entry.target)
+        carried = made.part(answer) if answer is not None else None
+        if carried is None or answer is None:
+            return self._row(ref, update, "skipped", made.skipped.get(home, entry.reason)), None, None
+        target = respelled(ref, answer)
+        before = update.norm() if update.additive else 0.0
+        kept = (carried.norm() / before) ** 2 if before > 0 else None
+        row = self._row(ref, update, "ported", f"{entry.reason}; by its effect", target=target, entry=entry)
+        row = row.model_copy(update={"energy_kept": kept, "cut_loss": made.lost.get(answer), "rank_out": carried.rank})
+        strength = self.settings.strength_of(ref, self.adapter.family)
+        name = ModuleRef(target.component, f"{target.path}.weight") if carried.by_parameter else target
+        return row, name, carried.scaled(strength)
+
+    def added(self, made: Carried, used: Collection[str]) -> Iterator[tuple[PortedModule, ModuleRef, Update]]:
+        """What a method made beside the modules that the adapter changes.
+
+        Args:
+            made: all of it.
+            used: names of the new base's modules that answer to one of the adapter's.
+        """
+        for ref, update in made.updates.items():
+            module = ModuleRef(ref.component, ref.path.removesuffix(".weight"))
+            if str(module) in used or str(ref) in used:
+                continue
+            row = PortedModule(
+                name=str(ref),
+                target=str(ref),
+                status="ported",
+                reason=f"the adapter leaves it alone; changed by {made.method}",
+                energy_kept=None,
+                rank_in=None,
+                rank_out=update.rank,
+                cut_loss=made.lost.get(ref),
+            )
+            yield row, ref, update.scaled(self.settings.strength)
 
     def _norms(self, ref: ModuleRef, shape: Shape, entry: Entry) -> Tensor | None:
         """Norms of both weights along the axis of a magnitude of this shape, (2, n)."""

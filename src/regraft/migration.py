@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from regraft.base import Base
 from regraft.errors import UsageError
 from regraft.families import family_of_base
 from regraft.methods import Fit, Method, Outcome, Skip, get_method
+from regraft.methods.task import AS_IT_IS, Running
 from regraft.nearness import Nearness, compare
 from regraft.pairing import Pairing, pair_bases
 from regraft.removed import Policy, check_policy, rehomed
@@ -28,6 +30,7 @@ from regraft.widening import widened, widens
 if TYPE_CHECKING:
     from regraft.carry import Settings
     from regraft.port import PortResult
+    from regraft.runtime.record import Statistics
 
 Ticker = Callable[[int, int, str], None]
 
@@ -156,13 +159,16 @@ _ROW_RUNS, _ROWS_OF_RUN = 2, 16
 class _Pairs:
     """`WeightPairs` over two bases; an update, where one is given, sharpens the nearness of its module."""
 
-    def __init__(self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef]) -> None:
-        self.old, self.new, self._wanted, self.pairing = old, new, list(wanted), pairing
+    def __init__(
+        self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef], running: Running = AS_IT_IS
+    ) -> None:
+        self.old, self.new, self._wanted, self.running, self.pairing = old, new, list(wanted), running, pairing
         self.targets = {old: answer.module for old, answer in pairing.counterparts.items() if answer.module is not None}
         self.updates: dict[ModuleRef, LowRank] = {}
         self._nearness: dict[ModuleRef, Nearness] = {}
         self._row_norms: dict[ModuleRef, Tensor] = {}
         self._fetched = False
+        self._ahead: dict[ModuleRef, Statistics] = {}
 
     @property
     def sampled(self) -> bool:
@@ -189,6 +195,29 @@ class _Pairs:
         elif module not in self._nearness:
             self.load(module)
         return self._nearness[module]
+
+    def statistics(self, module: ModuleRef) -> Statistics | None:
+        """Of the wanted modules in their order: what has been asked for is not kept."""
+        place = {wanted: i for i, wanted in enumerate(self._wanted)}
+        while module not in self._ahead:
+            known, found = next(self._recorded, (None, None))
+            if known is None or found is None:
+                return None
+            self._ahead[known] = found
+            if place[known] > place[module]:
+                return None
+        return self._ahead.pop(module)
+
+    @cached_property
+    def _recorded(self) -> Iterator[tuple[ModuleRef, Statistics]]:
+        from regraft.probes.batches import make_batches
+        from regraft.runtime.both import BothModels
+        from regraft.runtime.record import statistics
+
+        running = self.running
+        models = BothModels.load(self.old.path, self.new.path, running.config, running.device)
+        batches = make_batches(models, None, running.n_inputs, running.seed, running.prompts, held_out=0)
+        return statistics(models, {module: self.targets[module] for module in self._wanted}, batches.fit)
 
     def _by_rows(self, module: ModuleRef) -> Nearness:
         """The nearness as a sample of the weights' rows shows it."""
@@ -240,6 +269,7 @@ class _Computing:
     def __init__(self, pairs: _Pairs, device: str, dtype: torch.dtype) -> None:
         self.pairs, self.device, self.dtype = pairs, device, dtype
         self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
+        self.statistics = pairs.statistics
         self.pairing, self.bases = pairs.pairing, (pairs.old, pairs.new)
 
     def __iter__(self) -> Iterator[ModuleRef]:
@@ -262,6 +292,7 @@ def fit_migration(
     adapter: Adapter | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    running: Running = AS_IT_IS,
     tick: Ticker | None = None,
     removed: Policy = "drop",
     **options: Any,
@@ -275,6 +306,7 @@ def fit_migration(
         adapter: fit only the modules that it touches, and measure the drift as it meets it. By default, all.
         device: that the methods compute on.
         dtype: that the methods compute in.
+        running: how both models are run, by a method that does that.
         tick: called with (modules done, modules in all, module's name).
         removed: what becomes of the updates of blocks that the new base lacks, see `regraft.removed`.
         **options: of the method.
@@ -296,7 +328,8 @@ def fit_migration(
     gone = [] if removed == "drop" else [module for module in wanted if module in pairing.survivors]
     # What is folded into a survivor is carried by its transport, whether or not the adapter touches it.
     needed = dict.fromkeys([*wanted, *(pairing.survivors[module] for module in gone)])
-    pairs = _Pairs(old, new, pairing, [module for module in needed if pairing[module].module is not None])
+    paired = [module for module in needed if pairing[module].module is not None]
+    pairs = _Pairs(old, new, pairing, paired, running)
     if touched is not None:
         pairs.updates = {module: update for module, update in touched.items() if isinstance(update, LowRank)}
     computing = _Computing(pairs, device, dtype)
@@ -352,6 +385,10 @@ def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:
 
 def _fit(method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: Ticker) -> Fit:
     total = len(pairs.wanted)
+    if method.per == "adapter":
+        # Planned and judged as a copy; what it makes of the adapter comes once that is not refused.
+        copies = {module: _copied(pairs, module) for module in pairs.wanted}
+        return Fit(copies, method.name)
     if method.per == "pair":
         # The measurements are the long part, and the method reads them too: take them where progress can be told.
         for done, module in enumerate(pairs.wanted):
@@ -365,6 +402,11 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: T
         outcomes[module] = fit_module(method, *pairs.load(module), settings)
     tick(total, total, "")
     return Fit(outcomes, method.name)
+
+
+def _copied(pairs: _Computing, module: ModuleRef) -> Outcome:
+    outcome = fit_module(get_method("copy"), *pairs.load(module), {})
+    return replace(outcome, planned=True) if isinstance(outcome, Skip) else outcome
 
 
 def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mapping[str, Any]) -> Outcome:

@@ -19,9 +19,11 @@ from regraft.forecast import Judgement
 from regraft.joining import joined
 from regraft.lineage import with_port
 from regraft.lineage.port_entry import port_entry
+from regraft.making import make_for
 from regraft.memory import peak_mb
 from regraft.metadata import BaseName, strip_private, with_base, with_ranks
-from regraft.methods import Skip, get_method
+from regraft.methods import Carried, Skip, get_method
+from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
 from regraft.plan import Selection, check_families, locate
 from regraft.prepare import Preparation, not_understood, prepare
@@ -54,6 +56,7 @@ def fit_for(
     selection: Selection = Selection(),
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    running: Running = AS_IT_IS,
     tick: Ticker | None = None,
     **options: Any,
 ) -> Migration:
@@ -68,13 +71,15 @@ def fit_for(
     # With nothing selected, the whole adapter is fitted: it is the carrying that says that nothing is left.
     adapter = chosen_part if chosen_part.updates else adapter
     if old is not None:
-        return fit_migration(old, new, method, adapter=adapter, device=device, dtype=dtype, tick=tick, **options)
+        return fit_migration(
+            old, new, method, adapter=adapter, device=device, dtype=dtype, running=running, tick=tick, **options
+        )
     # Nothing tells what was removed.
     options.pop("removed", None)
     chosen, reason = get_method(method), ""
     if method == "auto":
         chosen, reason = get_method("copy"), "no old base was given to compare the new one with"
-    if "old" in chosen.needs:
+    if "old" in chosen.needs or chosen.runs:
         raise UsageError(
             f"method {method!r} compares both bases", remedy="Give --from, or take --method copy or lora-x."
         )
@@ -129,18 +134,36 @@ def apply_migration(
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")
     if ready.problems and not settings.allow_partial:
         raise not_understood(adapter, ready.problems)
+    made = make_for(adapter, ready, settings, old, new, tick)
+    if isinstance(made, str):
+        migration = replace(migration, reason=f"{migration.reason}; {made}" if migration.reason else made)
+    elif made is not None:
+        migration = replace(migration, used=made.method, reason=made.reason)
+    ready = replace(ready, migration=migration)
     carrier = Carrier(adapter, ready, settings, old, new)
     landed: dict[ModuleRef, list[Update]] = {}
     rows: list[PortedModule] = []
+
+    def keep(row: PortedModule, target: ModuleRef | None, carried: Update | None) -> None:
+        rows.append(row)
+        if carried is not None and target is not None:
+            landed.setdefault(target, []).append(carried)
+
     for done, (ref, update) in enumerate(adapter.updates.items()):
         if tick is not None:
             tick(done, len(adapter.updates), str(ref))
+        if isinstance(made, Carried):
+            keep(*carrier.adopt(ref, update, made))
+            continue
         row, target, carried = carrier.carry(ref, update)
-        rows.append(row)
-        if carried is not None and target is not None:
-            for place, part in ((target, carried), *carrier.copies(ref, update)):
+        keep(row, target, carried)
+        if carried is not None:
+            for place, part in carrier.copies(ref, update):
                 landed.setdefault(place, []).append(part)
-    updates, rows = joined(landed, rows, settings.rank, adapter.path)
+    if isinstance(made, Carried):
+        for added in carrier.added(made, {row.target for row in rows if row.target}):
+            keep(*added)
+    updates, rows = joined(landed, rows, 1.0 if settings.rank == "full" else settings.rank, adapter.path)
     if settings.save_dtype is not None:
         updates = {place: update.cast(settings.save_dtype) for place, update in updates.items()}
     tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
@@ -154,7 +177,8 @@ def apply_migration(
         raise InputError(
             "no module is left to carry", file=adapter.path, remedy="Check --include, --exclude, --components."
         )
-    judgement = _after(judgement, migration.used, rows)
+    figures = dict(made.figures) if isinstance(made, Carried) else {}
+    judgement = judgement if isinstance(made, Carried) else _after(judgement, migration.used, rows)
     counts = Counts(
         **{status: sum(row.status == status for row in rows) for status in ("ported", "skipped", "refused")}
     )
@@ -165,6 +189,7 @@ def apply_migration(
         method=migration.used,
         method_reason=migration.reason,
         options={name: value for name, value in migration.options.items() if value is not None},
+        figures=figures,
         verdict=judgement.verdict if migration.source is not None else None,
         summary=_summary(counts, judgement, ready),
         reasons=[*judgement.reasons, *([tokens_note(tokens, old, new)] if tokens else [])],
@@ -220,7 +245,8 @@ def port(
 ) -> PortResult:
     """Fit and carry in one call; see `fit_for` and `apply_migration`."""
     started = time.perf_counter()
-    migration = fit_for(adapter, old, new, method, selection=settings.selection, tick=tick, **options)
+    running = settings.running
+    migration = fit_for(adapter, old, new, method, selection=settings.selection, running=running, tick=tick, **options)
     return apply_migration(adapter, migration, settings, old=old, new=new, started=started)
 
 

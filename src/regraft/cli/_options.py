@@ -18,6 +18,7 @@ from regraft.errors import RegraftError, UsageError
 from regraft.families import block_names
 from regraft.hub import hub_id_of
 from regraft.methods import get_method
+from regraft.methods.task import Rank, Running
 from regraft.pairing import Named
 from regraft.plan import Selection
 
@@ -39,8 +40,27 @@ SubspaceRank = Annotated[
 ]
 Energy = Annotated[float | None, typer.Option("--energy", help="lora-x, prolora: share of ‖W‖² in the subspaces.")]
 Threshold = Annotated[
-    float | None,
-    typer.Option("--threshold", help="lora-x, prolora: least subspace similarity to carry a module."),
+    str | None,
+    typer.Option(
+        "--threshold",
+        metavar="N|paper",
+        help="lora-x, prolora: least subspace similarity to carry a module; prolora: paper, for its Φ of 0.8.",
+    ),
+]
+NInputs = Annotated[
+    int | None, typer.Option("--n-inputs", min=2, help="Methods that run both bases: inputs that these make.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of those inputs.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Texts to run instead, one a line.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE|FOLDER", help="config.json of bare weights files.")
+]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="auto: run no model; choose by the weights alone.")]
+Pull = Annotated[
+    str | None, typer.Option("--pull", metavar="0…1|auto", help="effect: pull towards the old base's own outputs.")
+]
+Ridge = Annotated[
+    float | None, typer.Option("--ridge", help="effect, ridge: weight of the prior, in mean squares of the inputs.")
 ]
 Removed = Annotated[
     str | None,
@@ -95,6 +115,46 @@ def number_or_share(text: str | None, option: str) -> int | float | None:
     if not number > 0 or (isinstance(number, float) and number > 1):
         raise UsageError(f"{option} {text!r} is neither a rank nor a share", remedy="Give 16, 0.9 or keep.")
     return number
+
+
+def wanted_rank(text: str | None) -> Rank:
+    """The rank of the output: as `number_or_share`, or ``full``."""
+    return "full" if text == "full" else number_or_share(text, "--rank")
+
+
+def pull(text: str | None) -> float | str | None:
+    """``auto``, or how far to pull, 0 to 1."""
+    if text is None or text == "auto":
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise UsageError(f"--pull {text!r} is out of range", remedy="Give 0 to 1, or auto.")
+    return number
+
+
+def running(
+    n_inputs: int | None, seed: int, prompts: Path | None, config: Path | None, device: str, weights_only: bool
+) -> Running:
+    """How both models are to be run."""
+    texts = None
+    if prompts is not None:
+        from regraft.probes import read_prompts
+
+        texts = tuple(read_prompts(prompts))
+    return Running(n_inputs, seed, texts, config, device, weights_only)
+
+
+def number_or_word(text: str | None, option: str, word: str) -> float | str | None:
+    """``0.8`` → 0.8; the word itself; nothing → None."""
+    if text is None or text == word:
+        return text
+    try:
+        return finite(float(text), option)
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is neither a number nor {word!r}", remedy=f"Give 0.8 or {word}.") from None
 
 
 def finite(number: float, option: str) -> float:

@@ -44,12 +44,19 @@ def port(
     subspace_rank: o.SubspaceRank = None,
     energy: o.Energy = None,
     threshold: o.Threshold = None,
+    pull: o.Pull = None,
+    ridge: o.Ridge = None,
+    n_inputs: o.NInputs = None,
+    seed: o.Seed = 0,
+    prompts: o.Prompts = None,
+    config: o.Config = None,
+    weights_only: o.WeightsOnly = False,
     removed: o.Removed = None,
     strength: Annotated[float, typer.Option("--strength", help="Factor on the whole update.")] = 1.0,
     block_strength: Annotated[
         str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
     ] = None,
-    rank: Annotated[str | None, typer.Option("--rank", metavar="N|SHARE|keep", help="Rank of the output.")] = None,
+    rank: Annotated[str | None, typer.Option("--rank", metavar="N|SHARE|keep|full", help="Rank of the output.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
     save_dtype: Annotated[str | None, typer.Option("--save-dtype", help="Of the output's tensors.")] = None,
     strip_private: Annotated[
@@ -96,9 +103,18 @@ def port(
     computing = o.use_hardware(device, dtype, threads)
     if format is not None:
         get_format(format)
-    rank_out = o.number_or_share(rank, "--rank")
+    rank_out = o.wanted_rank(rank)
     subspace = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=subspace, energy=energy, threshold=threshold, removed=removed)
+    options = o.method_options(
+        method,
+        subspace_rank=subspace,
+        energy=energy,
+        threshold=o.number_or_word(threshold, "--threshold", "paper"),
+        pull=o.pull(pull),
+        ridge=ridge,
+        removed=removed,
+    )
+    running = o.running(n_inputs, seed, prompts, config, device, weights_only)
     if migrations is None and (to_fingerprint or via):
         raise UsageError("--to-fingerprint and --via belong to --migrations", remedy="Give --migrations FOLDER.")
     if migrations is not None and (migration or save_migration):
@@ -130,6 +146,7 @@ def port(
         allow_partial=allow_partial,
         force=force,
         private=not strip_private,
+        running=running,
     )
     if not allow_partial and loaded.updates:
         check_understood(loaded, named, which, settings.selection)
@@ -245,10 +262,14 @@ class _Job:
         if source is not None and whole:
             check_families(self.adapter, source, target)
             # Rounded as the file is to be: a port through it gives the same bytes as this one.
-            fitted = fit_migration(source, target, self.method, tick=tick, **self.options)
+            running = self.settings.running
+            fitted = fit_migration(source, target, self.method, running=running, tick=tick, **self.options)
             return halved(remeasure(fitted, source, target, self.adapter))
-        # `auto` chooses by the modules at hand, and a copy costs nothing to fit: neither is worth a file.
-        if source is None or not cached or self.method == "auto" or not get_method(self.method).needs:
+        # `auto` chooses by the modules at hand, and a copy costs nothing to fit: neither is worth a file. What depends
+        # on the adapter or on how the models are run can't be one.
+        chosen_method = get_method(self.method)
+        once = self.method == "auto" or not chosen_method.needs or chosen_method.per == "adapter" or chosen_method.runs
+        if source is None or not cached or once:
             return self._fit(tick)
         check_families(self.adapter, source, target)
         chosen = selection.of(self.adapter)
@@ -260,7 +281,13 @@ class _Job:
         return fitted
 
     def _fit(self, tick: Ticker) -> Migration:
-        selection = self.settings.selection
         return fit_for(
-            self.adapter, self.source, self.target, self.method, selection=selection, tick=tick, **self.options
+            self.adapter,
+            self.source,
+            self.target,
+            self.method,
+            selection=self.settings.selection,
+            running=self.settings.running,
+            tick=tick,
+            **self.options,
         )

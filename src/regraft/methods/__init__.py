@@ -1,7 +1,8 @@
 """Transfer methods. One registered function each; adding one is adding a file.
 
 A function's keyword parameters are its options. Per module it gets the two weights as float32 matrices and returns
-a `Transport`; per pair it gets all of them (see `WeightPairs`) and returns a `Fit`.
+a `Transport`; per pair it gets all of them (see `WeightPairs`) and returns a `Fit`; per adapter it gets the adapter
+beside both bases (see `AdapterTask`) and returns what it made of it, a `Carried`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -22,8 +23,16 @@ from regraft.errors import UsageError
 from regraft.nearness import Nearness
 from regraft.pairing import Pairing
 from regraft.transport import Transport
+from regraft.updates import Update
 
-Need = Literal["old", "new"]
+if TYPE_CHECKING:
+    from regraft.methods.task import AdapterTask
+    from regraft.runtime.record import Statistics
+
+#: Which weights a method reads; "models": both bases are run on inputs that they make themselves; "adapters": it
+#: learns from adapters that exist on both bases.
+Need = Literal["old", "new", "models", "adapters"]
+Per = Literal["module", "pair", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,13 @@ class WeightPairs(Protocol):
         """Old and new weight, float32 matrices (out, in) and (out', in')."""
         ...
 
+    def statistics(self, module: ModuleRef) -> Statistics | None:
+        """Second moments of the module's inputs and outputs in both models on the same inputs.
+
+        None where the models have no such module, or run it more than once. Only for methods that need "models".
+        """
+        ...
+
     @property
     def pairing(self) -> Pairing:
         """What answers to what, with the modules that were removed and added."""
@@ -104,6 +120,42 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """What a method made that depends on the adapter.
+
+    Attributes:
+        updates: by the new base's own module names, at strength 1: `LowRank`, or `Diff` by the parameter's whole name.
+        method: name of the method that was used in the end (`auto` chooses).
+        reason: why, in plain words.
+        skipped: the old base's modules that the adapter changes and that have no part in it → why.
+        places: old module → new module, where the method pairs them otherwise than by name and depth.
+        figures: diagnostics for the report (``pull``, ``strength``, ``held_out``, ``seconds`` …).
+        lost: new module → share of its ‖ΔW‖² that the cut to the wanted rank lost.
+    """
+
+    updates: Mapping[ModuleRef, Update]
+    method: str
+    reason: str = ""
+    skipped: Mapping[ModuleRef, str] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    lost: Mapping[ModuleRef, float] = field(default_factory=dict)
+    places: Mapping[ModuleRef, ModuleRef] = field(default_factory=dict)
+
+    def part(self, target: ModuleRef) -> Update | None:
+        """The update of a module of the new base, low-rank or dense."""
+        whole = ModuleRef(target.component, f"{target.path}.weight")
+        return self.updates.get(target) or self.updates.get(whole)
+
+
+class AfterPair(Protocol):
+    """What a method per pair does once there is an adapter."""
+
+    def __call__(self, task: AdapterTask, chosen: Fit) -> Carried | str | None:
+        """What it carried, or why it left the pair's own transports as they are; None where there is nothing to say."""
+        ...
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered method.
 
@@ -114,10 +166,11 @@ class Method:
         needs: which weights it reads; empty for those that need shapes only.
         scope: ``pair`` (fits once per base pair, may be saved as a migration) or ``adapter``.
         tier: ``port``, ``refine`` or ``bridge``.
-        per: whether ``function`` is called per module or once per pair.
+        per: whether ``function`` is called per module, once per pair, or once per adapter.
         resizes: whether it can carry an update onto a weight of another shape.
         function: the method itself.
         options: name → default.
+        after: of a method per pair, see `AfterPair`.
     """
 
     name: str
@@ -126,10 +179,16 @@ class Method:
     needs: tuple[Need, ...]
     scope: Literal["pair", "adapter"]
     tier: Literal["port", "refine", "bridge"]
-    per: Literal["module", "pair"]
+    per: Per
     resizes: bool
     function: Callable[..., Any]
     options: Mapping[str, Any]
+    after: AfterPair | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can't do without running both models."""
+        return "models" in self.needs
 
     def check_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The method's options with ``given`` laid over the defaults.
@@ -156,15 +215,16 @@ def method(
     needs: tuple[Need, ...],
     scope: Literal["pair", "adapter"] = "pair",
     tier: Literal["port", "refine", "bridge"] = "port",
-    per: Literal["module", "pair"] = "module",
+    per: Per = "module",
     resizes: bool = False,
+    after: AfterPair | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function; its keyword-only parameters become its options."""
 
     def register(function: _Function) -> _Function:
         parameters = inspect.signature(function).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        _REGISTRY[name] = Method(name, reference, summary, needs, scope, tier, per, resizes, function, options)
+        _REGISTRY[name] = Method(name, reference, summary, needs, scope, tier, per, resizes, function, options, after)
         return function
 
     return register

@@ -44,6 +44,8 @@ def lora_x(
     u, v = subspaces(new, subspace_rank, energy)
     if old is not None and old.shape != new.shape:
         return index_matched(*subspaces(old, u.shape[1], None), u, v)
+    if isinstance(threshold, str):
+        raise UsageError(f"lora-x has no threshold {threshold!r}", remedy="The paper gives none: give a number.")
     if threshold is not None:
         if old is None:
             raise UsageError("lora-x with --threshold compares both bases", remedy="Give --from.")

@@ -7,6 +7,7 @@ encoders, with the adapter on them, as in use.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ class DiffusionProbe:
         known: dict[str, Call] = {}
         for i, (text, states) in enumerate(zip(self.texts, self.states, strict=True)):
             if text is None:
-                condition = _made_up(model, self.seed + i)
+                condition = made_up(model, self.seed + i)
             else:
                 if text not in known:
                     known[text] = _first_call(model, text, like=states[0])
@@ -78,16 +79,16 @@ class DiffusionProbe:
                 remedy="Give both as pipeline folders, or both as U-Net folders.",
             )
         old = self.states[0][0]
-        new = _noise(model, self.seed)[0] if text is None else _state(model, _first_call(model, text, like=old))
+        new = noise_states(model, self.seed)[0] if text is None else _state(model, _first_call(model, text, like=old))
         (ours, x), (theirs, y) = next(iter(old.items())), next(iter(new.items()))
         if ours != theirs or x.shape != y.shape:
             noise = torch.Generator().manual_seed(self.seed)
             own = tuple(tuple({**new, theirs: _normal(y.shape, noise).to(y)} for _ in s) for s in self.states)
             return replace(self, states=own), f"the latents have different shapes, {_sizes(x)} and {_sizes(y)}"
-        if _reads(model) != self.reads:
+        if reads(model) != self.reads:
             return (
                 self,
-                f"the models predict or read different things, {_words(self.reads)} and {_words(_reads(model))}",
+                f"the models predict or read different things, {_words(self.reads)} and {_words(reads(model))}",
             )
         return self, None
 
@@ -96,7 +97,7 @@ def diffusion_probe(
     model: Loaded, adapter: Adapter, *, prompts: Sequence[str] | None, n_inputs: int | None, seed: int
 ) -> DiffusionProbe:
     """See `regraft.probes.make_probe`."""
-    if prompts is not None and not _reads_prompts(model):
+    if prompts is not None and not reads_prompts(model):
         raise InputError(
             f"a {model.name} reads no prompts",
             file=model.path,
@@ -104,10 +105,10 @@ def diffusion_probe(
         )
     if model.pipeline is None:
         n = n_inputs or N_INPUTS
-        states = tuple(tuple(_noise(model, seed + i)) for i in range(n))
+        states = tuple(tuple(noise_states(model, seed + i)) for i in range(n))
         made = f"{n} × Gaussian noise at timesteps {_NOISE_TIMESTEPS} with random conditioning, seed {seed}"
-        return DiffusionProbe((None,) * n, states, made, [], _reads(model), seed)
-    given = list(prompts if prompts is not None else PICTURE_PROMPTS) if _reads_prompts(model) else [""]
+        return DiffusionProbe((None,) * n, states, made, [], reads(model), seed)
+    given = list(prompts if prompts is not None else PICTURE_PROMPTS) if reads_prompts(model) else [""]
     n = n_inputs or (len(given) if prompts is not None else N_INPUTS)
     texts = [given[i % len(given)] for i in range(n)]
     own = {i: _trajectory(model, texts[i], seed + i) for i in range(0, n, 2)}
@@ -119,10 +120,11 @@ def diffusion_probe(
         f"{n} × {STATES} states on the way from noise to picture, made by the old base and by the old base with its "
         f"adapter in turn, {STEPS} steps, {whose}, seed {seed}"
     )
-    return DiffusionProbe(tuple(texts), tuple(own[i] for i in range(n)), made, distinct, _reads(model), seed)
+    return DiffusionProbe(tuple(texts), tuple(own[i] for i in range(n)), made, distinct, reads(model), seed)
 
 
-def _reads_prompts(model: Loaded) -> bool:
+def reads_prompts(model: Loaded) -> bool:
+    """Whether it is a pipeline that takes prompts."""
     return model.pipeline is not None and "prompt" in inspect.signature(model.pipeline.__call__).parameters
 
 
@@ -130,8 +132,8 @@ def _reads_prompts(model: Loaded) -> bool:
 def _trajectory(model: Loaded, prompt: str, seed: int) -> tuple[Call, ...]:
     """States of one sampling run, evenly spread from pure noise to the last step."""
     calls: list[Call] = []
-    with _recording(model.main, calls):
-        _sample(model, prompt, seed)
+    with recording(model.main, calls):
+        sample_latents(model, prompt, seed)
     spread = torch.linspace(0, len(calls) - 1, STATES).round().int().tolist()
     return tuple(_state(model, calls[i]) for i in spread)
 
@@ -146,24 +148,28 @@ def _first_call(model: Loaded, prompt: str, like: Call) -> Call:
     # Models distilled with guidance read it as an input; for the others 1 switches the second pass off.
     guided = getattr(model.main.config, "guidance_embeds", False)
     calls: list[Call] = []
-    with _recording(model.main, calls, stop=True), suppress(_Enough):
-        _sample(model, prompt, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
+    with recording(model.main, calls, stop=True), suppress(Enough):
+        sample_latents(model, prompt, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
     return calls[0]
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Leaves a pipeline at its denoiser's first call."""
 
 
 @contextmanager
-def _recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Iterator[None]:
-    signature = inspect.signature(model.forward)
+def recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Iterator[None]:
+    """Note the arguments of every call; with ``stop``, leave at the first by `Enough`."""
+    signature, ours = inspect.signature(model.forward), threading.get_ident()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Several threads may be on their way through one model (`regraft.runtime.walk`).
+        if threading.get_ident() != ours:
+            return
         arguments = signature.bind(*args, **kwargs).arguments
         calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()})
         if stop:
-            raise _Enough
+            raise Enough
 
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -172,13 +178,15 @@ def _recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> It
         handle.remove()
 
 
-def _sample(model: Loaded, prompt: str, seed: int, **settings: Any) -> None:
+def sample_latents(model: Loaded, prompt: str | list[str], seed: int, **settings: Any) -> None:
+    """Run a pipeline on a prompt (or several together) and leave its latents; settings that are None are left out."""
     accepted = inspect.signature(model.pipeline.__call__).parameters
     settings = {"prompt": prompt, "num_inference_steps": STEPS, "output_type": "latent", **settings}
-    generator = torch.Generator().manual_seed(seed)
+    several = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt))] if isinstance(prompt, list) else []
+    generator = several or torch.Generator().manual_seed(seed)
     try:
-        model.pipeline(generator=generator, **{k: v for k, v in settings.items() if k in accepted})
-    except (_Enough, RegraftError):
+        model.pipeline(generator=generator, **{k: v for k, v in settings.items() if k in accepted and v is not None})
+    except (Enough, RegraftError):
         raise
     except Exception as error:
         raise InputError(
@@ -202,14 +210,15 @@ def _predict(model: Loaded, condition: Call, state: Call) -> Tensor:
     return prediction[-1:]
 
 
-def _noise(model: Loaded, seed: int) -> list[Call]:
+def noise_states(model: Loaded, seed: int) -> list[Call]:
+    """Gaussian noise at the first timesteps: all that can be asked of a U-Net without a pipeline."""
     config, noise = model.main.config, torch.Generator().manual_seed(seed)
     size = config.sample_size or 64
     shape = (1, config.in_channels, *((size, size) if isinstance(size, int) else size))
     return [{"sample": _normal(shape, noise), "timestep": torch.tensor(t)} for t in _NOISE_TIMESTEPS]
 
 
-def _made_up(model: Loaded, seed: int) -> Call:
+def made_up(model: Loaded, seed: int) -> Call:
     """Random conditioning of the sizes that a U-Net wants: text, class, and SDXL's pooled text and picture sizes."""
     config, noise = model.main.config, torch.Generator().manual_seed(seed)
     made: Call = {}
@@ -234,10 +243,10 @@ def _to(value: Any, model: Loaded) -> Any:
     return value.to(model.device, model.main.dtype if value.is_floating_point() else value.dtype)
 
 
-def _reads(model: Loaded) -> tuple[Any, ...]:
+def reads(model: Loaded) -> tuple[Any, ...]:
     """What two models must have in common for their predictions to be compared."""
     if model.pipeline is None:
-        return tuple((name, tuple(v.shape)) for name, v in _made_up(model, 0).items() if isinstance(v, Tensor))
+        return tuple((name, tuple(v.shape)) for name, v in made_up(model, 0).items() if isinstance(v, Tensor))
     scheduler = getattr(model.pipeline, "scheduler", None)
     flow = type(scheduler).__name__.startswith("FlowMatch")
     return ("flow" if flow else getattr(getattr(scheduler, "config", None), "prediction_type", None),)

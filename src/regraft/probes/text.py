@@ -58,15 +58,15 @@ class TextProbe:
 
     def carried_to(self, model: Loaded) -> tuple[TextProbe, str | None]:
         """The same ids where both models number their tokens alike, else the same texts in the new model's tokens."""
-        vocabulary = _vocabulary(model)
+        vocabulary = vocabulary_of(model)
         shared = replace(self, rows=_cut(self.rows, model), vocabulary=min(self.vocabulary, vocabulary))
         if (model.kind == "language") is not self.logits:
             return shared, "one of the two is a language model and the other is not"
         if self.tokenizer is not None and model.tokenizer is not None:
-            if _same_ids(self.tokenizer, model.tokenizer):
+            if same_ids(self.tokenizer, model.tokenizer):
                 return shared, None
             texts = self.prompts or self.tokenizer.batch_decode([row[0] for row in self.rows], skip_special_tokens=True)
-            rows = tuple(_encode(model, text or ".") for text in texts)
+            rows = tuple(encode(model, text or ".") for text in texts)
             again = replace(self, rows=rows, tokenizer=model.tokenizer, vocabulary=vocabulary)
             return again, "the two models split text into different tokens"
         if vocabulary != self.vocabulary:
@@ -88,39 +88,40 @@ def text_probe(
                 file=model.path,
                 remedy="Leave --prompts out, or put the tokenizer's files into the model's folder.",
             )
-        rows, made = [_encode(model, text) for text in prompts], f"the {len(prompts)} texts given"
+        rows, made = [encode(model, text) for text in prompts], f"the {len(prompts)} texts given"
     elif model.kind == "language" and not getattr(model.main.config, "is_encoder_decoder", False):
-        rows = _sample(model, n - n // 2, generator)
+        rows = sample_texts(model, n - n // 2, generator)
         with applied(model.components, adapter):
-            rows += _sample(model, n // 2, generator)
+            rows += sample_texts(model, n // 2, generator)
         made = (
             f"{n} texts of {rows[0].shape[1]} tokens, sampled at temperature 1 from the old base ({n - n // 2}) and "
             f"the old base with its adapter ({n // 2}), seed {seed}"
         )
     elif model.tokenizer is not None:
-        texts = [_sentence(i) for i in range(n)]
-        rows, made = [_encode(model, text) for text in texts], f"{n} plain English sentences"
+        texts = [sentence(i) for i in range(n)]
+        rows, made = [encode(model, text) for text in texts], f"{n} plain English sentences"
     else:
-        length = _longest(model, RANDOM_TOKENS)
-        rows = list(torch.randint(_vocabulary(model), (n, 1, length), generator=generator))
+        length = longest(model, RANDOM_TOKENS)
+        rows = list(torch.randint(vocabulary_of(model), (n, 1, length), generator=generator))
         made = f"{n} sequences of {length} random token ids (there is no tokenizer), seed {seed}"
     return TextProbe(
-        tuple(rows), made, list(prompts or ()), model.kind == "language", model.tokenizer, _vocabulary(model)
+        tuple(rows), made, list(prompts or ()), model.kind == "language", model.tokenizer, vocabulary_of(model)
     )
 
 
-def _sentence(i: int) -> str:
+def sentence(i: int) -> str:
+    """The i-th plain English sentence."""
     first = SENTENCES[i % len(SENTENCES)]
     # Past the end of the list sentences come in pairs, so that no input comes twice.
     return first if i < len(SENTENCES) else f"{first} {SENTENCES[(7 * i + i // len(SENTENCES)) % len(SENTENCES)]}"
 
 
 @torch.no_grad()
-def _sample(model: Loaded, n: int, generator: torch.Generator) -> list[Tensor]:
+def sample_texts(model: Loaded, n: int, generator: torch.Generator, tokens: int = SAMPLED_TOKENS) -> list[Tensor]:
     """``n`` texts drawn from the model's own distribution, (1, positions) each; a text goes on past its end token."""
     if n == 0:
         return []
-    length, vocabulary = _longest(model, SAMPLED_TOKENS), _vocabulary(model)
+    length, vocabulary = longest(model, tokens), vocabulary_of(model)
     start = getattr(model.main.config, "bos_token_id", None)
     if model.tokenizer is not None and model.tokenizer.bos_token_id is not None:
         start = model.tokenizer.bos_token_id
@@ -142,19 +143,22 @@ def _sample(model: Loaded, n: int, generator: torch.Generator) -> list[Tensor]:
     return list(ids.unsqueeze(1))
 
 
-def _encode(model: Loaded, text: str) -> Tensor:
-    length = _longest(model, MOST_TOKENS)
+def encode(model: Loaded, text: str) -> Tensor:
+    """Token ids of a text, (1, positions)."""
+    length = longest(model, MOST_TOKENS)
     ids = model.tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"].long()
     if ids.shape[1] == 0:
         raise InputError(f"a prompt has no tokens: {text!r}", file=model.path)
     return torch.as_tensor(ids)
 
 
-def _vocabulary(model: Loaded) -> int:
+def vocabulary_of(model: Loaded) -> int:
+    """How many tokens the model knows."""
     return int(model.main.get_input_embeddings().weight.shape[0])
 
 
-def _longest(model: Loaded, wanted: int) -> int:
+def longest(model: Loaded, wanted: int) -> int:
+    """The wanted number of tokens, or what the model can read at most."""
     config = model.main.config
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # RoBERTa's positions begin at its padding index + 1: two of them are never used.
@@ -162,11 +166,11 @@ def _longest(model: Loaded, wanted: int) -> int:
 
 
 def _cut(rows: Sequence[Tensor], model: Loaded) -> tuple[Tensor, ...]:
-    length = _longest(model, max(row.shape[1] for row in rows))
+    length = longest(model, max(row.shape[1] for row in rows))
     return tuple(row[:, :length] for row in rows)
 
 
-def _same_ids(old: Any, new: Any) -> bool:
+def same_ids(old: Any, new: Any) -> bool:
     """Whether every token that both know has one id, and the smaller vocabulary lies in the larger."""
     ours, theirs = old.get_vocab(), new.get_vocab()
     fewer, more = (ours, theirs) if len(ours) <= len(theirs) else (theirs, ours)

@@ -149,6 +149,7 @@ class PortReport(VersionedRecord):
     method: str
     method_reason: str = Field(default="", description="why `auto` chose this method")
     options: dict[str, Any] = Field(default_factory=dict)
+    figures: dict[str, float] = Field(default_factory=dict, description="what the method measured on the way")
     verdict: Verdict | None
     summary: str
     reasons: list[str] = Field(default_factory=list)

@@ -1,0 +1,176 @@
+"""What a method that depends on the adapter is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
+from regraft.pairing import Pairing
+from regraft.runtime.both import BothModels
+from regraft.tensors import InMemory
+from regraft.updates import Diff, Full, LowRank, Update
+from regraft.updates.exact import refactor
+
+#: Of the output: a number, a share of ‖ΔW‖² to keep, dense, or None for the adapter's own, module by module.
+Rank = int | float | Literal["full"] | None
+
+# Formats whose tools read a whole ΔW (`diff` keys); elsewhere a LoRA of full rank says the same.
+_HOLD_DIFF = ("kohya", "lycoris", "comfyui", "onetrainer", "musubi")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How both models are run, where a method does that.
+
+    Attributes:
+        n_inputs: self-made inputs to fit on; None for the method's own number.
+        seed: of the inputs.
+        prompts: texts to use instead of made ones.
+        config: of bare weights files; see `regraft.runtime.load_model`.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        weights_only: run no model, where the method can do without.
+    """
+
+    n_inputs: int | None = None
+    seed: int = 0
+    prompts: tuple[str, ...] | None = None
+    config: Path | None = None
+    device: str = "cpu"
+    weights_only: bool = False
+
+
+#: Nothing asked for.
+AS_IT_IS = Running()
+
+
+def _no_tick(done: int, total: int, what: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTask:
+    """One adapter, to be brought from one base to another.
+
+    Attributes:
+        adapter: what is to be carried of it.
+        old: the base that it was trained on.
+        new: the base that it is to run on.
+        pairing: which module answers to which.
+        modules: the old base's modules that the adapter changes → its update there (whole parameters are not here).
+        copy: the plain copy by the new base's names: what fits.
+        running: how to run the models.
+        rank: wanted of the result.
+        tick: called with (done, in all, what).
+        given: both models, where they are loaded already.
+    """
+
+    adapter: Adapter
+    old: Base
+    new: Base
+    pairing: Pairing
+    modules: Mapping[ModuleRef, Update]
+    copy: Callable[[], Adapter]
+    running: Running = AS_IT_IS
+    rank: Rank = None
+    tick: Callable[[int, int, str], None] = _no_tick
+    given: BothModels | None = field(default=None, repr=False)
+
+    @cached_property
+    def models(self) -> BothModels:
+        """Both bases, loaded on first use.
+
+        Raises:
+            InputError: one of them can't be loaded.
+            RegraftError: transformers or diffusers is not installed.
+        """
+        if self.given is not None:
+            return self.given
+        return BothModels.load(self.old.path, self.new.path, self.running.config, self.running.device)
+
+    @cached_property
+    def _copied(self) -> Adapter:
+        return self.copy()
+
+    def copied(self) -> Adapter:
+        """The plain copy by the new base's own names: what fits (wider or deeper ones by the pairing)."""
+        return self._copied
+
+    @property
+    def seed(self) -> int:
+        return self.running.seed
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        return self.running.prompts
+
+    def target(self, module: ModuleRef) -> ModuleRef | None:
+        """The new base's module that answers to one of the old base."""
+        return self.pairing[module].module
+
+    def delta(self, module: ModuleRef) -> Tensor:
+        """ΔW on the old base as a float32 matrix (out, in · kh · kw), DoRA's magnitude and multiplications included."""
+        weight = self.old.weight(module).float()
+        return (self.modules[module].merged(weight).reshape(weight.shape) - weight).flatten(1)
+
+    def rank_of(self, module: ModuleRef) -> int | float | None:
+        """The wanted rank of one of the old base's modules; None for a dense result."""
+        if self.rank == "full":
+            return None
+        own = self.modules[module].rank if module in self.modules else None
+        return self.rank if self.rank is not None else own
+
+    def made(self, module: ModuleRef, up: Tensor, down: Tensor) -> LowRank:
+        """A `LowRank` of new factors, in the dtype, scale and spelling of the adapter's own update.
+
+        Args:
+            module: of the old base.
+            up: (out', r).
+            down: (r, in' · kh · kw).
+        """
+        shape = self._new_shape(module)
+        like = self.modules.get(module)
+        plain = LowRank(InMemory(up), InMemory(down), 1.0)
+        if not isinstance(like, LowRank):
+            return plain.with_factors(up, down, shape)
+        scale = like.scale if like.scale else 1.0
+        # Even norms of both factors, and the file's own alpha.
+        up = up / scale
+        if len(like.shape) == 2 and len(shape) > 2 and prod(shape[2:]) == 1:
+            shape = shape[:2]
+        return replace(like, magnitude=None, bias=None, scale=scale).with_factors(up, down, shape)
+
+    def dense(self, module: ModuleRef, delta: Tensor) -> tuple[ModuleRef, Update]:
+        """A whole ΔW (out', in' · kh · kw) as the format can hold it, by its name on the new base.
+
+        ``diff`` keys, or a LoRA of full rank, which says the same.
+        """
+        target = self.target(module)
+        assert target is not None
+        if self.adapter.format not in _HOLD_DIFF:
+            factors = refactor(delta).update.factors()
+            return target, self.made(module, *factors)
+        name = f"{target.path}.weight"
+        value = delta.reshape(self._new_shape(module)).to(self._dtype(module)).contiguous()
+        return ModuleRef(target.component, name), Diff(InMemory(value), f"{target.path}.diff")
+
+    def _dtype(self, module: ModuleRef) -> torch.dtype:
+        like = self.modules.get(module)
+        return like.down.dtype if isinstance(like, LowRank) else torch.float32
+
+    def _new_shape(self, module: ModuleRef) -> tuple[int, ...]:
+        target = self.target(module)
+        assert target is not None
+        return self.new.shape(target)
+
+    def whole_parameters(self) -> dict[ModuleRef, Update]:
+        """The copy's changes of whole parameters: norms, biases, heads."""
+        return {ref: update for ref, update in self.copied().updates.items() if isinstance(update, Diff | Full)}

@@ -1,0 +1,82 @@
+"""Two bases loaded side by side, and second models of the same tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from regraft.adapter import ModuleRef
+from regraft.errors import InputError
+from regraft.names import resolve_names
+from regraft.runtime.load import Loaded, load_model, quiet_libraries
+
+#: Which of two bases.
+Side = Literal["old", "new"]
+
+
+@dataclass(frozen=True, eq=False)
+class BothModels:
+    """The old and the new base, ready to run."""
+
+    old: Loaded
+    new: Loaded
+
+    @classmethod
+    def load(cls, old: Path, new: Path, config: Path | None = None, device: str = "cpu") -> BothModels:
+        """Load both; see `regraft.runtime.load_model`.
+
+        Raises:
+            InputError: one can't be loaded, or one is a diffusion model and the other is not.
+        """
+        with quiet_libraries():
+            first = load_model(old, config=config, device=device)
+            second = load_model(new, config=config, device=device)
+        if first.kind != second.kind:
+            raise InputError(f"is a model of another kind ({second.kind}) than the old base ({first.kind})", file=new)
+        return cls(first, second)
+
+    def side(self, which: Side) -> Loaded:
+        return self.old if which == "old" else self.new
+
+
+def twin(model: Loaded) -> Loaded:
+    """A second model (or pipeline) of the very same tensors: what is exchanged in one leaves the other as it was."""
+    # Known to the copier beforehand, parameters and buffers are shared, not copied.
+    memo: dict[int, Any] = {}
+    for part in model.components.values():
+        memo |= {id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())}
+    components = {name: copy.deepcopy(part, memo) for name, part in model.components.items()}
+    pipeline = model.pipeline
+    if pipeline is not None:
+        pipeline = copy.copy(pipeline)
+        for name, part in components.items():
+            object.__setattr__(pipeline, name, part)
+        # A scheduler counts its steps.
+        if hasattr(pipeline, "scheduler"):
+            object.__setattr__(pipeline, "scheduler", copy.deepcopy(pipeline.scheduler))
+    return replace(model, components=components, pipeline=pipeline)
+
+
+def modules_of(model: Loaded, refs: Iterable[ModuleRef]) -> dict[ModuleRef, nn.Module]:
+    """A base's modules in the loaded model, by name up to a common prefix; those that it lacks are left out."""
+    grouped: dict[str, list[str]] = {}
+    for component, path in refs:
+        grouped.setdefault(component, []).append(path)
+    found: dict[ModuleRef, nn.Module] = {}
+    for component, paths in grouped.items():
+        here = model.components.get(component)
+        if here is None and len(model.components) == 1:
+            here = next(iter(model.components.values()))
+        if here is None:
+            continue
+        there = dict(here.named_modules(remove_duplicate=False))
+        for path, name in resolve_names(paths, there.keys()).items():
+            if name is not None:
+                found[ModuleRef(component, path)] = there[name]
+    return found
