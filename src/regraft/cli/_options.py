@@ -62,6 +62,10 @@ Pull = Annotated[
 Ridge = Annotated[
     float | None, typer.Option("--ridge", help="effect, ridge: weight of the prior, in mean squares of the inputs.")
 ]
+Anchors = Annotated[
+    str | None,
+    typer.Option("--anchors", metavar="OLD=NEW,…|FOLDER", help="anchor-ridge: adapters that exist on both bases."),
+]
 Removed = Annotated[
     str | None,
     typer.Option(
