@@ -26,14 +26,17 @@ def test_unrelated_weights_under_the_same_names_are_refused(tmp_path: Path, offs
         port(lora(llama()), *bases)
 
 
-def test_a_target_of_random_weights_is_refused_by_every_method_on_weights(tmp_path: Path) -> None:
+def test_a_target_of_random_weights_is_refused_by_every_method(tmp_path: Path) -> None:
     from regraft.methods import methods
 
     noise = {name: torch.rand_like(t) for name, t in llama().items()}
     bases = pair(tmp_path, llama(), noise)
-    for method in (name for name, found in methods().items() if not {"models", "adapters"} & set(found.needs)):
+    # What fits a map to activations has to run both first: see tests/methods.
+    for name, method in methods().items():
+        if method.runs and method.per == "pair":
+            continue
         with pytest.raises(Refused):
-            port(lora(llama()), *bases, method)
+            port(lora(llama()), *bases, name)
 
 
 @pytest.mark.parametrize("strength", [0.7, 1.0])
