@@ -49,7 +49,13 @@ def check(
         raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold, removed=removed)
+    options = o.method_options(
+        method,
+        subspace_rank=rank,
+        energy=energy,
+        threshold=o.number_or_word(threshold, "--threshold", "paper"),
+        removed=removed,
+    )
     chosen = o.selection(include, exclude, components)
     if migration is not None:
         read = load_migration(migration)
