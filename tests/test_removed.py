@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,8 @@ def test_a_removed_blocks_survivor_is_its_nearest_neighbour(bases: tuple[Base, B
 
 def test_added_blocks_are_traced_to_the_blocks_that_they_copy(tmp_path: Path) -> None:
     old = llama(layers=2)
-    again = {
-        f"model.layers.{int(n.split('.')[2]) + 2}.{n.split('.', 3)[3]}": t.clone()
-        for n, t in old.items()
-        if "layers" in n
-    }
+    blocks = {n: t for n, t in old.items() if "layers" in n}
+    again = {re.sub(r"layers.(\d)", lambda i: f"layers.{int(i[1]) + 2}", n): t.clone() for n, t in blocks.items()}
     new = drifted({**old, **again}, 0.2)
     files = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((old, new))]
     pairing = pair_bases(*files)

@@ -442,10 +442,10 @@ def _placed_entry(pairs: _Pairs, module: ModuleRef, fit: Fit, moved: dict[int, T
     """The entry of a module that the method places itself: on one module of the new base or on several."""
     shape_old, aligned = pairs.old.shape(module), fit.similarity.get(module)
     nearness = pairs.nearness(module) if module in pairs.targets else Nearness(similarity=aligned)
-    entries, reason = [], "the method gives it no place in the new base"
+    entries, lost = [], Skip("the method gives it no place in the new base")
     for target, outcome in fit.placed[module].items():
         if isinstance(outcome, Skip):
-            reason = outcome.reason
+            lost = outcome
             continue
         carried = as_carried(nearness, outcome, aligned)
         same = target == pairs.targets.get(module)
@@ -454,7 +454,7 @@ def _placed_entry(pairs: _Pairs, module: ModuleRef, fit: Fit, moved: dict[int, T
         shape_new = pairs.new.shape(target)
         entries.append(Entry(target, outcome.to_cpu(moved), where, shape_old, shape_new, carried, row_norms=row_norms))
     if not entries:
-        return Entry(None, None, reason, shape_old, nearness=nearness)
+        return Entry(None, None, lost.reason, shape_old, nearness=nearness, uncovered=not lost.planned)
     first, *copies = entries
     if copies:
         further = ", ".join(str(copy.target) for copy in copies)

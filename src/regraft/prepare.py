@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError
-from regraft.forecast import Evidence, Judgement, judge
+from regraft.forecast import Evidence, Judgement, Survey, judge
+from regraft.forecast.survey import survey
 from regraft.migration import Migration
 from regraft.pairing import Named
 from regraft.plan import Located, Selection, locate
@@ -74,6 +75,8 @@ def prepare(
     selection: Selection = Selection(),
     old: Base | None = None,
     new: Base | None = None,
+    *,
+    deep: bool = False,
 ) -> Preparation:
     """Decide what becomes of each module; reads the updates, and a weight of the old base where one acts on it alone.
 
@@ -83,6 +86,7 @@ def prepare(
         selection: which of its modules.
         old: the old base, by which changes of whole parameters are known.
         new: the new base, likewise.
+        deep: survey all modules of both bases in place of a fixed sample.
 
     Raises:
         InputError: an update holds NaN or Inf.
@@ -119,12 +123,24 @@ def prepare(
             problems[str(ref)] = whole.reason
         elif whole.fate == "skip":
             skipped[ref] = whole.reason
-    evidence = Evidence(shares, nearness, {ref: why for ref, why in skipped.items() if ref in shares})
+    homes_of = {ref: migration.entries.get(home) for ref, home in located.modules.items()}
+    rotated = {ref for ref, e in homes_of.items() if e is not None and e.transport is not None and e.transport.rotates}
+    gone = {ref: why for ref, why in skipped.items() if ref in shares}
+    evidence = Evidence(shares, nearness, gone, rotated, _surveyed(located, migration, old, new, deep))
     judgement = judge(adapter, migration, evidence)
     lost = sum(shares.get(ref, 0.0) for ref in adapter.updates if str(ref) in problems)
     if judgement.verdict == "survives" and lost > 0:
         judgement = replace(judgement, verdict="refine", summary=f"{lost:.0%} of the update can't be carried.")
     return Preparation(migration, located, evidence, judgement, wholes, problems, left_out)
+
+
+def _surveyed(
+    located: Located, migration: Migration, old: Base | None, new: Base | None, deep: bool
+) -> Survey | None:
+    """The bases beyond the adapter's modules, where both are at hand as a whole."""
+    if migration.source is None or old is None or new is None or old.partial or new.partial:
+        return None
+    return survey(old, new, set(located.modules.values()), deep=deep)
 
 
 def _shares(

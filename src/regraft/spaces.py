@@ -9,6 +9,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from regraft.adapter import ModuleRef
+from regraft.tensors import Shape
+
+Space = tuple[str, str, int, int]
+"""Component, name, size in the old base, size in the new one."""
+
 
 @dataclass(frozen=True)
 class NamedSides:
@@ -45,3 +51,32 @@ def named_sides(path: str) -> NamedSides:
             out, inp = (found.expand(rule[side]) if side in rule else None for side in ("out", "in"))
             return NamedSides(out, inp, rule.get("out_copies", 1))
     return NamedSides(None, None)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The spaces of one pair of weights, with their sizes; None stands for coordinates that both bases share.
+
+    Attributes:
+        out: that it writes.
+        inp: that it reads.
+        out_copies: its rows are that many stacked copies of ``out``.
+    """
+
+    out: Space | None
+    inp: Space | None
+    out_copies: int = 1
+
+
+def sides_of(module: ModuleRef, old: Shape, new: Shape) -> Sides:
+    """The spaces of a module whose weight is (out, in) = ``old`` in the old base and ``new`` in the new one."""
+
+    def space(name: str | None, axis: int, copies: int) -> Space | None:
+        m, m_new = old[axis] // copies, new[axis] // copies
+        if name is None:
+            # A fixed space keeps its coordinates, unless the two bases disagree on its size.
+            return None if m == m_new else (module.component, f"{module.path}:{axis}", m, m_new)
+        return (module.component, name, m, m_new)
+
+    sides = named_sides(module.path)
+    return Sides(space(sides.out, 0, sides.out_copies), space(sides.inp, 1, 1), sides.out_copies)

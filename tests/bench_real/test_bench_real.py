@@ -10,18 +10,20 @@ from safetensors.torch import load_file
 
 pytest.importorskip("peft")
 
-from tools.bench_real import encoder, minilm, protein, results, tables, texts
+from tools.bench_real import minilm, results, tables
+
+from regraft.bench import encoders, protein, rated
 
 
 def test_an_epoch_visits_each_text_once() -> None:
-    seen = [i for batch in encoder.batches(["x" * n for n in range(300)], 1, seed=0) for i in batch]
+    seen = [i for batch in encoders.batches(["x" * n for n in range(300)], 1, seed=0) for i in batch]
     assert sorted(seen) == list(range(300))
 
 
 def test_a_text_is_never_in_training_and_test(tmp_path: Path) -> None:
     lines = [f"{i}\t{(-1) ** i * (1 + i % 3)}\ttext {i % 40}" for i in range(60)]
-    (tmp_path / texts.TASKS["film"]).write_text("\n".join([*lines, "60\t0.5\tundecided"]), encoding="utf-8")
-    train, test = texts.load_task(tmp_path, "film", 0, 30, 10)
+    (tmp_path / rated.FILES["film"]).write_text("\n".join([*lines, "60\t0.5\tundecided"]), encoding="utf-8")
+    train, test = rated.load_task(tmp_path, "film", 0, 30, 10)
     assert not set(train.texts) & set(test.texts)
     assert len(train.texts) == 30
     assert "undecided" not in train.texts + test.texts
@@ -30,7 +32,7 @@ def test_a_text_is_never_in_training_and_test(tmp_path: Path) -> None:
 def test_the_best_head_separates_what_can_be_separated() -> None:
     features = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
     labels = (features[:, 2] > 1).float()
-    assert encoder.accuracy(encoder.best_head(features, labels), features, labels) > 0.97
+    assert encoders.accuracy(encoders.best_head(features, labels), features, labels) > 0.97
 
 
 def test_the_random_control_has_the_norms_of_the_adapter(tmp_path: Path) -> None:

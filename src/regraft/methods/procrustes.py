@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -12,37 +11,13 @@ from torch import Tensor
 from regraft.adapter import ModuleRef
 from regraft.methods import Fit, WeightPairs, method
 from regraft.nearness import cosine
-from regraft.spaces import named_sides
+from regraft.spaces import Sides, Space, named_sides, sides_of
 from regraft.transport import IDENTITY, LinearMap, Transport
-
-Space = tuple[str, str, int, int]
-"""Component, name, size in the old base, size in the new one."""
 
 Load = Callable[[ModuleRef], tuple[Tensor, Tensor]]
 """Module → its old and new weight."""
 
 _SWEEPS = 3
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """The spaces that one weight writes and reads; None stands for coordinates that are the same in both bases."""
-
-    out: Space | None
-    inp: Space | None
-    out_copies: int
-
-
-def _sides(module: ModuleRef, old: Tensor, new: Tensor) -> _Sides:
-    def space(name: str | None, axis: int, copies: int) -> Space | None:
-        m, m_new = old.shape[axis] // copies, new.shape[axis] // copies
-        if name is None:
-            # A fixed space keeps its coordinates, unless the two bases disagree on its size.
-            return None if m == m_new else (module.component, f"{module.path}:{axis}", m, m_new)
-        return (module.component, name, m, m_new)
-
-    sides = named_sides(module.path)
-    return _Sides(space(sides.out, 0, sides.out_copies), space(sides.inp, 1, 1), sides.out_copies)
 
 
 class _Alignment:
@@ -51,10 +26,10 @@ class _Alignment:
     def __init__(self, load: Load, modules: Iterable[ModuleRef], keep_identity: float) -> None:
         self.load, self.keep_identity = load, keep_identity
         self.maps: dict[Space, Tensor | None] = {}
-        self.sides: dict[ModuleRef, _Sides] = {}
+        self.sides: dict[ModuleRef, Sides] = {}
         self.touching: dict[Space, list[ModuleRef]] = {}
         for module in modules:
-            sides = self.sides[module] = _sides(module, *load(module))
+            sides = self.sides[module] = sides_of(module, *(tuple(weight.shape) for weight in load(module)))
             for space in {sides.out, sides.inp} - {None}:
                 assert space is not None
                 self.touching.setdefault(space, []).append(module)

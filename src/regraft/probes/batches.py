@@ -21,7 +21,7 @@ from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded, quiet_libraries
 
-#: Who made an input: the old base, the old base with its adapter, the new base, or the user.
+#: Who made an input: the old base, the old base with its adapter, the new base, or none of them.
 Maker = Literal["old", "adapter", "new", "given"]
 
 N_INPUTS, SAMPLED_TOKENS, TOGETHER = 192, 64, 32
@@ -192,7 +192,8 @@ def _check_vocabularies(old: Loaded, new: Loaded) -> None:
 
 def _given_texts(models: BothModels, n: int, prompts: Sequence[str] | None, held_out: int, seed: int) -> Batches:
     old, new = models.old, models.new
-    maker: Maker = "given" if prompts is not None else "old"
+    # Nobody's own writing: they stand for whatever the models will read.
+    maker: Maker = "given"
     if old.tokenizer is None and prompts is not None:
         raise InputError(
             "there is no tokenizer to read the prompts with",

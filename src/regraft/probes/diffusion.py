@@ -7,6 +7,7 @@ encoders, with the adapter on them, as in use.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -159,9 +160,12 @@ class Enough(Exception):
 @contextmanager
 def recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Iterator[None]:
     """Note the arguments of every call; with ``stop``, leave at the first by `Enough`."""
-    signature = inspect.signature(model.forward)
+    signature, ours = inspect.signature(model.forward), threading.get_ident()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Several threads may be on their way through one model (`regraft.runtime.walk`).
+        if threading.get_ident() != ours:
+            return
         arguments = signature.bind(*args, **kwargs).arguments
         calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()})
         if stop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,7 @@ class Statistics:
         in_new: Σ x_t x_tᵀ, (in', in').
         in_cross: Σ x_s x_tᵀ, (in, in').
         out_cross: Σ y_s y_tᵀ, (out, out').
+        transposed: the base keeps the weight as (in, out) (GPT-2).
     """
 
     rows: int
@@ -56,6 +57,7 @@ class Statistics:
     in_new: Tensor
     in_cross: Tensor
     out_cross: Tensor
+    transposed: bool = False
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -177,7 +179,9 @@ def statistics(
                 if ref in before and target in after and len(before[ref].input) == len(after[target].input):
                     part = _moments(before[ref], after[target])
                     sums[ref] = _added(sums[ref], part) if ref in sums else part
-        yield from sums.items()
+        kinds = modules_of(models.old, sums)
+        for ref, found in sums.items():
+            yield ref, replace(found, transposed=is_conv1d(kinds[ref]))
 
 
 def _groups(models: BothModels, pairs: Mapping[ModuleRef, ModuleRef]) -> Iterator[list[ModuleRef]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,8 +26,17 @@ _HEADS = 8
 _LOOPS = ((5, 7), (5, 8), (11, 16), (5, 6), (5, 7), (11, 18))
 _LAST_LOOP = 6
 # Kyte and Doolittle 1982, in the order of `_AMINO_ACIDS`.
-_HYDROPATHY = (1.8, 2.5, -3.5, -3.5, 2.8, -0.4, -3.2, 4.5, -3.9, 3.8, 1.9, -3.5, -1.6, -3.5, -4.5, -0.8, -0.7, 4.2)
-_HYDROPATHY += (-0.9, -1.3)
+_HYDROPATHY = (
+    1.8, 2.5, -3.5, -3.5, 2.8, -0.4, -3.2, 4.5, -3.9, 3.8, 1.9, -3.5, -1.6, -3.5, -4.5, -0.8, -0.7, 4.2, -0.9, -1.3
+)  # fmt: skip
+
+# Residue volumes in cubic ångström (Zamyatnin 1972), in the same order.
+_VOLUME = (
+    88.6, 108.5, 111.1, 138.4, 189.9, 60.1, 153.2, 166.7, 168.6, 166.7,
+    162.9, 114.1, 112.7, 143.8, 173.4, 89.0, 116.1, 140.0, 227.8, 193.6
+)  # fmt: skip
+#: Properties of an amino acid that an adapter can be taught to write.
+PROPERTIES = {"hydropathy": _HYDROPATHY, "volume": _VOLUME}
 
 # Its fused in_proj_weight is a parameter of the attention, no linear module: LoRAs go to the other three.
 _STACK = "_self_attention_stack._standard_stack._self_attention_stack.layers"
@@ -34,6 +44,11 @@ _STACK = "_self_attention_stack._standard_stack._self_attention_stack.layers"
 
 class Protein(nn.Module):
     """Six loops of a receptor, (n, tokens, 4), to its normalised CLS vector, (n, width)."""
+
+    # Modules that hold modules under the package's names; the type of their parts is of no interest.
+    _token_embedder: Any
+    _self_attention_stack: Any
+    _mlm_token_prediction_projector: Any
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -67,6 +82,8 @@ class Protein(nn.Module):
 
 
 class _OneHot(nn.Module):
+    _token_embeddings: Tensor
+
     def __init__(self, n: int) -> None:
         super().__init__()
         self.register_buffer("_token_embeddings", torch.zeros(n, n - 1))
@@ -87,13 +104,13 @@ def load_protein(file: Path) -> Protein:
     return model.eval().requires_grad_(False)
 
 
-def receptors(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Made-up receptors, (n, tokens, 4), and the standardised hydropathy of their last loop, (n,).
+def receptors(n: int, seed: int, property: str = "hydropathy") -> tuple[Tensor, Tensor]:
+    """Made-up receptors, (n, tokens, 4), and a standardised property of their last loop, (n,).
 
     Amino acids are uniform; the two third loops start with C and end with F, as real ones do.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows, hydropathy = [], []
+    rows, means = [], []
     for _ in range(n):
         tokens = [(_CLS, 0, 0, 0)]
         for loop, (shortest, longest) in enumerate(_LOOPS, start=1):
@@ -103,8 +120,8 @@ def receptors(n: int, seed: int) -> tuple[Tensor, Tensor]:
                 acids[0], acids[-1] = _AMINO_ACIDS.index("C"), _AMINO_ACIDS.index("F")
             tokens += [(_FIRST_AMINO_ACID + acid, at, length, loop) for at, acid in enumerate(acids, start=1)]
         rows.append(torch.tensor(tokens))
-        hydropathy.append(sum(_HYDROPATHY[acid] for acid in acids) / len(acids))
-    values = torch.tensor(hydropathy)
+        means.append(sum(PROPERTIES[property][acid] for acid in acids) / len(acids))
+    values = torch.tensor(means)
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), (values - values.mean()) / values.std()
 
 
@@ -157,7 +174,7 @@ def outputs(model: Protein, inputs: Tensor, lora: Lora | None = None) -> Tensor:
     """Vectors (n, width) of the inputs, with or without an adapter."""
     with torch.no_grad():
         changed = lora.weights(model) if lora is not None else {}
-        return torch.cat([functional_call(model, changed, (part,)) for part in inputs.split(256)])
+        return torch.cat([functional_call(model, changed, (part,)) for part in torch.split(inputs, 256)])
 
 
 def new_lora(model: Protein, layers: list[int], rank: int, seed: int) -> Lora:
@@ -178,8 +195,15 @@ def direction(width: int) -> Tensor:
     return nn.functional.normalize(torch.randn(width, generator=torch.Generator().manual_seed(width)), dim=0)
 
 
-def train_lora(file: Path, layers: list[int], seed: int, *, rank: int = 4, steps: int = 150) -> Lora:
-    """Teach a base to write the last loop's hydropathy along one direction of its vector, and to keep the rest.
+def wanted_vectors(plain: Tensor, values: Tensor) -> Tensor:
+    """What an adapter is to make of a base's own vectors (n, width): a property (n,) written along one direction."""
+    return nn.functional.normalize(plain + 0.3 * values.unsqueeze(1) * direction(plain.shape[1]), dim=1)
+
+
+def train_lora(
+    file: Path, layers: list[int], seed: int, *, rank: int = 4, steps: int = 150, property: str = "hydropathy"
+) -> Lora:
+    """Teach a base to write a property of the last loop along one direction of its vector, and to keep the rest.
 
     Args:
         file: the base.
@@ -187,13 +211,12 @@ def train_lora(file: Path, layers: list[int], seed: int, *, rank: int = 4, steps
         seed: of initialisation and inputs.
         rank: of the LoRA.
         steps: of 32 receptors each.
+        property: a key of `PROPERTIES`.
     """
     model = load_protein(file)
     lora = new_lora(model, layers, rank, seed)
-    inputs, hydropathy = receptors(2048, 1000 + seed)
-    plain = outputs(model, inputs)
-    wanted = plain + 0.3 * hydropathy.unsqueeze(1) * direction(plain.shape[1])
-    wanted = nn.functional.normalize(wanted, dim=1)
+    inputs, values = receptors(2048, 1000 + seed, property)
+    wanted = wanted_vectors(outputs(model, inputs), values)
     parameters = [tensor for pair in lora.pairs.values() for tensor in pair]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

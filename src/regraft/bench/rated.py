@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TASKS = {"film": "movieReviewSnippets_GroundTruth.txt", "tweets": "tweets_GroundTruth.txt"}
+FILES = {
+    "film": "movieReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+}
 _UNDECIDED = 0.5
 
 
@@ -25,12 +29,12 @@ def load_task(folder: Path, task: str, seed: int, n_train: int, n_test: int) -> 
 
     Args:
         folder: see `packages.rated_texts`.
-        task: a key of `TASKS`.
+        task: a key of `FILES`.
         seed: of the draw.
         n_train: texts to train on.
         n_test: texts to test on; the same ones for every ``n_train``.
     """
-    lines = (folder / TASKS[task]).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (folder / FILES[task]).read_text(encoding="utf-8", errors="replace").splitlines()
     ratings = {}
     for line in lines:
         _, rating, text = line.split("\t", 2)

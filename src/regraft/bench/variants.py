@@ -1,0 +1,98 @@
+"""What is measured: methods with their options, by the names that the tables show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.errors import UsageError
+from regraft.methods import get_method, methods
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method and how it is asked for.
+
+    Attributes:
+        name: in tables, and for ``--methods``.
+        method: as ``port --method`` takes it.
+        options: the method's own.
+        rank: of the output: a number, a share of ‖ΔW‖², ``full``, or None for the adapter's own.
+        n_inputs: self-made inputs, for methods that run both models; None for the method's own number.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | float | str | None = None
+    n_inputs: int | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that was asked for, for the record."""
+        extra = {"rank": self.rank, "n_inputs": self.n_inputs}
+        return {**self.options, **{name: value for name, value in extra.items() if value is not None}}
+
+
+#: Beside every method as it is by default.
+FURTHER = (
+    Variant("lora-x half rank", "lora-x", {"subspace_rank": 0.5}),
+    Variant("prolora half rank", "prolora", {"subspace_rank": 0.5}),
+    *(
+        Variant(f"{method} rank={rank}", method, rank=rank)
+        for method in ("effect", "stream")
+        for rank in (16, 64, "full")
+    ),
+)
+
+#: Measured always, as a control.
+CONTROLS = ("copy",)
+
+
+def default_variants() -> list[Variant]:
+    """Every method of the port tier as it is, each followed by its further variants."""
+    found = []
+    for name, method in methods().items():
+        if name in CONTROLS or method.tier != "port" or "adapters" in method.needs:
+            continue
+        found += [Variant(name, name), *(v for v in FURTHER if v.method == name)]
+    return found
+
+
+def parse_variants(given: Iterable[str]) -> list[Variant]:
+    """Variants by name, by method alone, or written out: ``effect rank=16 pull=0.5``.
+
+    Raises:
+        UsageError: no such method or option, or what stands behind the method is no ``name=value``.
+    """
+    return list({variant.name: variant for text in given for variant in [_parse(text)]}.values())
+
+
+def _parse(text: str) -> Variant:
+    named = next((variant for variant in FURTHER if variant.name == text), None)
+    if named is not None:
+        get_method(named.method).check_options(named.options)
+        return named
+    name, *rest = text.split()
+    method = get_method(name)
+    options: dict[str, Any] = {}
+    for part in rest:
+        option, equals, value = part.partition("=")
+        if not equals:
+            known = ", ".join(repr(variant.name) for variant in FURTHER if variant.method == name) or "none"
+            raise UsageError(
+                f"{part!r} in {text!r} is no name=value", remedy=f"Further variants of {name} by name: {known}."
+            )
+        options[option.replace("-", "_")] = _value(value)
+    rank, n_inputs = options.pop("rank", None), options.pop("n_inputs", None)
+    method.check_options(options)
+    return Variant(" ".join([name, *rest]), name, options, rank, n_inputs)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

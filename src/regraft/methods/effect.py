@@ -1,0 +1,274 @@
+"""Effect matching: layer by layer, in closed form, give every module the change of output that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.errors import UsageError
+from regraft.methods import Carried, method
+from regraft.methods._moments import Moments, cut_in
+from regraft.methods.task import AdapterTask
+from regraft.probes.batches import Batch, make_batches
+from regraft.runtime.applied import applied
+from regraft.runtime.both import modules_of, twin
+from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.record import calls_of, input_rows, is_matrix, matrix_of, output_rows, shaped_as
+from regraft.runtime.walk import Walks
+from regraft.updates import LowRank, Update
+
+Cut = Literal["inputs", "plain"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How one sweep over the layers is made.
+
+    Attributes:
+        pull: μ, 0 to 1.
+        ridge: λ in mean squares of a module's inputs.
+        cut: metric of the cut to the wanted rank.
+    """
+
+    pull: float = 0.5
+    ridge: float = 0.3
+    cut: Cut = "inputs"
+
+
+@method(
+    "effect",
+    reference="regraft's own; ridge with the copy as prior, reduced-rank regression (Izenman 1975)",
+    summary="Layer by layer, in closed form, gives each module the change of output that the adapter made on the old "
+    "base, on inputs that the bases make themselves.",
+    needs=("old", "new", "models"),
+    scope="adapter",
+    per="adapter",
+    resizes=True,
+)
+def effect(task: AdapterTask, *, pull: float | None = None, ridge: float = 0.3, cut: Cut = "inputs") -> Carried:
+    """Modules in the order of execution, with the ported layers below at work: wanted is y_t + e + μ (y_s − y_t).
+
+    With inputs x_t' of the new base as ported so far, outputs y_s, y_s' of the old base without and with the adapter,
+    and y_t of the new base alone: e = y_s' − y_s, and ΔW_t solves
+    min ‖(W_t + ΔW_t) x_t' − (y_t + e + μ (y_s − y_t))‖² + λ ‖ΔW_t − ΔW_copy‖². The cut to the wanted rank is made
+    before the layers above are solved, so that they make up for it.
+
+    Args:
+        task: the adapter and both bases.
+        pull: μ, how far to pull towards the old base's own outputs; by default 0.5.
+        ridge: λ in units of the mean diagonal of Σ x_t' x_t'ᵀ.
+        cut: in the metric of the ``inputs`` (reduced-rank regression), or ``plain`` (truncated SVD of ΔW).
+    """
+    if cut not in ("inputs", "plain"):
+        raise UsageError(f"no cut is named {cut!r}", remedy="Known: inputs, plain.")
+    started = perf_counter()
+    with quiet_libraries():
+        batches = make_batches(task.models, task.adapter, task.running.n_inputs, task.seed, task.prompts, held_out=0)
+        made = perf_counter()
+        sweep = Sweep(0.5 if pull is None else pull, ridge, cut)
+        carried = sweep_layers(task, batches.fit, [sweep])[0]
+    figures = {"pull": sweep.pull, "seconds_inputs": made - started, "seconds_sweep": perf_counter() - made}
+    return replace(carried, figures={**carried.figures, **figures}, reason=batches.made)
+
+
+@torch.no_grad()
+def sweep_layers(task: AdapterTask, batches: Sequence[Batch], sweeps: Sequence[Sweep]) -> list[Carried]:
+    """One pass through the layers for each sweep, all side by side: the other models run once for all of them."""
+    layers = Layers.of(task, batches[0])
+    with ExitStack() as stack:
+        streams = _Streams(task, layers, batches, len(sweeps), stack)
+        results = [_Result() for _ in sweeps]
+        for done, (ref, target) in enumerate(layers.order.items()):
+            task.tick(done, len(layers.order), str(ref))
+            moments = streams.collect(ref, target, sweeps)
+            for i, sweep in enumerate(sweeps):
+                _solve(task, layers, ref, target, moments[i], sweep, results[i])
+                streams.put(i, target, results[i].delta)
+    return [_carried(task, layers, result) for result in results]
+
+
+@dataclass
+class _Result:
+    """What a sweep has made so far; ``delta`` is the newest ΔW_t, (out, in)."""
+
+    updates: dict[ModuleRef, Update]
+    lost: dict[ModuleRef, float]
+    delta: Tensor
+    before: float = 0.0
+    after: float = 0.0
+
+    def __init__(self) -> None:
+        self.updates, self.lost, self.delta = {}, {}, torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The modules that are solved for.
+
+    Attributes:
+        order: old module → new module, in the order of execution in the new base.
+        copies: new module → the copy's ΔW (out, in), where it has one.
+        why_not: old module → why it is left to the copy.
+    """
+
+    order: Mapping[ModuleRef, ModuleRef]
+    copies: Mapping[ModuleRef, Tensor]
+    why_not: Mapping[ModuleRef, str]
+
+    @classmethod
+    def of(cls, task: AdapterTask, batch: Batch) -> Layers:
+        pairs = {ref: task.target(ref) for ref in task.modules}
+        known = {ref: target for ref, target in pairs.items() if target is not None}
+        why_not = {ref: task.pairing[ref].reason for ref in pairs if ref not in known}
+        old, new = task.models.old, task.models.new
+        runs_old = calls_of(old, "old", list(known), batch)
+        runs_new = calls_of(new, "new", list(known.values()), batch)
+        here, there = modules_of(old, known), modules_of(new, known.values())
+        back = {target: ref for ref, target in known.items()}
+        order: dict[ModuleRef, ModuleRef] = {}
+        for target, calls in runs_new.items():
+            ref = back[target]
+            alike = is_matrix(here[ref]) and is_matrix(there[target])
+            if calls == 1 and runs_old.get(ref) == 1 and alike:
+                same = matrix_of(here[ref]).shape[0] == matrix_of(there[target]).shape[0]
+                if same:
+                    order[ref] = target
+        for ref in known:
+            if ref not in order:
+                why_not[ref] = "the models don't run it once, as a matrix of the same outputs"
+        copied = task.copied().updates
+        copies = {target: _matrix(there[target], copied[target]) for target in order.values() if target in copied}
+        return cls(order, copies, why_not)
+
+
+def _matrix(module: nn.Module, update: Update) -> Tensor:
+    """ΔW of an update on a module, (out, in · kh · kw)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().float().cpu()
+    changed = (update.merged(weight).reshape(weight.shape) - weight).to(weight)
+    return changed.T if type(module).__name__ == "Conv1D" else changed.flatten(1)
+
+
+class _Streams:
+    """Old base, old base with the adapter, new base, and one ported new base for each sweep, walked side by side."""
+
+    def __init__(
+        self, task: AdapterTask, layers: Layers, batches: Sequence[Batch], ported: int, stack: ExitStack
+    ) -> None:
+        old, new = task.models.old, task.models.new
+        with_adapter = twin(old)
+        stack.enter_context(applied(with_adapter.components, task.adapter))
+        rest = _left_to_the_copy(task, layers)
+        self.ported = [twin(new) for _ in range(ported)]
+        for model in self.ported:
+            stack.enter_context(applied(model.components, rest))
+        self.new = modules_of(new, layers.order.values())
+        self.places = [modules_of(model, layers.order.values()) for model in self.ported]
+        olds, news = list(layers.order), list(layers.order.values())
+        self.walks = [
+            stack.enter_context(_walks(old, "old", olds, batches, "after")),
+            stack.enter_context(_walks(with_adapter, "old", olds, batches, "after")),
+            stack.enter_context(_walks(new, "new", news, batches, "after")),
+        ]
+        self.ported_walks = [
+            stack.enter_context(_walks(model, "new", news, batches, "before")) for model in self.ported
+        ]
+        self.rows = [(batch.rows("old"), batch.rows("new")) for batch in batches]
+
+    def collect(self, ref: ModuleRef, target: ModuleRef, sweeps: Sequence[Sweep]) -> list[Moments]:
+        """The least-squares problem of one module for every sweep."""
+        module = self.new[target]
+        out, inp = matrix_of(module).shape
+        moments = [Moments.of(out, inp) for _ in sweeps]
+        for i in range(len(self.rows)):
+            y_s, y_a, y_t = (
+                self._outputs(walks, i, key) for walks, key in zip(self.walks, (ref, ref, target), strict=True)
+            )
+            for j, sweep in enumerate(sweeps):
+                stop = self.ported_walks[j].walks[i].at(target)
+                assert stop is not None
+                wanted = y_t + (y_a - y_s) + sweep.pull * (y_s - y_t)
+                # The base's own module: what it gives without a change, on what it reads now.
+                now = output_rows(module, module.forward(stop[0]))
+                x = input_rows(module, stop[0])
+                moments[j].add(x, wanted - now)
+        return moments
+
+    def _outputs(self, walks: Walks[ModuleRef], i: int, key: ModuleRef) -> Tensor:
+        stop = walks.walks[i].at(key)
+        assert stop is not None
+        assert stop[1] is not None
+        return output_rows(self.new[key] if key in self.new else nn.Identity(), stop[1])
+
+    def put(self, sweep: int, target: ModuleRef, delta: Tensor) -> None:
+        """Set a ported module's weight; the next layers read what it gives."""
+        module = self.places[sweep][target]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        changed = weight.detach() + shaped_as(module, delta.to(weight))
+        module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
+
+
+def _walks(
+    model: Loaded,
+    side: Literal["old", "new"],
+    refs: Sequence[ModuleRef],
+    batches: Sequence[Batch],
+    when: Literal["before", "after"],
+) -> Walks[ModuleRef]:
+    runs = [lambda batch=batch: batch.run(model, side) for batch in batches]
+    return Walks(runs, modules_of(model, refs), when)
+
+
+def _left_to_the_copy(task: AdapterTask, layers: Layers) -> Adapter:
+    """The copy's updates that are not solved for: whole parameters, embeddings, modules that can't be."""
+    solved = set(layers.order.values())
+    return replace(task.adapter, updates={r: u for r, u in task.copied().updates.items() if r not in solved})
+
+
+def _solve(
+    task: AdapterTask,
+    layers: Layers,
+    ref: ModuleRef,
+    target: ModuleRef,
+    moments: Moments,
+    sweep: Sweep,
+    result: _Result,
+) -> None:
+    """One module: solve, cut, and note the update."""
+    prior = layers.copies.get(target)
+    prior = torch.zeros_like(moments.cross) if prior is None else prior.double()
+    delta = moments.solve(prior, sweep.ridge)
+    result.before += moments.square
+    rank = task.rank_of(ref)
+    transposed = type(modules_of(task.models.new, [target])[target]).__name__ == "Conv1D"
+    if rank is None:
+        name, update = task.dense(ref, (delta.T if transposed else delta).float())
+        result.updates[name] = update
+        result.delta = delta.float()
+    else:
+        up, down, lost = cut_in(delta, rank, moments.metric(sweep.ridge) if sweep.cut == "inputs" else None)
+        factors = (down.T.contiguous(), up.T.contiguous()) if transposed else (up, down)
+        made = task.made(ref, *factors)
+        result.updates[target], result.lost[target] = made, lost
+        result.delta = up @ down
+    result.after += moments.left(result.delta)
+
+
+def _carried(task: AdapterTask, layers: Layers, result: _Result) -> Carried:
+    left = _left_to_the_copy(task, layers).updates
+    updates = {**left, **result.updates}
+    skipped = {ref: why for ref, why in layers.why_not.items() if (t := task.target(ref)) is None or t not in updates}
+    figures = {"modules": float(len(layers.order)), "left": result.after / max(result.before, 1e-30)}
+    return Carried(updates, "effect", skipped=skipped, figures=figures, lost=result.lost)
+
+
+__all__ = ["Layers", "LowRank", "Sweep", "effect", "sweep_layers"]

@@ -1,0 +1,92 @@
+"""Recovery, share and retention are what their formulas say, and their intervals cover what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from regraft.bench import figures
+from regraft.bench.controls import crossed
+from regraft.bench.worlds import Scores
+
+
+def scores(task: object, retention: object = (0.0,)) -> Scores:
+    return Scores(np.asarray(task, dtype=float), np.asarray(retention, dtype=float))
+
+
+def rows(**named: float) -> dict[str, Scores]:
+    """Rows whose scores are one value on each of 8 inputs, as task and as retention."""
+    return {name.replace("_", " "): scores(np.full(8, value), np.full(8, value)) for name, value in named.items()}
+
+
+def test_recovery_is_the_share_of_the_native_gain() -> None:
+    found = figures.over([[rows(none=1.0, native=3.0, ported=2.5)]], "ported", figures.recovery, "")
+    assert (found.mean, found.low, found.high) == (0.75, 0.75, 0.75)
+
+
+def test_recovery_is_signed() -> None:
+    assert figures.over([[rows(none=1.0, native=3.0, ported=0.0)]], "ported", figures.recovery, "").mean == -0.5
+
+
+def test_share_of_the_teacher_counts_from_the_new_base_alone() -> None:
+    found = figures.over([[rows(none=1.0, reverted=5.0, ported=2.0)]], "ported", figures.teacher_share, "")
+    assert found.mean == 0.25
+
+
+def test_a_port_that_makes_the_new_base_the_old_one_retains_nothing() -> None:
+    table = rows(none=3.0, old=1.0, reverted=1.0, ported=2.0)
+    assert figures.over([[table]], "reverted", figures.retention, "").mean == 0.0
+    assert figures.over([[table]], "ported", figures.retention, "").mean == 0.5
+    assert figures.over([[table]], "none", figures.retention, "").mean == 1.0
+
+
+def test_where_nothing_can_be_copied_the_copy_is_the_base_alone() -> None:
+    table: dict[str, Scores | None] = {**rows(none=1.0, native=3.0, ported=2.0), "copy": None}
+    assert figures.over([[table]], "ported", figures.versus_copy, "").mean == 0.5
+
+
+def test_a_native_adapter_that_gains_nothing_leaves_recovery_undefined() -> None:
+    noise = np.random.default_rng(0).normal(size=32)
+    table = {"none": scores(np.zeros(32)), "native": scores(noise - noise.mean()), "ported": scores(np.ones(32))}
+    found = figures.over([[table]], "ported", figures.recovery, "no gain")
+    assert found.mean is None
+    assert found.reason == "no gain"
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator, covered = np.random.default_rng(1), 0
+    for _ in range(200):
+        gain = generator.normal(2.0, 0.5, size=64)
+        ported = 0.6 * gain + generator.normal(0.0, 0.4, size=64)
+        table = {"none": scores(np.zeros(64)), "native": scores(gain), "ported": scores(ported)}
+        found = figures.over([[table]], "ported", figures.recovery, "")
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.6 <= found.high
+    assert 180 <= covered <= 200
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    generator = np.random.default_rng(2)
+    gain = generator.normal(2.0, 0.1, size=64)
+    seeds = [
+        {"none": scores(np.zeros(64)), "native": scores(gain), "ported": scores(part * gain)}
+        for part in (0.4, 0.6, 0.8)
+    ]
+    found = figures.over([seeds], "ported", figures.recovery, "")
+    assert found.mean == pytest.approx(0.6, abs=0.01)
+    assert found.low is not None
+    assert found.low == pytest.approx(0.4, abs=0.03)
+
+
+def test_each_adapter_counts_alike_whatever_its_unit() -> None:
+    strata = [[rows(none=0.0, native=1.0, ported=1.0)], [rows(none=0.0, native=100.0, ported=0.0)]]
+    assert figures.over(strata, "ported", figures.recovery, "").mean == 0.5
+
+
+def test_the_best_copys_strength_is_chosen_on_the_other_half() -> None:
+    # On even inputs 0.5 is best, on odd ones 1.0: each half gets what the other wanted.
+    even = np.arange(8) % 2 == 0
+    found, said = crossed({0.5: scores(np.where(even, 1.0, 0.0)), 1.0: scores(np.where(even, 0.0, 1.0))})
+    assert found.task.tolist() == [0.0] * 8
+    assert said == {"strength": 0.75}
