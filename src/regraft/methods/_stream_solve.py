@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.adapter import ModuleRef
+from regraft.methods._moments import cut_in
 from regraft.methods.task import AdapterTask
 from regraft.runtime.record import is_conv1d, matrix_of, shaped_as
 from regraft.tensors import InMemory
@@ -30,9 +31,7 @@ class Sums:
     @classmethod
     def of(cls, module: nn.Module) -> Sums:
         out, inp = matrix_of(module).shape
-        return cls(
-            torch.zeros(inp + 1, inp + 1, dtype=torch.float64), torch.zeros(out, inp + 1, dtype=torch.float64)
-        )
+        return cls(torch.zeros(inp + 1, inp + 1, dtype=torch.float64), torch.zeros(out, inp + 1, dtype=torch.float64))
 
     def add(self, x: Tensor, r: Tensor) -> None:
         x = nn.functional.pad(x, (0, 1), value=1.0)
@@ -65,20 +64,6 @@ def penalised(gram: Tensor, ridge: float) -> Tensor:
     """Σ x xᵀ + λ I."""
     added = ridge * gram.diagonal().mean().clamp_min(1e-12)
     return gram + added * torch.eye(len(gram), dtype=gram.dtype)
-
-
-def cut_in(delta: Tensor, rank: int, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Reduced-rank regression (Izenman 1975): factors of the Δ' of ``rank`` that is nearest in ‖(Δ' − Δ) metric^½‖.
-
-    Returns:
-        (out, r) and (r, in).
-    """
-    values, vectors = torch.linalg.eigh(metric)
-    root = values.clamp_min(float(values[-1]) * 1e-12).sqrt()
-    u, s, vh = torch.linalg.svd((delta.double() @ vectors) * root, full_matrices=False)
-    half = s[:rank].sqrt()
-    up, down = u[:, :rank] * half, half[:, None] * (vh[:rank] / root) @ vectors.T
-    return up.float(), down.float()
 
 
 @dataclass
@@ -127,12 +112,9 @@ class Write:
         """Down to the wanted rank, in the metric of the inputs."""
         if self.rank is None:
             return
-        up, down = cut_in(self.delta, self.rank, metric)
-        whole = float(self.delta.double().square().sum())
-        less = up @ down
-        self.lost = float((self.delta - less).double().square().sum()) / whole if whole > 0 else 0.0
+        up, down, self.lost = cut_in(self.delta, self.rank, metric)
         self.factors = (up, down)
-        self.put(less, self.shift)
+        self.put(up @ down, self.shift)
 
     def update(self, task: AdapterTask) -> Update:
         """As the adapter's own format can say it; a dense one as a LoRA of full rank, which says the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -57,13 +58,19 @@ def carry_text(task: AdapterTask, batches: Batches, settings: TextSettings) -> t
     writes = find_writes(task, ported, batches.fit[0], head=settings.head)
     readout = Readout.of(ported, batches.fit[0])
     with applied_twin(task) as with_adapter:
-        wanted = Wanted(task, with_adapter, settings, sum(len(b) for b in batches.fit) <= 4096)
+        wanted = Wanted(task, with_adapter, settings)
+        if not any(wanted.changes(batch) for batch in batches.fit):
+            return [], {}
+        clock = perf_counter()
+        for batch in batches.fit:
+            batch.run(ported, "new")
+        figures = {"seconds_one_pass": perf_counter() - clock}
         started = left = held_out(ported, batches.held_out, wanted)
         for sweep in range(settings.sweeps):
             for i, write in enumerate(writes):
                 task.tick(sweep * len(writes) + i, settings.sweeps * len(writes), str(write.ref))
                 left = _solve(write, ported, batches, readout, wanted, settings.ridge, left)
-    return writes, {"held_out_kl": left, "none_held_out_kl": started}
+    return writes, {**figures, "held_out_kl": left, "none_held_out_kl": started}
 
 
 def find_writes(task: AdapterTask, model: Loaded, batch: Batch, *, head: bool) -> list[Write]:
@@ -72,8 +79,7 @@ def find_writes(task: AdapterTask, model: Loaded, batch: Batch, *, head: bool) -
     Raises:
         InputError: none is known in this family.
     """
-    names = [ModuleRef(*ref) for ref in modules_by_name(task)]
-    found = modules_of(model, names)
+    found = modules_of(model, [ModuleRef(c, path) for c in task.new.components for path in task.new.modules(c)])
     last = model.main.get_output_embeddings()
     tied = last.weight is model.main.get_input_embeddings().weight
     rank = rank_of(task)
@@ -95,14 +101,6 @@ def find_writes(task: AdapterTask, model: Loaded, batch: Batch, *, head: bool) -
     return writes
 
 
-def modules_by_name(task: AdapterTask) -> Iterator[ModuleRef]:
-    """The new base's modules with a weight."""
-    for component, tensors in task.new.components.items():
-        for name in tensors:
-            if name.endswith(".weight"):
-                yield ModuleRef(component, name.removesuffix(".weight"))
-
-
 @contextmanager
 def applied_twin(task: AdapterTask) -> Iterator[Loaded]:
     """The old base with the adapter."""
@@ -117,16 +115,16 @@ class Wanted:
     log q = log p_new + (log p_old+adapter − log p_old) + μ (log p_old − log p_new), up to a constant.
     """
 
-    def __init__(self, task: AdapterTask, with_adapter: Loaded, settings: TextSettings, keep: bool) -> None:
+    def __init__(self, task: AdapterTask, with_adapter: Loaded, settings: TextSettings) -> None:
         self.old, self.new, self.adapted = task.models.old, task.models.new, with_adapter
-        self.settings, self.left = settings, _MOST_VALUES if keep else 0
+        self.settings, self.left = settings, _MOST_VALUES
         self.kept: dict[int, Tensor] = {}
 
     def of(self, batch: Batch) -> Tensor:
         """log q, (rows, vocabulary)."""
         if id(batch) in self.kept:
             return self.kept[id(batch)]
-        before, after = (logs(batch.run(model, "old"), batch, "old") for model in (self.old, self.adapted))
+        before, after = self._olds(batch)
         new = logs(batch.run(self.new, "new"), batch, "new")
         vocabulary = min(before.shape[-1], new.shape[-1])
         before, after = before[:, :vocabulary], after[:, :vocabulary]
@@ -138,6 +136,14 @@ class Wanted:
             self.left -= wanted.numel()
             self.kept[id(batch)] = wanted
         return wanted
+
+    def changes(self, batch: Batch) -> bool:
+        """Whether the adapter changes anything in the old base."""
+        return not torch.equal(*self._olds(batch))
+
+    def _olds(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        before, after = (logs(batch.run(model, "old"), batch, "old") for model in (self.old, self.adapted))
+        return before, after
 
 
 def logs(logits: Tensor, batch: Batch, side: Any) -> Tensor:
