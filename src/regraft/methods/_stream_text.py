@@ -182,7 +182,8 @@ class Readout:
             for hook in hooks:
                 hook.remove()
         norm = leaves[leaves.index(head) - 1]
-        if getattr(norm, "weight", None) is None or norm.weight.dim() != 1:
+        gain = getattr(norm, "weight", None)
+        if not isinstance(gain, Tensor) or gain.dim() != 1:
             raise InputError(f"a {model.name} has no norm before its output matrix", file=model.path)
         return cls(norm, head, isinstance(norm, nn.LayerNorm))
 
