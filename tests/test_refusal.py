@@ -31,9 +31,12 @@ def test_a_target_of_random_weights_is_refused_by_every_method(tmp_path: Path) -
 
     noise = {name: torch.rand_like(t) for name, t in llama().items()}
     bases = pair(tmp_path, llama(), noise)
-    for method in methods():
+    # What fits a map to activations has to run both first: see tests/methods.
+    for name, method in methods().items():
+        if method.runs and method.per == "pair":
+            continue
         with pytest.raises(Refused):
-            port(lora(llama()), *bases, method)
+            port(lora(llama()), *bases, name)
 
 
 @pytest.mark.parametrize("strength", [0.7, 1.0])

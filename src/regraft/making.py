@@ -61,6 +61,8 @@ def task_for(
         lambda: _copy(chosen, ready, old, new),
         settings.running,
         settings.rank,
+        similarity=ready.judgement.similarity,
+        distance=ready.judgement.distance,
     )
     return task if tick is None else replace(task, tick=tick)
 

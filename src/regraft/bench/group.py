@@ -34,6 +34,9 @@ from regraft.report.bench_schema import BenchCheck
 from regraft.report.schema import CheckReport, Interval
 from regraft.runtime import Loaded, applied, load_model, quiet_libraries
 
+#: Inputs that effects are compared on, where a world says nothing else.
+N_PROBE = 16
+
 
 @dataclass(eq=False)
 class Group:
@@ -105,7 +108,7 @@ class Group:
         try:
             probe = own(self.spec.name, self.seed) if own is not None else None
             if probe is None:
-                prompts, n_inputs = self.inputs.get("prompts"), self.inputs.get("n_inputs")
+                prompts, n_inputs = self.inputs.get("prompts"), self.inputs.get("n_inputs", N_PROBE)
                 probe = make_probe(old, self.adapter, prompts=prompts, n_inputs=n_inputs, seed=self.seed)
             return Effects.of(old, new, self.adapter, probe, self.seed)
         except RegraftError as error:

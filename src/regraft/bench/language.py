@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,13 @@ class LanguageWorld:
             tokenizer.save_pretrained(folder)
         model.eval()
         return {
+            "course": asdict(recipe.course),
             "parameters": sum(p.numel() for p in model.parameters()),
             # Against what training began with; of a base of v1's shapes, that is v1.
             "drift": None if teacher is None else drift(before, model.state_dict()),
             "held_out": {
-                d: float(losses(model, tokenizer, self._text(d).windows(WINDOWS, CONTEXT)).mean())
-                for d in (*recipes.MIX,)
+                domain: float(losses(model, tokenizer, self._text(domain).windows(WINDOWS, CONTEXT)).mean())
+                for domain in recipes.MIX
             },
         }
 
@@ -185,7 +187,12 @@ class LanguageWorld:
         # Told to save embeddings or not, PEFT does not look for the base on the hub.
         wrapped.save_pretrained(folder, save_embedding_layers=False)
         after = losses(wrapped, loaded.tokenizer, windows)
-        return {"before": float(before.mean()), "after": float(after.mean()), "gain": float((before - after).mean())}
+        return {
+            "course": asdict(recipe.course),
+            "before": float(before.mean()),
+            "after": float(after.mean()),
+            "gain": float((before - after).mean()),
+        }
 
     def _load(self, name: str) -> Any:
         return load_model(self._base(name)).main.requires_grad_(True)

@@ -60,8 +60,8 @@ ADAPTERS = {
     "reviews-dora": AdapterRecipe("reviews", 8, dora=True),
     # Of another nature: nothing new is learnt but another way to write it.
     "capitals": AdapterRecipe("capitals", 4, ("gate_proj", "up_proj", "down_proj")),
-    "dev-web": AdapterRecipe("dev-web", 8),
-    "dev-po": AdapterRecipe("dev-po", 8),
+    "dev-web": AdapterRecipe("dev-web", 8, course=Course(200, 5e-3, batch=8)),
+    "dev-po": AdapterRecipe("dev-po", 8, course=Course(200, 5e-3, batch=8)),
 }
 #: Adapters that methods are tuned with, under seeds from `DEV_SEED` on; no reported figure rests on them.
 DEV, DEV_SEED = ("dev-web", "dev-po"), 100

@@ -35,6 +35,7 @@ VERBS = (
     "lineage",
     "migration",
     "cache",
+    "bench",
 )
 
 app = typer.Typer(
@@ -89,6 +90,8 @@ def register() -> typer.Typer:
         if hasattr(module, "app"):
             for command in module.app.registered_commands:
                 command.callback = _guarded(command.callback)
+            if module.app.registered_callback is not None:
+                module.app.registered_callback.callback = _guarded(module.app.registered_callback.callback)
             app.add_typer(module.app, name=verb)
         else:
             app.command(verb)(_guarded(getattr(module, verb)))

@@ -1,14 +1,22 @@
-"""Choose by the weights' evidence; in doubt, copy."""
+"""Choose by the evidence of the weights, and under drift of both models' outputs; in doubt, copy."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import mean, median
+from time import perf_counter
 
 import torch
 
 from regraft.adapter import ModuleRef
-from regraft.methods import Fit, Outcome, Skip, WeightPairs, method
+from regraft.errors import RegraftError
+from regraft.methods import Carried, Fit, Outcome, Skip, WeightPairs, method
+from regraft.methods._choosing import HeldOut, lowest, scaled
+from regraft.methods.effect import Sweep, sweep_layers
 from regraft.methods.procrustes import procrustes
+from regraft.methods.task import AdapterTask
+from regraft.probes.batches import Batches, make_batches
+from regraft.runtime.load import quiet_libraries
 from regraft.transport import Transport
 from regraft.widening import widened
 
@@ -17,6 +25,14 @@ _IN_PLACE = 0.5
 # A rotated weight keeps its singular values; where they differ by more than this, no rotation explains the change.
 _SAME_SPECTRUM = 0.15
 _SPECTRA = 5
+# Below this drift, weighted by the adapter, a copy is left as it is and no model is run.
+_NEAR = 0.1
+# What moving the new base on its own inputs counts beside missing the adapter's effect.
+_KEEP = 0.5
+# By how much another way must be better than the copy.
+_MARGIN = 0.03
+_STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
+_PULLS = (0.0, 0.5, 1.0)
 
 
 def _same_spectra(pairs: WeightPairs, modules: list[ModuleRef]) -> bool:
@@ -28,13 +44,59 @@ def _same_spectra(pairs: WeightPairs, modules: list[ModuleRef]) -> bool:
     return median(distances) < _SAME_SPECTRUM
 
 
+def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
+    """Under drift, run both bases and take what comes nearest to the old one's outputs with the adapter.
+
+    Candidates are the copy, the copy at its best strength, and `effect` with several pulls, all on held-out inputs that
+    the models made themselves. Anything but the copy has to be clearly better.
+
+    Args:
+        task: the adapter and both bases.
+        chosen: what the weights alone gave.
+    """
+    if chosen.method != "copy" or task.distance is None or task.distance < _NEAR:
+        return None
+    if task.running.weights_only:
+        return "no model was run (--weights-only)"
+    try:
+        with quiet_libraries():
+            models = task.models
+            inputs = make_batches(models, task.adapter, task.running.n_inputs, task.seed, task.prompts)
+            held = HeldOut(task, inputs.held_out)
+    except RegraftError as error:
+        return f"the bases can't be run to look for more ({error.what})"
+    with quiet_libraries():
+        return _best(task, inputs, held)
+
+
+def _best(task: AdapterTask, inputs: Batches, held: HeldOut) -> Carried | str:
+    started = perf_counter()
+    copy = task.copied().updates
+    errors = [held.score(scaled(copy, strength)).total(_KEEP) for strength in _STRENGTHS]
+    strength = lowest(_STRENGTHS, errors)
+    candidates = [Carried(scaled(copy, strength), "scaled-copy", figures={"strength": strength})]
+    sweeps = [Sweep(pull) for pull in _PULLS]
+    for sweep, made in zip(sweeps, sweep_layers(task, inputs.fit, sweeps), strict=True):
+        candidates.append(replace(made, figures={**made.figures, "pull": sweep.pull}))
+    totals = [held.score(candidate.updates).total(_KEEP) for candidate in candidates]
+    best = min(range(len(totals)), key=totals.__getitem__)
+    by_copy = errors[_STRENGTHS.index(1.0)]
+    if totals[best] > (1 - _MARGIN) * by_copy:
+        return f"on held-out inputs nothing was better than the copy (error {by_copy:.2f})"
+    figures = {"held_out": totals[best], "copy_held_out": by_copy, "seconds_choosing": perf_counter() - started}
+    reason = f"on held-out inputs its error is {totals[best]:.2f}, the copy's {by_copy:.2f}; {inputs.made}"
+    return replace(candidates[best], reason=reason, figures={**candidates[best].figures, **figures})
+
+
 @method(
     "auto",
     reference="regraft's own rules",
-    summary="Copy, unless the weights show that hidden units moved and a rotation brings them back. Says why.",
+    summary="Copy, unless the weights show that hidden units moved and a rotation brings them back; under drift, what "
+    "comes nearest on held-out inputs that both bases make and read. Says why.",
     needs=("old", "new"),
     per="pair",
     resizes=True,
+    after=by_running,
 )
 def auto(pairs: WeightPairs) -> Fit:
     """Copy where units are in place; `procrustes` where it finds a correspondence that a copy lacks; else copy.

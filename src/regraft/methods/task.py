@@ -70,6 +70,8 @@ class AdapterTask:
         running: how to run the models.
         rank: wanted of the result.
         tick: called with (done, in all, what).
+        similarity: of the two bases' weights under the adapter (see `regraft.nearness`), by share of ‖ΔW‖².
+        distance: likewise, their relative drift.
         given: both models, where they are loaded already.
     """
 
@@ -82,6 +84,8 @@ class AdapterTask:
     running: Running = AS_IT_IS
     rank: Rank = None
     tick: Callable[[int, int, str], None] = _no_tick
+    similarity: float | None = None
+    distance: float | None = None
     given: BothModels | None = field(default=None, repr=False)
 
     @cached_property

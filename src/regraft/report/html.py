@@ -285,7 +285,7 @@ def _shown(
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     env = Environment(
         loader=PackageLoader("regraft.report"),
         autoescape=True,
@@ -333,7 +333,7 @@ def _page(
     records: dict[str, Record] = {"demo": demo} if demo else {}
     if not demo:
         records = {n: r for n, r in (("port", port), ("check", check), ("verify", verify)) if r is not None}
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return template.render(
         kind=kind,
         banner=banner,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
+from regraft.report.bench_schema import BenchReport
 from regraft.report.demo_schema import DemoReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
@@ -43,6 +44,7 @@ RECORDS: dict[str, Any] = {
     "merge": MergeReport,
     "extract": ExtractReport,
     "diff": DiffReport,
+    "bench": BenchReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)

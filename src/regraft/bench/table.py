@@ -1,0 +1,202 @@
+"""The record as tables: for the terminal, the README and the page of the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from regraft.bench.controls import CONTROLS
+from regraft.bench.goals import goals
+from regraft.bench.results import WORLDS
+from regraft.report.bench_schema import BenchPair, BenchReport, BenchRow
+from regraft.report.schema import Interval
+
+#: Where a page's generated part begins and ends.
+BEGIN, END = "<!-- benchmark: written by `regraft bench table` -->", "<!-- /benchmark -->"
+
+#: Said under each table.
+LEGEND = (
+    "Recovery: share of a native adapter's gain, signed; 0 is the new base alone, 1 the native adapter. "
+    "▼ loses to the copy and ▲ beats it, each with the whole 95 % interval of the difference on the same inputs. "
+    "(In brackets) `port` refuses this; what is shown was forced. × could not be carried at all."
+)
+_HEADS = {
+    "language models": "LM",
+    "diffusion": "diffusion",
+    "real encoders": "encoders",
+}
+
+
+def mark(row: BenchRow) -> str:
+    """Whether a row loses to the copy or beats it, as one sign."""
+    low, high = row.versus_copy.low, row.versus_copy.high
+    if row.name in CONTROLS or low is None or high is None:
+        return ""
+    return " ▼" if high < 0 else " ▲" if low > 0 else ""
+
+
+def recovery(row: BenchRow) -> str:
+    """A row's recovery as tables show it."""
+    if row.recovery.mean is None:
+        return "×" if row.missing else "–"
+    figure = f"{_signed(row.recovery.mean)}{mark(row)}"
+    return f"({figure})" if row.refused else figure
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    # A minus of its own: the hyphen is too short beside figures.
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def _figure(value: Interval | None, digits: int = 2) -> str:
+    return "–" if value is None or value.mean is None else _signed(value.mean, digits)
+
+
+def _spread(value: Interval) -> str:
+    if value.mean is None or value.low is None or value.high is None:
+        return "–"
+    return f"{_signed(value.mean, 3)} [{_signed(value.low)}, {_signed(value.high)}]"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def rows_of(record: BenchReport) -> list[str]:
+    """Names of all rows, in order."""
+    return list(dict.fromkeys(row.name for group in record.groups for row in group.rows))
+
+
+def summary(record: BenchReport) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of methods by groups of pairs."""
+    head = ["method"]
+    for group in record.groups:
+        many = f", {len(group.pairs)} pairs" if len(group.pairs) > 1 else ""
+        head.append(f"{_HEADS.get(WORLDS.get(group.world, ''), group.world)}: {group.expects}{many}")
+    lines = []
+    for name in rows_of(record):
+        cells = [next((row for row in group.rows if row.name == name), None) for group in record.groups]
+        lines.append([name, *("" if row is None else recovery(row) for row in cells)])
+    return head, lines
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; figures to the right."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def made(record: BenchReport) -> str:
+    """The command and date that a table stands under."""
+    versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
+    hours = f"{record.seconds / 3600:.1f} h of processor time, training left out"
+    return f"```\n{record.command}\n```\n\n{record.date}; {versions}; one thread a process; {hours}."
+
+
+def block(record: BenchReport) -> str:
+    """The summary for a page of other text, such as the README."""
+    return "\n\n".join((markdown(*summary(record)), LEGEND, made(record)))
+
+
+def between(text: str, record: BenchReport) -> str:
+    """A page with its generated part made anew; as it is where it has none."""
+    if BEGIN not in text or END not in text:
+        return text
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{block(record)}\n\n{END}{after}"
+
+
+def page(record: BenchReport) -> str:
+    """docs/benchmark.md, whole."""
+    parts = [
+        "# The benchmark",
+        "Made by `regraft bench table` from `results/bench.json`. Each adapter was trained on the old base and ported "
+        "to the new one by every method; the same adapter was trained on the new base with the same budget (*native*). "
+        "Test inputs that nothing was trained on are scored under each of them.",
+        _meanings(),
+        "## Methods by kind of pair",
+        block(record),
+        "## What was asked for",
+        _goals(record),
+        "## Pair by pair",
+        *(part for pair in record.pairs for part in _pair(pair)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _meanings() -> str:
+    lines = [f"- *{name}*: {what}." for name, what in CONTROLS.items() if name != "old"]
+    figures = [
+        "- **Recovery**: (score(ported) − score(none)) / (score(native) − score(none)) on the new base. Over several "
+        "adapters, the mean of their recoveries, each adapter counting alike. Intervals: bootstrap over inputs and "
+        "seeds, 95 %.",
+        "- **Share of the teacher**: (score(ported) − score(none)) / (score(old base + LoRA) − score(none)).",
+        "- **Retention**: of what the new base does better than the old one without any adapter, the share that is "
+        "left under the ported one. The native's, which is rarely 1, is what to hold it against. A dash where the new "
+        "base is not better on those inputs.",
+        "- **Effect cosine and norm ratio**: as `regraft verify` measures them, on inputs that the bases make.",
+        "- **Energy kept**: ‖ΔW ported‖² / ‖ΔW‖². A diagnostic: it says nothing of what survived.",
+        "- **Seconds, MB**: processor time of the port, and the memory that it added at its peak, on one thread.",
+    ]
+    return "Controls:\n\n" + "\n".join(lines) + "\n\nFigures:\n\n" + "\n".join(figures)
+
+
+def _goals(record: BenchReport) -> str:
+    said = {True: "holds", False: "**does not hold**", None: "not measured"}
+    return markdown(
+        ("claim", "", "figures"), [(goal.claim, said[goal.held], goal.figures or "–") for goal in goals(record)]
+    ).replace("---:", "---")
+
+
+def _pair(pair: BenchPair) -> Iterator[str]:
+    yield f"### {pair.name}"
+    checks = [f"{adapter.name} {adapter.check.verdict or 'not judged'}" for adapter in pair.adapters]
+    seeds = sorted({seed for adapter in pair.adapters for seed in adapter.seeds})
+    yield (
+        f"{pair.about}. Adapters: {', '.join(adapter.name for adapter in pair.adapters)}; "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. `regraft check`: {', '.join(checks)}."
+    )
+    head = ["method", "recovery", "less the copy's", "share of the teacher", "retention", "effect cosine", "norm ratio"]
+    yield markdown([*head, "energy kept", "seconds", "MB"], [_line(row) for row in pair.rows])
+    errors = {row.name: row.errors for row in pair.rows if row.errors}
+    if errors:
+        yield "\n".join(f"- {name}: {'; '.join(texts)}" for name, texts in errors.items())
+
+
+def _line(row: BenchRow) -> list[str]:
+    name = f"({row.name})" if row.refused else row.name
+    chosen = f" → {row.used}" if row.used and row.used != row.name.split()[0] else ""
+    if row.missing:
+        return [name, "×", *["–"] * 8]
+    return [
+        f"{name}{chosen}",
+        f"{_spread(row.recovery)}{mark(row)}",
+        _figure(row.versus_copy, 3),
+        _figure(row.teacher_share),
+        _figure(row.retention),
+        _figure(row.effect_cosine),
+        _figure(row.effect_norm_ratio),
+        _number(row.energy_kept, 2),
+        _number(row.seconds, 1),
+        _number(row.peak_mb, 0),
+    ]
+
+
+def print_table(record: BenchReport, console: Console) -> None:
+    """The summary in a terminal."""
+    head, rows = summary(record)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(head[0])
+    for name in head[1:]:
+        table.add_column(name, justify="right")
+    for line in rows:
+        table.add_row(*line)
+    console.print(table)
+    console.print()
+    console.print(LEGEND, markup=False)
+    if record.missing:
+        console.print(f"{record.missing} cells are missing; --resume makes them.", markup=False)

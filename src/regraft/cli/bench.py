@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import shlex
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regraft.cache import cache_folder
+from regraft.cli import _options as o
+from regraft.cli._sink import emit, err, progress
+from regraft.errors import UsageError
+from regraft.output import check_writable, write_text
+from regraft.report.bench_schema import BenchReport
+
+app = typer.Typer(
+    help="Measure every method on pairs of bases, beside controls: recovery, retention, time.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option("--pairs", metavar="NAME", help="Pairs, or language, diffusion, encoder; repeatable. All by default."),
+]
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapters", metavar="NAME", help="Of those that the pairs have; repeatable.")
+]
+Seeds = Annotated[
+    list[str] | None,
+    typer.Option("--seeds", metavar="N", help="By default, those that the pair is reported with. Tune on 100 and up."),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="What is trained and measured. By default $REGRAFT_BENCH_CACHE."),
+]
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    pairs: Pairs = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            metavar="METHOD",
+            help="By name, with options where wanted ('effect rank=16 pull=0.5'); repeatable. All by default.",
+        ),
+    ] = None,
+    adapters: Adapters = None,
+    seeds: Seeds = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes, of one thread each.")] = 1,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep the cells in the cache, unless their code or content changed."),
+    ] = False,
+    cache: Cache = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.json", help="Write the record, as results/bench.json is.")
+    ] = None,
+    report: o.Report = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure every method on pairs of bases, beside controls: recovery, retention, time."""
+    if context.invoked_subcommand is not None:
+        return
+    from regraft.bench.results import assemble, save
+    from regraft.bench.run import run_grid, targets
+    from regraft.bench.table import print_table
+    from regraft.bench.variants import default_variants, parse_variants
+
+    for file in filter(None, (out, report)):
+        check_writable(file, overwrite=True)
+    folder = _folder(cache)
+    wanted = targets(folder, _split(pairs), _split(adapters), _numbers(seeds))
+    variants = parse_variants(_split(methods)) if methods else default_variants()
+    with progress("Measuring", quiet=quiet) as tick:
+        run_grid(wanted, variants, folder, jobs=jobs, resume=resume, tick=tick)
+    given = {"--pairs": pairs, "--methods": methods, "--adapters": adapters, "--seeds": seeds}
+    words = [word for name, values in given.items() for value in values or () for word in (name, value)]
+    command = shlex.join(["regraft", "bench", *words, "--jobs", str(jobs), "--resume", "--cache", "DIR"])
+    command += f" --out {out.name if out.is_absolute() else out}" if out is not None else ""
+    today = datetime.now(timezone.utc).date().isoformat()
+    record = assemble(wanted, variants, folder, command=command, date=today)
+    if out is not None:
+        save(record, out)
+    _write_page(record, report)
+    emit(record, json=json, quiet=quiet, table=lambda console: print_table(record, console))
+
+
+@app.command("make")
+def make(pairs: Pairs = None, adapters: Adapters = None, seeds: Seeds = None, cache: Cache = None) -> None:
+    """Train or fetch what is missing: bases, adapters, native adapters. Begun again, it goes on where it was."""
+    from regraft.bench.run import make as make_missing
+    from regraft.bench.run import targets
+
+    o.use_hardware("cpu", "float32", 1)
+    folder = _folder(cache)
+    wanted = targets(folder, _split(pairs), _split(adapters), _numbers(seeds))
+    make_missing(folder, wanted, lambda line: err.print(line, markup=False, soft_wrap=True))
+
+
+@app.command("table")
+def table(
+    file: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="A record that `bench --out` wrote.")],
+    markdown: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--markdown",
+            metavar="FILE.md",
+            help="Write the page of the benchmark, or, in a file that has the marks for it, the summary; repeatable.",
+        ),
+    ] = None,
+    report: o.Report = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show a record again: as tables here, as Markdown, or as one HTML page."""
+    from regraft.bench.results import load
+    from regraft.bench.table import BEGIN, between, page, print_table
+
+    record = load(file)
+    for target in markdown or ():
+        text = target.read_text(encoding="utf-8") if target.is_file() else ""
+        write_text(between(text, record) if BEGIN in text else page(record), target, overwrite=True)
+    _write_page(record, report)
+    emit(record, json=json, quiet=quiet, table=lambda console: print_table(record, console))
+
+
+def _write_page(record: BenchReport, report: Path | None) -> None:
+    if report is not None:
+        from regraft.report.bench_page import render_bench
+
+        write_text(render_bench(record), report, overwrite=True)
+
+
+def _folder(cache: Path | None) -> Path:
+    given = cache or os.environ.get("REGRAFT_BENCH_CACHE")
+    return Path(given).expanduser().absolute() if given else cache_folder() / "bench"
+
+
+def _split(values: list[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _numbers(values: list[str] | None) -> list[int]:
+    words = _split(values)
+    for word in words:
+        if not word.isdecimal():
+            raise UsageError(f"--seeds {word!r} is no number", remedy="Give 0, or 0,1,2.")
+    return [int(word) for word in words]

@@ -1,0 +1,93 @@
+"""What `auto` chooses, and what it never does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from regraft import Adapter, open_base
+from regraft.carry import Settings
+from regraft.methods._choosing import HeldOut, Score
+from regraft.methods.task import Running
+from regraft.port import PortResult, port
+from regraft.runtime import load_model
+from verify import tiny
+
+FEW = Running(n_inputs=24)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("bases") / "old")
+
+
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("bases") / "drifted", drift=0.3)
+
+
+@pytest.fixture(scope="module")
+def adapter(old: Path) -> Adapter:
+    return tiny.lora(load_model(old).main, ("q_proj", "v_proj", "down_proj"), size=0.3)
+
+
+def chosen(adapter: Adapter, old: Path, new: Path, running: Running = FEW) -> PortResult:
+    return port(adapter, open_base(old), open_base(new), settings=Settings(running=running))
+
+
+def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.runtime.both.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+def test_equal_bases_give_the_very_copy_and_no_model_is_loaded(
+    adapter: Adapter, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_models(monkeypatch)
+    result = chosen(adapter, old, old)
+    assert result.report.method == "copy"
+    result.save(tmp_path / "auto")
+    port(adapter, open_base(old), open_base(old), "copy").save(tmp_path / "copy")
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("auto", "copy"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_near_bases_load_no_model(adapter: Adapter, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = tiny.llama(tmp_path / "near", drift=0.02)
+    forbid_models(monkeypatch)
+    assert chosen(adapter, old, near).report.method == "copy"
+
+
+def test_weights_only_loads_no_model(
+    adapter: Adapter, old: Path, drifted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_models(monkeypatch)
+    report = chosen(adapter, old, drifted, Running(weights_only=True)).report
+    assert report.method == "copy"
+    assert "--weights-only" in report.method_reason
+
+
+def test_under_drift_it_takes_what_is_nearest_on_held_out_inputs(adapter: Adapter, old: Path, drifted: Path) -> None:
+    report = chosen(adapter, old, drifted).report
+    assert report.method in ("effect", "scaled-copy")
+    assert report.figures["held_out"] < report.figures["copy_held_out"]
+    assert "held-out" in report.method_reason
+
+
+def test_what_is_no_better_on_held_out_inputs_is_not_taken(
+    adapter: Adapter, old: Path, drifted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOut, "score", lambda *_: Score(1.0, 1.0))
+    report = chosen(adapter, old, drifted).report
+    assert report.method == "copy"
+    assert "nothing was better" in report.method_reason
+
+
+def test_bases_that_can_not_be_run_give_a_copy_and_the_reason(adapter: Adapter, old: Path, drifted: Path) -> None:
+    weights = (drifted / "model.safetensors").rename(drifted.parent / "bare.safetensors")
+    try:
+        report = chosen(adapter, old, weights).report
+    finally:
+        weights.rename(drifted / "model.safetensors")
+    assert report.method == "copy"
+    assert "can't be run" in report.method_reason
