@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from regraft.adapter import ModuleRef
 from regraft.methods._moments import cut_in
-from regraft.methods.task import AdapterTask
+from regraft.methods.task import _HOLD_DIFF, AdapterTask
 from regraft.runtime.record import is_conv1d, matrix_of, shaped_as
-from regraft.tensors import InMemory
-from regraft.updates import LowRank, Update
+from regraft.tensors import InMemory, Shape
+from regraft.updates import Diff, LowRank, Update
 from regraft.updates.exact import refactor
 
 
@@ -30,7 +30,10 @@ class Sums:
 
     @classmethod
     def of(cls, module: nn.Module) -> Sums:
-        out, inp = matrix_of(module).shape
+        return cls.sized(*matrix_of(module).shape)
+
+    @classmethod
+    def sized(cls, out: int, inp: int) -> Sums:
         return cls(torch.zeros(inp + 1, inp + 1, dtype=torch.float64), torch.zeros(out, inp + 1, dtype=torch.float64))
 
     def add(self, x: Tensor, r: Tensor) -> None:
@@ -116,15 +119,27 @@ class Write:
         self.factors = (up, down)
         self.put(up @ down, self.shift)
 
-    def update(self, task: AdapterTask) -> Update:
-        """As the adapter's own format can say it; a dense one as a LoRA of full rank, which says the same."""
+    def updates(self, task: AdapterTask) -> dict[ModuleRef, Update]:
+        """As the adapter's own format can say it: low-rank, or dense as `AdapterTask.dense` has it; biases likewise."""
+        shape = task.new.shape(self.ref)
+        holds_diff = task.adapter.format in _HOLD_DIFF
+        bias = None if self.shift is None or not bool(self.shift.any()) else InMemory(self.shift)
+        component, path = self.ref
+        made: dict[ModuleRef, Update] = {}
+        if holds_diff and bias is not None:
+            made[ModuleRef(component, f"{path}.bias")] = Diff(bias, f"{path}.diff_b")
+            bias = None
+        if holds_diff and self.factors is None:
+            value = shaped_as(self.module, self.delta).reshape(shape).contiguous()
+            made[ModuleRef(component, f"{path}.weight")] = Diff(InMemory(value), f"{path}.diff")
+            return made
+        return made | {self.ref: replace(self._low_rank(shape), bias=bias)}
+
+    def _low_rank(self, shape: Shape) -> LowRank:
         up, down = self.factors if self.factors is not None else refactor(self.delta).update.factors()
         if is_conv1d(self.module):
             up, down = down.T.contiguous(), up.T.contiguous()
-        shape = task.new.shape(self.ref)
-        bias = None if self.shift is None or not bool(self.shift.any()) else InMemory(self.shift)
-        made = LowRank(InMemory(up), InMemory(down), 1.0).with_factors(up, down, shape)
-        return replace(made, bias=bias)
+        return LowRank(InMemory(up), InMemory(down), 1.0).with_factors(up, down, shape)
 
 
 def rank_of(task: AdapterTask) -> int | None:

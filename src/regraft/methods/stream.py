@@ -7,13 +7,15 @@ from time import perf_counter
 from regraft.adapter import ModuleRef
 from regraft.errors import InputError
 from regraft.methods import Carried, method
+from regraft.methods._stream_pictures import PictureSettings, carry_pictures
+from regraft.methods._stream_solve import Write
 from regraft.methods._stream_text import TextSettings, carry_text
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import make_batches
 from regraft.runtime.load import quiet_libraries
 from regraft.updates import Update
 
-N_TEXTS = 384
+N_TEXTS, N_STATES = 192, 384
 
 
 @method(
@@ -28,7 +30,13 @@ N_TEXTS = 384
     resizes=True,
 )
 def stream(
-    task: AdapterTask, *, pull: float = 1.0, keep: float = 0.0, ridge: float = 0.1, sweeps: int = 2, head: bool = True
+    task: AdapterTask,
+    *,
+    pull: float = 1.0,
+    keep: float = 0.0,
+    ridge: float | None = None,
+    sweeps: int = 2,
+    head: bool = True,
 ) -> Carried:
     """No module of the old base need answer to one of the new; both read the same inputs.
 
@@ -38,19 +46,28 @@ def stream(
     output matrix and norm as one matrix L, and the write's inputs x,
     ΔW = G⁻¹ (Σ s Lᵀ(q − p) xᵀ) (Σ x xᵀ + λ I)⁻¹, where G = Lᵀ E[diag(p) − p pᵀ] L and s is what the norm divides by.
     That is a Gauss-Newton step of KL(q ‖ p) by the straight way from the write to the logits; the last writes' problem
-    is convex. Its length (2, 1, ½ or ¼) is the one with the lowest KL on held-out inputs, or none. With a rank wanted,
-    each step is followed by its cut in the metric of x, so that later writes make up for what it lost.
+    is convex. Its length (2, 1, ½ or ¼) is the one with the lowest KL on held-out inputs, or none.
+
+    Denoisers. The old base draws pictures with and without the adapter from the same noise; both bases' autoencoders
+    read them, and noise is added that is the same up to the turn between the latent spaces. Writes are the attention
+    blocks' last projections, towards the old base's streams with the adapter, brought over by a ridge map that is
+    fitted on the pictures without it; and last ``conv_out``, towards the predictions that stand for the picture that
+    the old base with the adapter sees in the state. Biases are solved for, too.
+
+    With a rank wanted, each solve is followed by its cut in the metric of the inputs, so that later writes make up for
+    what it lost; by default every write has the adapter's highest rank.
 
     Args:
         task: the adapter and both bases.
         pull: μ on inputs that the old base with its adapter made: 1 wants what the teacher says there.
-        keep: μ on inputs that either base made alone: 0 wants no more than the adapter's own change there.
-        ridge: λ in units of the mean diagonal of Σ x xᵀ.
-        sweeps: over all writes.
-        head: whether the output matrix is changed, too (never one that is tied to the embedding).
+        keep: μ on inputs that either base made alone: 0 wants no more than the adapter's own change there (texts only).
+        ridge: λ in units of the mean diagonal of Σ x xᵀ; by default 0.1 for texts, 0.01 for pictures.
+        sweeps: over all writes (texts only).
+        head: whether the output matrix is changed, too (never one that is tied to the embedding; texts only).
 
     Raises:
-        InputError: the bases give hidden states alone, or nothing is known of where the new base writes its stream.
+        InputError: the bases give hidden states alone, nothing is known of where the new base writes its stream, or
+            they are no whole pipelines with an autoencoder.
     """
     started = perf_counter()
     if task.models.new.kind == "encoder":
@@ -60,20 +77,31 @@ def stream(
             remedy="Take another method, such as effect or ridge.",
         )
     with quiet_libraries():
-        batches = make_batches(task.models, task.adapter, task.running.n_inputs or N_TEXTS, task.seed, task.prompts)
-        made = perf_counter()
-        writes, figures = carry_text(task, batches, TextSettings(pull, keep, ridge, sweeps, head))
-    updates: dict[ModuleRef, Update] = {write.ref: write.update(task) for write in writes if bool(write.delta.any())}
-    why = "its effect goes through other modules of the new base" if updates else "no effect that could be carried"
-    skipped = {ref: why for ref in task.modules if task.target(ref) not in updates}
-    seconds = {"seconds_inputs": made - started, "seconds_solving": perf_counter() - made}
+        if task.models.new.kind == "denoiser":
+            settings = PictureSettings(pull, 0.01 if ridge is None else ridge)
+            writes, figures, made = carry_pictures(task, task.running.n_inputs or N_STATES, settings)
+        else:
+            batches = make_batches(task.models, task.adapter, task.running.n_inputs or N_TEXTS, task.seed, task.prompts)
+            texts = TextSettings(pull, keep, 0.1 if ridge is None else ridge, sweeps, head)
+            writes, figures = carry_text(task, batches, texts)
+            made = batches.made
+    return _carried(task, writes, {"pull": pull, **figures, "seconds": perf_counter() - started}, made)
+
+
+def _carried(task: AdapterTask, writes: list[Write], figures: dict[str, float], made: str) -> Carried:
+    changed = [write for write in writes if bool(write.delta.any())]
+    updates: dict[ModuleRef, Update] = {}
+    for write in changed:
+        updates |= write.updates(task)
+    homes = {write.ref for write in changed}
+    why = "its effect goes through other modules of the new base" if changed else "no effect that could be carried"
     return Carried(
         updates,
         "stream",
-        batches.made,
-        skipped=skipped,
-        figures={"pull": pull, "writes": float(len(updates)), **figures, **seconds},
-        lost={write.ref: write.lost for write in writes if write.ref in updates and write.factors is not None},
+        made,
+        skipped={ref: why for ref in task.modules if task.target(ref) not in homes},
+        figures={**figures, "writes": float(len(changed))},
+        lost={write.ref: write.lost for write in changed if write.factors is not None},
     )
 
 
