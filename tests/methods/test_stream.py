@@ -44,7 +44,7 @@ def lora(base: Path, *roles: str, **settings: Any) -> Adapter:
 
 def ported(adapter: Adapter, old: Path, new: Path, rank: Rank = "full", n: int = 12, **options: Any) -> PortResult:
     settings = Settings(running=Running(n_inputs=n), rank=rank, force=True)
-    options = {"sweeps": 1, **options}
+    options = {"sweeps": 1, "last": 0, **options}
     return port(adapter, open_base(old), open_base(new), "stream", settings=settings, **options)
 
 

@@ -37,6 +37,7 @@ class TextSettings:
         ridge: λ of each solve, in mean squares of the write's inputs.
         sweeps: how often all writes are solved.
         head: whether the output matrix is one of the writes.
+        last: so many of the last writes are solved for; 0 is all.
     """
 
     pull: float
@@ -44,6 +45,7 @@ class TextSettings:
     ridge: float
     sweeps: int
     head: bool
+    last: int
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def carry_text(task: AdapterTask, batches: Batches, settings: TextSettings) -> t
         in nats a token, of the new base alone and as ported.
     """
     ported = twin(task.models.new)
-    writes = find_writes(task, ported, batches.fit[0], head=settings.head)
+    writes = find_writes(task, ported, batches.fit[0], head=settings.head)[-settings.last :]
     readout = Readout.of(ported, batches.fit[0])
     with applied_twin(task) as with_adapter:
         wanted = Wanted(task, with_adapter, settings)

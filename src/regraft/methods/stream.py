@@ -37,13 +37,14 @@ def stream(
     ridge: float | None = None,
     sweeps: int = 2,
     head: bool = True,
+    last: int = 2,
 ) -> Carried:
     """No module of the old base need answer to one of the new; both read the same inputs.
 
     Language models. Wanted at each position is log q = log p_new + (log p_old+adapter − log p_old) +
-    μ (log p_old − log p_new). The writes to the stream (attention output, MLP down; last the output matrix) are solved
-    one after the other, ``sweeps`` times, each against what is then still missing in the logits: with residual q − p,
-    output matrix and norm as one matrix L, and the write's inputs x,
+    μ (log p_old − log p_new). The ``last`` writes to the stream (attention output, MLP down; at the very end the
+    output matrix) are solved one after the other, ``sweeps`` times, each against what is then still missing in the
+    logits: with residual q − p, output matrix and norm as one matrix L, and the write's inputs x,
     ΔW = G⁻¹ (Σ s Lᵀ(q − p) xᵀ) (Σ x xᵀ + λ I)⁻¹, where G = Lᵀ E[diag(p) − p pᵀ] L and s is what the norm divides by.
     That is a Gauss-Newton step of KL(q ‖ p) by the straight way from the write to the logits; the last writes' problem
     is convex. Its length (2, 1, ½ or ¼) is the one with the lowest KL on held-out inputs, or none.
@@ -64,6 +65,7 @@ def stream(
         ridge: λ in units of the mean diagonal of Σ x xᵀ; by default 0.1 for texts, 0.01 for pictures.
         sweeps: over all writes (texts only).
         head: whether the output matrix is changed, too (never one that is tied to the embedding; texts only).
+        last: how many of the last writes are solved for; 0 is all, which carries more and costs retention (texts only).
 
     Raises:
         InputError: the bases give hidden states alone, nothing is known of where the new base writes its stream, or
@@ -82,7 +84,7 @@ def stream(
             writes, figures, made = carry_pictures(task, task.running.n_inputs or N_STATES, settings)
         else:
             batches = make_batches(task.models, task.adapter, task.running.n_inputs or N_TEXTS, task.seed, task.prompts)
-            texts = TextSettings(pull, keep, 0.1 if ridge is None else ridge, sweeps, head)
+            texts = TextSettings(pull, keep, 0.1 if ridge is None else ridge, sweeps, head, last)
             writes, figures = carry_text(task, batches, texts)
             made = batches.made
     return _carried(task, writes, {"pull": pull, **figures, "seconds": perf_counter() - started}, made)
