@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
+from regraft.changes import takes_old
 from regraft.errors import InputError
 from regraft.forecast import Evidence, Judgement, judge
 from regraft.migration import Migration
@@ -15,7 +16,6 @@ from regraft.plan import Located, Selection, locate
 from regraft.tensors import check_finite
 from regraft.tokens import refused_tokens
 from regraft.updates import Update
-from regraft.updates.exact import is_factored
 from regraft.wholes import Whole, home_of, plan_wholes
 
 
@@ -74,6 +74,9 @@ def prepare(
     selection: Selection = Selection(),
     old: Base | None = None,
     new: Base | None = None,
+    *,
+    recut: bool = False,
+    weakened: bool = False,
 ) -> Preparation:
     """Decide what becomes of each module; reads the updates, and a weight of the old base where one acts on it alone.
 
@@ -83,6 +86,8 @@ def prepare(
         selection: which of its modules.
         old: the old base, by which changes of whole parameters are known.
         new: the new base, likewise.
+        recut: another rank is wanted than the adapter's own.
+        weakened: another strength than 1 is wanted.
 
     Raises:
         InputError: an update holds NaN or Inf.
@@ -108,8 +113,8 @@ def prepare(
             problems[str(ref)] = entry.reason
         elif entry.transport is None:
             skipped[ref] = entry.reason
-        elif not entry.transport.is_identity and not is_factored(update):
-            problems[str(ref)] = f"is of the kind {update.kind}, which a copy can carry, and no other method"
+        elif old is None and takes_old(update, identity=entry.transport.is_identity, recut=recut, weakened=weakened):
+            problems[str(ref)] = f"is a {update.kind}, whose change depends on the old base's weight: give --from too"
         if migration.source is not None and (entry.target is not None or entry.uncovered):
             nearness[ref] = entry.nearness
     wholes = plan_wholes(adapter, migration, old, new)
