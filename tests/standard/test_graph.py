@@ -227,3 +227,13 @@ def test_a_folder_of_too_many_ways_is_an_error_and_no_long_wait(tmp_path: Path) 
     assert [edge.file.stem for edge in find_way(graph, bases[0], bases[9], ["0-4", "4-9"])] == ["0-4", "4-9"]
     with pytest.raises(InputError, match="more than 5000 ways"):
         find_way(graph, bases[0], bases[9], [f"{n}-{n + 1}" for n in range(9)])
+
+
+def test_check_judges_along_the_way_of_a_folder(store: Path, graph, run: Run) -> None:
+    graph("v1-v2", "v2-v3")
+    ran = run("check", store / "lora", "--to", store / "v3.safetensors", "--migrations", "ms", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.record["method"] == "copy"
+    assert {row["status"] for row in ran.record["modules"]} == {"ported"}
+    assert run("check", store / "lora", "--migrations", "ms", "--migration", "m.safetensors").code == 2
+    assert run("check", store / "lora", "--to-fingerprint", "v1:0123456789abcdef").code == 2
