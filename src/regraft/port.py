@@ -29,7 +29,7 @@ from regraft.plan import Selection, check_families, locate, weights_of_wholes
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
 from regraft.settling import settled
-from regraft.tokens import tokens_note
+from regraft.tokens import moved_tokens, tokens_note
 from regraft.updates import Update
 
 # A method that keeps less of the update's energy than this is no longer carrying the whole of it.
@@ -173,6 +173,7 @@ def apply_migration(
     if settings.save_dtype is not None:
         updates = {place: update.cast(settings.save_dtype) for place, update in updates.items()}
     tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
+    tokens = moved_tokens(tokens, migration)
     named = {*adapter.unrecognised, *map(str, adapter.tokens)}
     rows += [
         PortedModule(name=key, target=None, status="refused", reason=why, energy_kept=None, rank_in=None, rank_out=None)
@@ -198,7 +199,7 @@ def apply_migration(
         figures=figures,
         verdict=judgement.verdict if migration.source is not None else None,
         summary=_summary(counts, judgement, ready),
-        reasons=[*judgement.reasons, *([tokens_note(tokens, old, new)] if tokens else [])],
+        reasons=[*judgement.reasons, *([tokens_note(tokens, old, new, migration)] if tokens else [])],
         forced=judgement.verdict == "refused",
         counts=counts,
         skipped_share=sum(ready.evidence.shares.get(ref, 0.0) for ref in ready.evidence.skipped),

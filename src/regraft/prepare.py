@@ -100,7 +100,7 @@ def prepare(
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
     shares = _shares(adapter, left_out, located, old)
     problems = _unknown(adapter, located, which, selection)
-    problems |= {str(token): why for token, why in refused_tokens(adapter, new).items()}
+    problems |= {str(token): why for token, why in refused_tokens(adapter, new, migration).items()}
     skipped = {ref: why for ref, why in located.missing.items() if ref not in left_out}
     nearness = {}
     for ref, home in located.modules.items():
