@@ -144,6 +144,10 @@ def _difference(
     """A stored change needs no base's values: it goes along as it is, or by the maps of its module."""
     move = move_of(home, update.shape, migration)
     target = _target(home, migration, new, pairing, move)
+    entry = migration.entries.get(ModuleRef(home.component, home.path.removesuffix(".weight")))
+    if isinstance(target, str) and entry is not None and entry.target is not None:
+        # A removed block's, which goes where the policy takes its module.
+        target = ModuleRef(entry.target.component, f"{entry.target.path}.weight")
     if isinstance(target, str):
         return Whole("skip", target)
     before = old.parameter(home) if old is not None else None
