@@ -16,6 +16,7 @@ from regraft.lineage.model import BaseId
 from regraft.lineage.stamp import stamp
 from regraft.migrations.graph import Edge, Graph, cycles, find_way, read_graph
 from regraft.migrations.model import Header
+from regraft.migrations.recognise import recognise
 from toys import drifted, llama, lora, save_base
 
 VERSIONS = ("v1", "v2", "v3", "v4")
@@ -237,3 +238,20 @@ def test_check_judges_along_the_way_of_a_folder(store: Path, graph, run: Run) ->
     assert {row["status"] for row in ran.record["modules"]} == {"ported"}
     assert run("check", store / "lora", "--migrations", "ms", "--migration", "m.safetensors").code == 2
     assert run("check", store / "lora", "--to-fingerprint", "v1:0123456789abcdef").code == 2
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "same"),
+    [
+        ({"model": "a" * 64}, {"unet": "a" * 64}, True),
+        ({"transformer": "a" * 64}, {"model": "a" * 64}, True),
+        ({"model": "a" * 64}, {"unet": "a" * 64, "text_encoder": "b" * 64}, True),
+        ({"model": "a" * 64}, {"unet": "c" * 64}, False),
+        ({"unet": "a" * 64, "text_encoder": "b" * 64}, {"text_encoder": "a" * 64, "unet": "b" * 64}, False),
+    ],
+)
+def test_a_component_alone_is_known_whatever_it_is_called(
+    mine: dict[str, str], theirs: dict[str, str], same: bool
+) -> None:
+    given, known = (BaseId(fingerprint=f"v1:{i:08}", components=c) for i, c in enumerate((mine, theirs)))
+    assert (recognise(given, {known.fingerprint: known}).base is known) == same
