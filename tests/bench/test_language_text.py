@@ -138,3 +138,33 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_whole(tmp_path / "new" / "a.txt", "two")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.txt"]
     assert (tmp_path / "new" / "a.txt").read_text() == "two"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("python", ("def ", "import ", "self.")),
+        ("news", (" the ", " Government ")),
+        ("films", ("movie", "film")),
+        ("js", ("function", "const ")),
+        ("c", ("#include", "template", "static ")),
+        ("tweets", ("@anonymous", " lol")),
+        ("reviews", ("phone", "camera")),
+        ("capitals", (" THE ",)),
+        ("dev-web", ("<div", "padding:")),
+        ("dev-po", (" para ", " und ")),
+    ],
+)
+def test_a_domain_is_what_it_is_called(name, words, real_cache):
+    text = load_domain(name, real_cache)
+    assert len(text.train) > 100_000
+    assert len(text.test) > 8_000
+    assert set(text.train + text.test) <= set(CHARACTERS)
+    assert text.train.count("?") < 0.01 * len(text.train)
+    assert all(word in text.train for word in words)
+
+
+@pytest.fixture(scope="module")
+def real_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("real")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,20 @@ class LanguageWorld:
             raise InputError(f"no adapter is named {name!r}", remedy=f"Known: {', '.join(self.adapters)}.")
         return self.adapters[name]
 
+    def _called(self, base: str) -> str:
+        """A base's folder: its name and its recipe's digest, so that a cache never holds what another recipe made."""
+        recipe = self.bases[base]
+        start = self.bases[recipes.OLD].digest if recipe.size is None else ""
+        return f"{base}-{recipes.digest(recipe.digest, start)}"
+
     def _base(self, name: str) -> Path:
-        return self._once(self.cache / "bases" / name, lambda folder, log: self._train_base(name, folder, log))
+        folder = self.cache / "bases" / self._called(name)
+        return self._once(folder, lambda fresh, log: self._train_base(name, fresh, log))
 
     def _adapter(self, base: str, name: str, seed: int) -> Path:
         recipe = self._recipe(name)
         return self._once(
-            self.cache / "adapters" / base / f"{name}-s{seed}",
+            self.cache / "adapters" / self._called(base) / f"{name}-s{seed}-{recipes.digest(recipe)}",
             lambda folder, log: self._train_adapter(base, recipe, seed, folder, log),
         )
 
@@ -131,12 +139,13 @@ class LanguageWorld:
         with library("filelock").FileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.is_dir():
                 return folder
-            began = datetime.now(timezone.utc)
+            began = perf_counter(), process_time()
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as place:
                 fresh = Path(place) / folder.name
                 fresh.mkdir()
                 notes = build(fresh, lambda line: self._say(f"{folder.relative_to(self.cache)}: {line}"))
-                notes["wall_seconds"] = round((datetime.now(timezone.utc) - began).total_seconds(), 1)
+                notes["wall_seconds"] = round(perf_counter() - began[0], 1)
+                notes["cpu_seconds"] = round(process_time() - began[1], 1)
                 write_whole(fresh / "training.json", json.dumps(notes, indent=1))
                 fresh.rename(folder)
         self._say(f"{folder.relative_to(self.cache)}: {json.dumps(notes)}")

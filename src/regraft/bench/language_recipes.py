@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from regraft.bench.language_models import Size, deepened, new_model, pruned, widened
@@ -31,26 +32,38 @@ class BaseRecipe:
 
     course: Course
     domains: tuple[str, ...] = MIX
-    made: Callable[[Any], Any] | None = None
+    made: partial[Any] | None = None
     size: Size | None = None
     tokens: int = 0
     distilled: bool = False
 
+    @property
+    def digest(self) -> str:
+        """What tells this recipe from any other; two of the same make the same bytes."""
+        made = self.made and (self.made.func.__name__, self.made.args, sorted(self.made.keywords.items()))
+        return digest(self.course, self.domains, made, self.size, self.tokens, self.distilled)
 
-def _as_it_is(model: Any) -> Any:
+
+def digest(*facts: object) -> str:
+    """A short name for some facts."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+
+
+def as_it_is(model: Any) -> Any:
+    """Training alone makes the difference."""
     return model
 
 
 BASES = {
     "v1": BaseRecipe(Course(2000, 3e-3), FIRST, size=Size()),
-    "drift-1": BaseRecipe(Course(150, 1.3e-3), made=_as_it_is),
-    "drift-2": BaseRecipe(Course(400, 2.2e-3), made=_as_it_is),
-    "drift-3": BaseRecipe(Course(600, 3e-3), made=_as_it_is),
-    "pruned": BaseRecipe(Course(350, 1e-3), made=lambda v1: pruned(v1, (2, 4)), distilled=True),
-    "wider": BaseRecipe(Course(250, 1e-3), made=lambda v1: widened(v1, channels=48, heads=2, units=128, seed=0)),
-    "deeper": BaseRecipe(Course(250, 1e-3), made=lambda v1: deepened(v1, (2, 4))),
+    "drift-1": BaseRecipe(Course(150, 1.3e-3), made=partial(as_it_is)),
+    "drift-2": BaseRecipe(Course(600, 3e-3), made=partial(as_it_is)),
+    "drift-3": BaseRecipe(Course(900, 6e-3), made=partial(as_it_is)),
+    "pruned": BaseRecipe(Course(350, 1e-3), made=partial(pruned, removed=(2, 4)), distilled=True),
+    "wider": BaseRecipe(Course(250, 1e-3), made=partial(widened, channels=48, heads=2, units=128, seed=0)),
+    "deeper": BaseRecipe(Course(250, 1e-3), made=partial(deepened, copied=(2, 4))),
     "scratch": BaseRecipe(Course(1300, 3e-3), size=Size(width=120, layers=4, mlp=336, heads=5)),
-    "tokenizer": BaseRecipe(Course(500, 2e-3), made=_as_it_is, tokens=512),
+    "tokenizer": BaseRecipe(Course(500, 2e-3), made=partial(as_it_is), tokens=512),
 }
 
 ADAPTERS = {

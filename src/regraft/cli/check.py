@@ -58,7 +58,13 @@ def check(
         raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold, removed=removed)
+    options = o.method_options(
+        method,
+        subspace_rank=rank,
+        energy=energy,
+        threshold=o.number_or_word(threshold, "--threshold", "paper"),
+        removed=removed,
+    )
     chosen = o.selection(include, exclude, components)
     if migrations is None and to_fingerprint:
         raise UsageError("--to-fingerprint belongs to --migrations", remedy="Give --migrations FOLDER.")
