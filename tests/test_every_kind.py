@@ -23,6 +23,8 @@ from verify import tiny
 FEW = Running(n_inputs=12)
 MODULE = ModuleRef(MODEL, "model.layers.1.self_attn.q_proj")
 WEIGHT = ModuleRef(MODEL, f"{MODULE.path}.weight")
+# Those that learn from adapters on both bases have none here.
+METHODS = sorted(name for name, method in methods().items() if "adapters" not in method.needs)
 KINDS = ("lora", "dora", "dora by column", "loha", "lokr", "ia3", "oft", "boft", "glora", "svdiff", "diff", "full")
 
 
@@ -79,7 +81,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", METHODS)
 def test_it_is_what_the_methods_maps_make_of_the_change(method: str, kind: str, bases: tuple[Base, Base]) -> None:
     old, new = bases
     adapter = adapter_of(kind, old)
