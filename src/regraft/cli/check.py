@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from regraft.base import open_base
 from regraft.check import check as check_adapter
 from regraft.check import check_migration
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
+from regraft.cli._ways import Ends, migration_along
 from regraft.errors import Refused, UsageError
 from regraft.formats import load_adapter
 from regraft.migration_file import load_migration
@@ -41,6 +43,13 @@ def check(
     seed: o.Seed = 0,
     prompts: o.Prompts = None,
     config: o.Config = None,
+    migrations: Annotated[
+        Path | None,
+        typer.Option("--migrations", metavar="FOLDER", help="Find the way from its base to NEW in this folder."),
+    ] = None,
+    to_fingerprint: Annotated[
+        str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
+    ] = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
     ] = None,
@@ -66,9 +75,18 @@ def check(
     )
     chosen = o.selection(include, exclude, components)
     running = o.running(n_inputs, seed, prompts, config, device, False) if probe else None
-    if probe and (migration is not None or old is None):
+    if probe and (migration is not None or migrations is not None or old is None):
         raise UsageError("--probe runs both bases", remedy="Give --from and --to.")
-    if migration is not None:
+    if migrations is None and to_fingerprint:
+        raise UsageError("--to-fingerprint belongs to --migrations", remedy="Give --migrations FOLDER.")
+    if migrations is not None and migration is not None:
+        raise UsageError("--migrations excludes --migration", remedy="Give one of them.")
+    if migrations is not None:
+        source, goal = (open_base(path) if path is not None else None for path in (old, new))
+        read, _ = migration_along(adapter, migrations, Ends(source, goal, to_fingerprint), (), quiet=quiet or json)
+        loaded = load_adapter(adapter, names=o.names_of(read))
+        record = check_migration(loaded, read, chosen, source, goal)
+    elif migration is not None:
         read = load_migration(migration)
         loaded = load_adapter(adapter, names=o.names_of(read))
         record = check_migration(loaded, read, chosen)
