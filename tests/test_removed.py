@@ -16,6 +16,7 @@ from regraft.carry import Settings
 from regraft.joining import total
 from regraft.migrations.compose import compose
 from regraft.pairing import pair_bases
+from regraft.removed import is_stream, removed_writes
 from regraft.tensors import InMemory
 from regraft.updates import LowRank
 from test_pairing import without_layers
@@ -168,3 +169,12 @@ def test_a_sum_of_updates_is_their_sum() -> None:
     torch.testing.assert_close(whole.delta(), parts[0].delta() + parts[1].delta(), rtol=1e-4, atol=1e-5)
     assert whole.rank == 3
     assert lost == pytest.approx(0.0, abs=1e-9)
+
+
+def test_what_a_removed_block_wrote_is_wanted_of_its_survivors_last_write(bases: tuple[Base, Base]) -> None:
+    solved = [module(i, f"{name}") for i in (0, 2, 3) for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
+    found = removed_writes(pair_bases(*bases), solved)
+    assert set(found) == {module(0, "mlp.down_proj")}
+    assert set(found[module(0, "mlp.down_proj")]) == {module(1, "self_attn.o_proj"), module(1, "mlp.down_proj")}
+    assert is_stream(module(0, "mlp.down_proj"))
+    assert not is_stream(module(0, "mlp.up_proj"))
