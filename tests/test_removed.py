@@ -17,6 +17,7 @@ from regraft.carry import Settings
 from regraft.joining import total
 from regraft.migrations.compose import compose
 from regraft.pairing import pair_bases
+from regraft.removed import is_stream, removed_writes
 from regraft.tensors import InMemory
 from regraft.updates import Diff, LowRank
 from test_pairing import without_layers
@@ -193,3 +194,12 @@ def test_whole_changes_that_meet_add_up(bases: tuple[Base, Base]) -> None:
     result = port(both, *bases, "copy", removed="nearest").adapter.updates
     assert torch.equal(result[ModuleRef(MODEL, paths[0])].delta(), changes[0] + changes[1])
     assert torch.equal(result[ModuleRef(MODEL, paths[1])].delta(), changes[2])
+
+
+def test_what_a_removed_block_wrote_is_wanted_of_its_survivors_last_write(bases: tuple[Base, Base]) -> None:
+    solved = [module(i, f"{name}") for i in (0, 2, 3) for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]
+    found = removed_writes(pair_bases(*bases), solved)
+    assert set(found) == {module(0, "mlp.down_proj")}
+    assert set(found[module(0, "mlp.down_proj")]) == {module(1, "self_attn.o_proj"), module(1, "mlp.down_proj")}
+    assert is_stream(module(0, "mlp.down_proj"))
+    assert not is_stream(module(0, "mlp.up_proj"))

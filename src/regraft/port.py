@@ -150,7 +150,12 @@ def apply_migration(
 
     def keep(row: PortedModule, target: ModuleRef | None, carried: Update | None) -> None:
         rows.append(row)
-        if carried is not None and target is not None:
+        if carried is None or target is None:
+            return
+        if isinstance(made, Carried):
+            # Made of the whole adapter: several of its modules may name the same result.
+            landed[target] = [carried]
+        else:
             landed.setdefault(target, []).append(carried)
 
     for done, (ref, update) in enumerate(adapter.updates.items()):

@@ -7,6 +7,7 @@ own block. All within the old base: from there, the survivor's own transport car
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -23,6 +24,7 @@ from regraft.transport import IDENTITY, LinearMap, Transport
 if TYPE_CHECKING:
     from regraft.methods import WeightPairs
     from regraft.migration import Entry
+    from regraft.pairing import Pairing
 
 Policy = Literal["drop", "nearest", "fold"]
 
@@ -85,8 +87,8 @@ def fold(module: ModuleRef, survivor: ModuleRef, pairs: WeightPairs) -> Transpor
 
     The norms' scales and the distance between the two places in the stream are left out.
     """
-    sides, block = named_sides(module.path), _block(module, survivor)
-    blocks = block, _block(survivor, module)
+    sides, block = named_sides(module.path), block_path(module, survivor)
+    blocks = block, block_path(survivor, module)
     if sides.inp is not None and sides.inp.startswith(block):
         rows = [_rows(ref, blocks, pairs) for ref in _touching(module, sides.inp, "out", pairs)]
         if not rows:
@@ -146,7 +148,7 @@ def _rows(ref: ModuleRef, blocks: tuple[str, str], pairs: WeightPairs) -> tuple[
     return one, other
 
 
-def _block(module: ModuleRef, other: ModuleRef) -> str:
+def block_path(module: ModuleRef, other: ModuleRef) -> str:
     """The module's path up to and with the last number in which the two differ: its block's."""
     parts, others = module.path.split("."), other.path.split(".")
     last = max(
@@ -154,3 +156,33 @@ def _block(module: ModuleRef, other: ModuleRef) -> str:
         default=-1,
     )
     return ".".join(parts[: last + 1]) + "."
+
+
+def is_stream(module: ModuleRef) -> bool:
+    """Whether a module writes to a stream that other blocks read, not to a space of its own attention or MLP."""
+    out = named_sides(module.path).out
+    return out is not None and (out == "residual" or out.endswith(".stream"))
+
+
+def removed_writes(pairing: Pairing, solved: Iterable[ModuleRef]) -> dict[ModuleRef, tuple[ModuleRef, ...]]:
+    """Old modules that write to a stream → those of removed blocks whose writes theirs stand for.
+
+    A removed block wrote to the residual stream behind its surviving neighbour's last write (or before its first): to
+    the blocks above, that is as if that neighbour had written both.
+
+    Args:
+        pairing: of the bases.
+        solved: old modules in the order of execution.
+    """
+    found: dict[ModuleRef, tuple[ModuleRef, ...]] = {}
+    solved = list(solved)
+    for removed, survivor in pairing.survivors.items():
+        stream, block = named_sides(removed.path).out, block_path(survivor, removed)
+        # Spaces of one block have its number in their names: what two blocks share is a stream.
+        if stream is None or stream != named_sides(survivor.path).out:
+            continue
+        here = [ref for ref in solved if ref.component == removed.component and ref.path.startswith(block)]
+        writers = [ref for ref in here if named_sides(ref.path).out == stream]
+        if writers:
+            found[writers[-1]] = (*found.get(writers[-1], ()), removed)
+    return found

@@ -164,3 +164,13 @@ def test_a_larger_model_that_did_not_grow_from_the_old_one_takes_nothing(old: St
 
     with pytest.raises(InputError, match="grew from"):
         ported(old, llama(5, layers=LAYERS, width=30, mlp=50), lora(old, roles=ROLES), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "grow", [lambda state: widened(state, uneven=0.3), lambda state: deepened(state, silent=False)]
+)
+def test_auto_finds_by_itself_what_a_base_grew_from(old: StateDict, grow, tmp_path: Path) -> None:
+    adapter = lora(old, roles=ROLES)
+    report = ported(old, drifted(grow(old), 0.2), adapter, tmp_path, "auto").report
+    assert report.method == "grown"
+    assert report.verdict != "refused"

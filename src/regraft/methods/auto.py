@@ -13,6 +13,7 @@ from regraft.errors import RegraftError
 from regraft.methods import Carried, Fit, Outcome, Skip, WeightPairs, method
 from regraft.methods._choosing import HeldOut, lowest, scaled
 from regraft.methods.effect import PULLS, Sweep, sweep_layers
+from regraft.methods.grown import grown_from
 from regraft.methods.procrustes import procrustes
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batches, make_batches
@@ -95,7 +96,9 @@ def _best(task: AdapterTask, inputs: Batches, held: HeldOut) -> Carried | str:
     after=by_running,
 )
 def auto(pairs: WeightPairs) -> Fit:
-    """Copy where units are in place; `procrustes` where it finds a correspondence that a copy lacks; else copy.
+    """Copy where units are in place; `grown` where the new base grew from the old one; else the way that is found.
+
+    That is `procrustes` where it finds a correspondence that a copy lacks, and a copy again where it does not.
 
     Args:
         pairs: all paired weights.
@@ -111,6 +114,8 @@ def auto(pairs: WeightPairs) -> Fit:
             wide[module] = transport
         else:
             resized.append(module)
+    if pairs.pairing.origins and not pairs.sampled and (fit := grown_from(pairs)) is not None:
+        return fit
     in_place = mean(near.values()) if near else 0.0
     if near and in_place >= _IN_PLACE:
         reason = f"the weights are still in place (similarity {in_place:.2f}), where a copy is hard to beat"
@@ -124,6 +129,8 @@ def auto(pairs: WeightPairs) -> Fit:
             "copy",
             "no correspondence found between the weights: nothing better than a copy",
         )
+    if resized and (fit := grown_from(pairs)) is not None:
+        return fit
     rotated = procrustes(pairs)
     aligned = mean(rotated.similarity.values()) if rotated.similarity else in_place
     if aligned >= max(_IN_PLACE, in_place + 0.2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
 
@@ -18,11 +18,13 @@ from regraft.methods._choosing import HeldOut
 from regraft.methods._moments import Moments, cut_in
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batch, make_batches
+from regraft.removed import is_stream, removed_writes
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.load import Loaded, quiet_libraries
 from regraft.runtime.record import calls_of, input_rows, is_matrix, matrix_of, output_rows, shaped_as
 from regraft.runtime.walk import Walks
+from regraft.spaces import named_sides
 from regraft.updates import Update
 
 Cut = Literal["inputs", "plain"]
@@ -68,6 +70,10 @@ def effect(
     and y_t of the new base alone: e = y_s' − y_s, and ΔW_t solves
     min ‖(W_t + ΔW_t) x_t' − (y_t + e + μ (y_s − y_t))‖² + λ ‖ΔW_t − ΔW_copy‖². The cut to the wanted rank is made
     before the layers above are solved, so that they make up for it.
+
+    Where the new base lacks blocks, what a removed block wrote to the residual stream is wanted of its surviving
+    neighbour's write (`regraft.removed.removed_writes`), and each write also makes up for what those before it left
+    missing in the stream.
 
     Args:
         task: the adapter and both bases.
@@ -141,11 +147,13 @@ class Layers:
         order: old module → new module, in the order of execution in the new base.
         copies: new module → the copy's ΔW (out, in), where it has one.
         why_not: old module → why it is left to the copy.
+        folded: old module → modules of removed blocks whose writes to the stream are wanted from it too.
     """
 
     order: Mapping[ModuleRef, ModuleRef]
     copies: Mapping[ModuleRef, Tensor]
     why_not: Mapping[ModuleRef, str]
+    folded: Mapping[ModuleRef, tuple[ModuleRef, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, task: AdapterTask, batch: Batch) -> Layers:
@@ -170,7 +178,7 @@ class Layers:
                 why_not[ref] = "the models don't run it once, as a matrix of the same outputs"
         copied = task.copied().updates
         copies = {target: _matrix(there[target], copied[target]) for target in order.values() if target in copied}
-        return cls(order, copies, why_not)
+        return cls(order, copies, why_not, removed_writes(task.pairing, order))
 
 
 def _matrix(module: nn.Module, update: Update) -> Tensor:
@@ -180,6 +188,28 @@ def _matrix(module: nn.Module, update: Update) -> Tensor:
     weight = weight.detach().float().cpu()
     changed = (update.merged(weight).reshape(weight.shape) - weight).to(weight)
     return changed.T if type(module).__name__ == "Conv1D" else changed.flatten(1)
+
+
+class _Missing:
+    """What the residual streams of one sweep still lack, by batch and stream: later writes make up for it."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, str], Tensor] = {}
+        self._asked: list[tuple[int, str, Tensor, Tensor]] = []
+
+    def wanted(self, batch: int, stream: str, x: Tensor, change: Tensor) -> Tensor:
+        """The change (N, out) that is wanted of a write on inputs x (N, in), with what is missing by then."""
+        self._asked.append((batch, stream, x, change))
+        held = self._held.get((batch, stream))
+        return change if held is None else change + held
+
+    def settle(self, delta: Tensor) -> None:
+        """Note what a write's solution ΔW (out, in) leaves missing."""
+        for batch, stream, x, change in self._asked:
+            rest = change - x @ delta.to(x).T
+            held = self._held.get((batch, stream))
+            self._held[batch, stream] = rest if held is None else held + rest
+        self._asked.clear()
 
 
 class _Streams:
@@ -197,7 +227,9 @@ class _Streams:
             stack.enter_context(applied(model.components, rest))
         self.new = modules_of(new, layers.order.values())
         self.places = [modules_of(model, layers.order.values()) for model in self.ported]
-        olds, news = list(layers.order), list(layers.order.values())
+        self.folded = layers.folded
+        gone = [ref for refs in layers.folded.values() for ref in refs]
+        olds, news = [*layers.order, *gone], list(layers.order.values())
         self.walks = [
             stack.enter_context(_walks(old, "old", olds, batches, "after")),
             stack.enter_context(_walks(with_adapter, "old", olds, batches, "after")),
@@ -206,6 +238,7 @@ class _Streams:
         self.ported_walks = [
             stack.enter_context(_walks(model, "new", news, batches, "before")) for model in self.ported
         ]
+        self.missing = [_Missing() for _ in range(ported)]
         self.rows = [(batch.rows("old"), batch.rows("new")) for batch in batches]
 
     def collect(self, ref: ModuleRef, target: ModuleRef, sweeps: Sequence[Sweep]) -> list[Moments]:
@@ -213,10 +246,13 @@ class _Streams:
         module = self.new[target]
         out, inp = matrix_of(module).shape
         moments = [Moments.of(out, inp) for _ in sweeps]
+        stream = named_sides(ref.path).out if self.folded and is_stream(ref) else None
         for i in range(len(self.rows)):
             y_s, y_a, y_t = (
                 self._outputs(walks, i, key) for walks, key in zip(self.walks, (ref, ref, target), strict=True)
             )
+            for gone in self.folded.get(ref, ()):
+                y_s, y_a = y_s + self._outputs(self.walks[0], i, gone), y_a + self._outputs(self.walks[1], i, gone)
             for j, sweep in enumerate(sweeps):
                 stop = self.ported_walks[j].walks[i].at(target)
                 assert stop is not None
@@ -224,7 +260,8 @@ class _Streams:
                 # The base's own module: what it gives without a change, on what it reads now.
                 now = output_rows(module, module.forward(stop[0]))
                 x = input_rows(module, stop[0])
-                moments[j].add(x, wanted - now)
+                change = wanted - now
+                moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
         return moments
 
     def _outputs(self, walks: Walks[ModuleRef], i: int, key: ModuleRef) -> Tensor:
@@ -235,6 +272,7 @@ class _Streams:
 
     def put(self, sweep: int, target: ModuleRef, delta: Tensor) -> None:
         """Set a ported module's weight; the next layers read what it gives."""
+        self.missing[sweep].settle(delta)
         module = self.places[sweep][target]
         weight = module.weight
         assert isinstance(weight, Tensor)

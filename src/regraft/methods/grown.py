@@ -14,6 +14,8 @@ from regraft.transport import IDENTITY, LinearMap, Transport
 
 # Below this, what was grown is not the old base any more.
 _EXPLAINED = 0.3
+# From this on, `auto` is sure enough.
+_SURE = 0.5
 # A block's copy whose weight is this little of the old one's was silenced when it was added.
 _SILENT = 0.1
 
@@ -63,6 +65,15 @@ def grown(pairs: WeightPairs, *, copies: Literal["all", "first"] = "all") -> Fit
     blocks = len({_block(new) for new in pairs.pairing.origins})
     reason = f"{match.grown} hidden spaces with copied units, {blocks} blocks that copy others"
     return Fit(_paired(pairs, placed), "grown", reason, likeness, placed)
+
+
+def grown_from(pairs: WeightPairs) -> Fit | None:
+    """`grown` where it explains every wanted weight of the new base by the old one's; None where it does not."""
+    fit = grown(pairs)
+    outcomes = [outcome for places in fit.placed.values() for outcome in places.values()]
+    if not outcomes or any(isinstance(outcome, Skip) for outcome in outcomes) or min(fit.similarity.values()) < _SURE:
+        return None
+    return fit
 
 
 def _paired(pairs: WeightPairs, placed: dict[ModuleRef, dict[ModuleRef, Outcome]]) -> dict[ModuleRef, Outcome]:
