@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.adapter import ModuleRef
+from regraft.errors import InputError
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batch
 from regraft.runtime.applied import applied
@@ -50,6 +51,8 @@ class HeldOut:
     def __post_init__(self) -> None:
         models = self.task.models
         self.language = models.old.kind == "language"
+        if any(batch.rows("old") is not None for batch in self.batches):
+            raise InputError("the outputs of models with different tokens can't be compared", file=models.new.path)
         with applied(models.old.components, self.task.adapter):
             teacher = [self._said(batch, models.old.components, "old") for batch in self.batches]
         for batch, told in zip(self.batches, teacher, strict=True):

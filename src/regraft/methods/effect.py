@@ -222,8 +222,8 @@ class _Streams:
                 assert stop is not None
                 wanted = y_t + (y_a - y_s) + sweep.pull * (y_s - y_t)
                 # The base's own module: what it gives without a change, on what it reads now.
-                now = output_rows(module, module.forward(stop[0]))
-                x = input_rows(module, stop[0])
+                now = _chosen(output_rows(module, module.forward(stop[0])), self.rows[i][1])
+                x = _chosen(input_rows(module, stop[0]), self.rows[i][1])
                 moments[j].add(x, wanted - now)
         return moments
 
@@ -231,7 +231,8 @@ class _Streams:
         stop = walks.walks[i].at(key)
         assert stop is not None
         assert stop[1] is not None
-        return output_rows(self.new[key] if key in self.new else nn.Identity(), stop[1])
+        side = 1 if walks is self.walks[2] else 0
+        return _chosen(output_rows(nn.Identity(), stop[1]), self.rows[i][side])
 
     def put(self, sweep: int, target: ModuleRef, delta: Tensor) -> None:
         """Set a ported module's weight; the next layers read what it gives."""
@@ -240,6 +241,10 @@ class _Streams:
         assert isinstance(weight, Tensor)
         changed = weight.detach() + shaped_as(module, delta.to(weight))
         module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
+
+
+def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows.to(x.device)]
 
 
 def _walks(
