@@ -220,7 +220,8 @@ def apply_migration(
         base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
     metadata = with_base(ported.metadata, _told(migration), old_family=adapter.family)
-    ported = replace(ported, metadata=metadata if settings.rank is None else with_ranks(metadata, updates.values()))
+    same_ranks = settings.rank is None and not isinstance(made, Carried)
+    ported = replace(ported, metadata=metadata if same_ranks else with_ranks(metadata, updates.values()))
     if not settings.private:
         ported, removed = strip_private(ported)
         report = report.model_copy(update={"removed": removed})

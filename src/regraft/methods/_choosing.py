@@ -16,8 +16,9 @@ from regraft.probes.batches import Batch
 from regraft.runtime.applied import applied
 from regraft.updates import Update
 
-#: What moving the new base on its own inputs counts beside missing the adapter's effect.
-KEEP = 0.25
+#: What moving the new base on its own inputs counts beside missing the adapter's effect. From about 0.15 on, weaker
+#: copies win that recover less.
+KEEP = 0.1
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,13 @@ class Sweep:
         pull: μ, 0 to 1.
         ridge: λ in mean squares of a module's inputs.
         cut: metric of the cut to the wanted rank.
+        times: so many times the wanted rank.
     """
 
     pull: float = 0.5
     ridge: float = 0.3
     cut: Cut = "inputs"
+    times: int = 1
 
 
 @method(
@@ -285,6 +287,7 @@ def _solve(
         result.updates[name] = update
         result.delta = delta.float()
     else:
+        rank = rank if isinstance(rank, float) else min(sweep.times * rank, *delta.shape)
         up, down, lost = cut_in(delta, rank, moments.metric(sweep.ridge) if sweep.cut == "inputs" else None)
         factors = (down.T.contiguous(), up.T.contiguous()) if transposed else (up, down)
         made = task.made(ref, *factors)
@@ -299,6 +302,7 @@ def _carried(task: AdapterTask, layers: Layers, result: _Result, sweep: Sweep) -
     skipped = {ref: why for ref, why in layers.why_not.items() if (t := task.target(ref)) is None or t not in updates}
     figures = {
         "pull": sweep.pull,
+        "times_rank": float(sweep.times),
         "modules": float(len(layers.order)),
         # Of what the modules were to change, the share that they did not.
         "left": result.after / max(result.before, 1e-30),
