@@ -232,7 +232,8 @@ def apply_migration(
         base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
     metadata = with_base(ported.metadata, _told(migration), old_family=adapter.family)
-    same = settings.rank is None and {u.kind for u in updates.values()} <= {u.kind for u in adapter.updates.values()}
+    same_kinds = {u.kind for u in updates.values()} <= {u.kind for u in adapter.updates.values()}
+    same = settings.rank is None and not isinstance(made, Carried) and same_kinds
     ported = replace(ported, metadata=metadata if same else with_ranks(metadata, updates.values()))
     if not settings.private:
         ported, removed = strip_private(ported)

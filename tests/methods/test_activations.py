@@ -138,6 +138,12 @@ def test_scaled_copy_is_the_copy_at_one_strength(old: Path, drifted: Path) -> No
         assert torch.allclose(update.delta(), strength * adapter.updates[ref].delta(), atol=1e-6)
 
 
+def test_scaled_copy_keeps_the_wanted_rank(old: Path, drifted: Path) -> None:
+    settings = Settings(running=FEW, rank=1)
+    result = port(adapter_for(old), open_base(old), open_base(drifted), "scaled-copy", settings=settings)
+    assert {update.rank for update in result.adapter.updates.values()} == {1}
+
+
 def test_scaled_copy_on_the_same_base_has_strength_one(old: Path) -> None:
     assert carried(adapter_for(old), old, old, "scaled-copy").report.figures["strength"] == pytest.approx(1, abs=0.02)
 

@@ -74,6 +74,15 @@ def test_under_drift_it_takes_what_is_nearest_on_held_out_inputs(adapter: Adapte
     assert "held-out" in report.method_reason
 
 
+def test_it_takes_a_wider_file_where_that_pays_and_none_where_the_rank_is_given(
+    adapter: Adapter, old: Path, drifted: Path
+) -> None:
+    free = chosen(adapter, old, drifted)
+    assert {update.rank for update in free.adapter.updates.values()} in ({2}, {8})
+    bound = port(adapter, open_base(old), open_base(drifted), settings=Settings(running=FEW, rank=2))
+    assert {update.rank for update in bound.adapter.updates.values()} == {2}
+
+
 def test_what_is_no_better_on_held_out_inputs_is_not_taken(
     adapter: Adapter, old: Path, drifted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

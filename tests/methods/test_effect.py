@@ -193,12 +193,13 @@ def test_dora_is_matched_as_the_change_that_it_makes(old: Path) -> None:
     assert error(logits(old, result.adapter), logits(old, dora)) < 1e-3
 
 
-def test_an_unrelated_base_is_refused_before_any_model_is_loaded(
+def test_auto_refuses_an_unrelated_base_before_any_model_is_loaded(
     old: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regraft.runtime.both.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    bases = open_base(old), open_base(tiny.llama(folder / "other", seed=5))
     with pytest.raises(Refused):
-        ported(adapter_for(old), old, tiny.llama(folder / "other", seed=5))
+        port(adapter_for(old), *bases, "auto", settings=Settings(running=FEW))
 
 
 def test_an_interrupt_leaves_neither_threads_nor_a_file(

@@ -30,6 +30,8 @@ _SPECTRA = 5
 _NEAR = 0.05
 # By how much another way must be better than the copy.
 _MARGIN = 0.03
+# How many times the adapter's own rank is tried, and how much of the copy's error that must save.
+_TIMES, _WIDER = 4, 0.1
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -69,15 +71,21 @@ def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
 
 def _best(task: AdapterTask, inputs: Batches, held: HeldOut) -> Carried | str:
     started = perf_counter()
-    copy = task.copied().updates
+    copy = task.as_wanted(task.copied().updates)
     errors = [held.score(scaled(copy, strength)).total() for strength in _STRENGTHS]
     strength = lowest(_STRENGTHS, errors)
     candidates = [Carried(scaled(copy, strength), "scaled-copy", figures={"strength": strength})]
     sweeps = [Sweep(pull) for pull in PULLS]
+    if task.rank is None:
+        # Under drift, what there is to carry has more rank than the adapter: a wider file, where that pays.
+        sweeps += [Sweep(pull, times=_TIMES) for pull in PULLS if pull > 0]
     candidates += sweep_layers(task, inputs.fit, sweeps)
     totals = [held.score(candidate.updates).total() for candidate in candidates]
-    best = min(range(len(totals)), key=totals.__getitem__)
     by_copy = errors[_STRENGTHS.index(1.0)]
+    # A wider file has to be worth its size.
+    size = [_WIDER * by_copy if candidate.figures.get("times_rank", 1.0) > 1 else 0.0 for candidate in candidates]
+    weighed = [total + more for total, more in zip(totals, size, strict=True)]
+    best = min(range(len(totals)), key=weighed.__getitem__)
     if totals[best] > (1 - _MARGIN) * by_copy:
         return f"on held-out inputs nothing was better than the copy (error {by_copy:.2f})"
     figures = {"held_out": totals[best], "copy_held_out": by_copy, "seconds_choosing": perf_counter() - started}

@@ -40,11 +40,13 @@ class Sweep:
         pull: μ, 0 to 1.
         ridge: λ in mean squares of a module's inputs.
         cut: metric of the cut to the wanted rank.
+        times: so many times the wanted rank.
     """
 
     pull: float = 0.5
     ridge: float = 0.3
     cut: Cut = "inputs"
+    times: int = 1
 
 
 @method(
@@ -258,8 +260,8 @@ class _Streams:
                 assert stop is not None
                 wanted = y_t + (y_a - y_s) + sweep.pull * (y_s - y_t)
                 # The base's own module: what it gives without a change, on what it reads now.
-                now = output_rows(module, module.forward(stop[0]))
-                x = input_rows(module, stop[0])
+                now = _chosen(output_rows(module, module.forward(stop[0])), self.rows[i][1])
+                x = _chosen(input_rows(module, stop[0]), self.rows[i][1])
                 change = wanted - now
                 moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
         return moments
@@ -268,7 +270,8 @@ class _Streams:
         stop = walks.walks[i].at(key)
         assert stop is not None
         assert stop[1] is not None
-        return output_rows(self.new[key] if key in self.new else nn.Identity(), stop[1])
+        side = 1 if walks is self.walks[2] else 0
+        return _chosen(output_rows(nn.Identity(), stop[1]), self.rows[i][side])
 
     def put(self, sweep: int, target: ModuleRef, delta: Tensor) -> None:
         """Set a ported module's weight; the next layers read what it gives."""
@@ -278,6 +281,10 @@ class _Streams:
         assert isinstance(weight, Tensor)
         changed = weight.detach() + shaped_as(module, delta.to(weight))
         module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
+
+
+def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows.to(x.device)]
 
 
 def _walks(
@@ -318,6 +325,7 @@ def _solve(
         result.updates[name] = update
         result.delta = delta.float()
     else:
+        rank = rank if isinstance(rank, float) else min(sweep.times * rank, *delta.shape)
         up, down, lost = cut_in(delta, rank, moments.metric(sweep.ridge) if sweep.cut == "inputs" else None)
         factors = (down.T.contiguous(), up.T.contiguous()) if transposed else (up, down)
         made = task.made(ref, *factors)
@@ -332,6 +340,7 @@ def _carried(task: AdapterTask, layers: Layers, result: _Result, sweep: Sweep) -
     skipped = {ref: why for ref, why in layers.why_not.items() if (t := task.target(ref)) is None or t not in updates}
     figures = {
         "pull": sweep.pull,
+        "times_rank": float(sweep.times),
         "modules": float(len(layers.order)),
         # Of what the modules were to change, the share that they did not.
         "left": result.after / max(result.before, 1e-30),

@@ -33,7 +33,7 @@ def scaled_copy(task: AdapterTask) -> Carried:
         n = task.running.n_inputs or 96
         inputs = make_batches(task.models, task.adapter, 2, task.seed, task.prompts, held_out=n)
         held = HeldOut(task, inputs.held("adapter", "given"))
-        copy = task.copied().updates
+        copy = task.as_wanted(task.copied().updates)
         errors = []
         for done, strength in enumerate(_STRENGTHS):
             task.tick(done, len(_STRENGTHS), f"strength {strength:g}")

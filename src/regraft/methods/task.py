@@ -17,6 +17,7 @@ from regraft.base import Base
 from regraft.pairing import Pairing
 from regraft.runtime.both import BothModels
 from regraft.tensors import InMemory
+from regraft.transport import Transport
 from regraft.updates import Diff, Full, LowRank, Update
 from regraft.updates.exact import refactor
 
@@ -165,6 +166,18 @@ class AdapterTask:
         name = f"{target.path}.weight"
         value = delta.reshape(self._new_shape(module)).to(self._dtype(module)).contiguous()
         return ModuleRef(target.component, name), Diff(InMemory(value), f"{target.path}.diff")
+
+    def as_wanted(self, updates: Mapping[ModuleRef, Update]) -> dict[ModuleRef, Update]:
+        """Updates that were carried as they are, cut (or filled up) to the wanted rank."""
+        if self.rank is None or self.rank == "full":
+            return dict(updates)
+        cut: dict[ModuleRef, Update] = {}
+        for ref, update in updates.items():
+            cut[ref] = update
+            if isinstance(update, LowRank) and update.rank != self.rank:
+                moved = Transport().factors(*update.factors(), self.rank)
+                cut[ref] = update.with_factors(moved.up, moved.down)
+        return cut
 
     def _dtype(self, module: ModuleRef) -> torch.dtype:
         like = self.modules.get(module)

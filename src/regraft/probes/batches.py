@@ -15,6 +15,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError
+from regraft.probes.batches_aligned import align
 from regraft.probes.sentences import SENTENCES
 from regraft.probes.text import encode, longest, same_ids, sample_texts, sentence, vocabulary_of
 from regraft.runtime.applied import applied
@@ -145,7 +146,9 @@ def _text_batches(
     models: BothModels, adapter: Adapter | None, n: int, seed: int, prompts: Sequence[str] | None, held_out: int
 ) -> Batches:
     old, new = models.old, models.new
-    _check_vocabularies(old, new)
+    aligned = _other_tokens(old, new)
+    if aligned and not (_writes(old) and _writes(new)):
+        raise InputError("splits text into other tokens than the old base, and does not read from left to right alone")
     if prompts is not None or not _writes(old):
         return _given_texts(models, n, prompts, held_out, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -156,12 +159,17 @@ def _text_batches(
         with applied(old.components, adapter):
             rows["adapter"] = sample_texts(old, n // 2 + held_out, generator, SAMPLED_TOKENS)
     rows["new"] = sample_texts(new, held_out if adapter is not None else n // 2 + held_out, generator, SAMPLED_TOKENS)
-    cap = min(vocabulary_of(old), vocabulary_of(new))
+    cap = min(vocabulary_of(old), vocabulary_of(new)) if not aligned else max(vocabulary_of(old), vocabulary_of(new))
     fit: list[Batch] = []
     held: list[Batch] = []
     for maker, texts in rows.items():
         count = {"old": n - n // 2, second: n // 2}.get(maker, 0)
         texts = [text.clamp_max(cap - 1) for text in texts]
+        if aligned:
+            written = (new if maker == "new" else old).tokenizer.batch_decode([text[0] for text in texts])
+            fit += _aligned(written[:count], maker, models)
+            held += _aligned(written[count:], maker, models)
+            continue
         fit += _together(texts[:count], maker, old, new)
         held += _together(texts[count:], maker, old, new)
     length = rows["old"][0].shape[1]
@@ -174,20 +182,31 @@ def _writes(model: Loaded) -> bool:
     return model.kind == "language" and not getattr(model.main.config, "is_encoder_decoder", False)
 
 
-def _check_vocabularies(old: Loaded, new: Loaded) -> None:
+def _other_tokens(old: Loaded, new: Loaded) -> bool:
+    """Whether the two models number or split text differently.
+
+    Raises:
+        InputError: they do, and have no tokenizers to tell how.
+    """
     ours, theirs = old.tokenizer, new.tokenizer
-    alike = same_ids(ours, theirs) if ours is not None and theirs is not None else None
-    if alike is False:
-        raise InputError(
-            "splits text into other tokens than the old base", file=new.path, remedy="Take a method that runs no model."
-        )
-    if alike is None and vocabulary_of(old) != vocabulary_of(new):
+    if ours is not None and theirs is not None:
+        return not same_ids(ours, theirs)
+    if vocabulary_of(old) != vocabulary_of(new):
         sizes = f"{vocabulary_of(old)} and {vocabulary_of(new)}"
         raise InputError(
             f"the vocabularies differ ({sizes} tokens), and there are no tokenizers to tell how",
             file=new.path,
             remedy="Put both tokenizers' files beside the models, or take a method that runs no model.",
         )
+    return False
+
+
+def _aligned(texts: Sequence[str], maker: Maker, models: BothModels) -> list[Batch]:
+    batches: list[Batch] = []
+    for i in range(0, len(texts), TOGETHER):
+        found = align(texts[i : i + TOGETHER], models)
+        batches.append(TextBatch(found.ids, maker, True, found.rows))
+    return batches
 
 
 def _given_texts(models: BothModels, n: int, prompts: Sequence[str] | None, held_out: int, seed: int) -> Batches:
@@ -212,6 +231,10 @@ def _given_texts(models: BothModels, n: int, prompts: Sequence[str] | None, held
         # Spread over the list, so that held-out ones are of the same kind.
         order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
         given = [given[i] for i in order[:count]]
+        if _other_tokens(old, new):
+            apart = min(held_out, max(1, len(given) // 5))
+            to_fit, to_hold = _aligned(given[apart:], maker, models), _aligned(given[:apart], maker, models)
+            return Batches(tuple(to_fit), tuple(to_hold), f"{len(given)} texts given, seed {seed}")
         texts = [encode(old, text) for text in given]
         texts = [text[:, : longest(new, text.shape[1])] for text in texts]
         made = f"{len(texts)} {'texts given' if prompts is not None else 'plain English sentences'}, seed {seed}"
