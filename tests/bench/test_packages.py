@@ -89,7 +89,7 @@ def test_what_the_vectors_hold_is_found() -> None:
     losses, right = held_out(vectors, (vectors[:, 3] > 0).float())
     # Weight decay keeps the head from being as steep as the labels are.
     assert right.mean() > 0.9
-    assert losses.mean() < 0.6
+    assert losses.mean() < 0.65
 
 
 def test_cosines_do_not_feel_length_or_rotation() -> None:

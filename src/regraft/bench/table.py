@@ -136,8 +136,8 @@ def _meanings() -> str:
         "seeds, 95 %.",
         "- **Share of the teacher**: (score(ported) − score(none)) / (score(old base + LoRA) − score(none)).",
         "- **Retention**: of what the new base does better than the old one without any adapter, the share that is "
-        "left under the ported one. The native's, which is rarely 1, is what to hold it against. A dash where the new "
-        "base is not better on those inputs.",
+        "left under the ported one. It falls below 0 where the adapter costs more there than the upgrade brought, as "
+        "the native one may too: hold it against the native's. A dash where the new base is not better there.",
         "- **Effect cosine and norm ratio**: as `regraft verify` measures them, on inputs that the bases make.",
         "- **Style, judge, concept** (diffusion): of sampled pictures, the share of pixels on the style's palette, and "
         "of pictures whose style and whose subject a small classifier recognises. **Accuracy**, **correlation** "
