@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from regraft.joining import total
 from regraft.migrations.compose import compose
 from regraft.pairing import pair_bases
 from regraft.tensors import InMemory
-from regraft.updates import LowRank
+from regraft.updates import Diff, LowRank
 from test_pairing import without_layers
 from toys import deltas, drifted, llama, lora, relative_error, save_base
 
@@ -168,3 +169,27 @@ def test_a_sum_of_updates_is_their_sum() -> None:
     torch.testing.assert_close(whole.delta(), parts[0].delta() + parts[1].delta(), rtol=1e-4, atol=1e-5)
     assert whole.rank == 3
     assert lost == pytest.approx(0.0, abs=1e-9)
+
+
+def test_magnitudes_that_meet_are_not_joined_and_that_is_said(bases: tuple[Base, Base]) -> None:
+    adapter = lora(llama(layers=LAYERS), dora=True)
+    result = port(adapter, *bases, "copy", settings=Settings(rank=8), removed="nearest")
+    got, before = result.adapter.updates[module(0, "mlp.down_proj")], adapter.updates
+    wanted = before[module(0, "mlp.down_proj")].delta() + before[module(1, "mlp.down_proj")].delta()
+    assert relative_error(got.delta(), wanted) < 1e-5
+    assert got.magnitude is not None
+    # Every row grew by a tenth, as in the block that it comes from.
+    torch.testing.assert_close(got.magnitude.load(), 1.1 * bases[1].weight(module(0, "mlp.down_proj")).norm(dim=1))
+    rows = [row for row in result.report.modules if row.target == str(module(0, "mlp.down_proj"))]
+    assert all("magnitudes that meet are not joined" in row.reason for row in rows)
+
+
+def test_whole_changes_that_meet_add_up(bases: tuple[Base, Base]) -> None:
+    adapter = lora(llama(layers=LAYERS), roles=("q_proj",))
+    changes = {layer: torch.full((24, 40), float(layer + 1)) for layer in range(LAYERS)}
+    paths = {layer: f"model.layers.{layer}.mlp.down_proj.weight" for layer in changes}
+    diffs = {ModuleRef(MODEL, paths[i]): Diff(InMemory(change), paths[i]) for i, change in changes.items()}
+    both = replace(adapter, updates={**adapter.updates, **diffs})
+    result = port(both, *bases, "copy", removed="nearest").adapter.updates
+    assert torch.equal(result[ModuleRef(MODEL, paths[0])].delta(), changes[0] + changes[1])
+    assert torch.equal(result[ModuleRef(MODEL, paths[1])].delta(), changes[2])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from regraft import InputError, Settings, open_base, port
-from regraft.adapter import Adapter, TokenRef
+from regraft.adapter import MODEL, Adapter, TokenRef
 from regraft.base import Base
 from regraft.tensors import InMemory
-from toys import VOCAB, WIDTH, drifted, llama, lora, save_base
+from toys import VOCAB, WIDTH, drifted, llama, lora, permutation, regauged, save_base
 
 TOKEN = TokenRef("text_encoder", "<cat>")
 
@@ -54,3 +54,15 @@ def test_embeddings_alone_have_nothing_to_fit(adapter: Adapter, tmp_path: Path) 
     old = base(tmp_path / "old.safetensors")
     with pytest.raises(InputError, match="tokens alone"):
         port(replace(adapter, updates={}), old, old)
+
+
+def test_tokens_turn_with_the_width_of_the_encoder(tmp_path: Path) -> None:
+    state, residual = llama(), permutation(WIDTH, 3)
+    old = open_base(save_base(state, tmp_path / "old.safetensors"))
+    new = open_base(save_base(regauged(state, residual, permutation(40, 4)), tmp_path / "new.safetensors"))
+    vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
+    token = TokenRef(MODEL, "<cat>")
+    adapter = replace(lora(state), format="regraft", tokens={token: InMemory(vectors)})
+    result = port(adapter, old, new, "procrustes")
+    torch.testing.assert_close(result.adapter.tokens[token].load(), vectors @ residual.T, rtol=1e-4, atol=1e-5)
+    assert "turned with the text encoder's width" in result.report.reasons[-1]

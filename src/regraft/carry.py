@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
+from regraft.changes import is_copied, on_weight
 from regraft.errors import InputError
 from regraft.families import block_of
 from regraft.methods import Carried
@@ -94,12 +95,9 @@ class Carrier:
         assert entry.transport is not None
         assert entry.target is not None
         target = respelled(ref, entry.target)
-        factors = self._factored(ref, update, entry.transport)
-        carried, kept, cut = self._transport(ref, factors, entry, entry.transport)
-        reason = entry.reason
-        if carried.kind != update.kind:
-            reason += f"; a {update.kind} as the LoRA that it equals"
-        row = self._row(ref, update, "ported", reason, target=target, entry=entry)
+        factors, how, strength = self._factored(ref, update, entry)
+        carried, kept, cut = self._transport(ref, factors, entry, entry.transport, strength)
+        row = self._row(ref, update, "ported", entry.reason + how, target=target, entry=entry)
         row = row.model_copy(update={"energy_kept": kept, "cut_loss": cut, "rank_out": carried.rank})
         return row, target, carried
 
@@ -109,30 +107,70 @@ class Carrier:
         for copy in entry.copies if entry is not None else ():
             assert copy.transport is not None
             assert copy.target is not None
-            factors = self._factored(ref, update, copy.transport)
-            yield respelled(ref, copy.target), self._transport(ref, factors, copy, copy.transport)[0]
+            factors, _, strength = self._factored(ref, update, copy)
+            yield respelled(ref, copy.target), self._transport(ref, factors, copy, copy.transport, strength)[0]
 
-    def _factored(self, ref: ModuleRef, update: Update, transport: Transport) -> Update:
-        """The update itself where a copy does, else the LoRA that it equals.
+    def _factored(self, ref: ModuleRef, update: Update, entry: Entry) -> tuple[Update, str, float]:
+        """The update itself where a copy does, else the LoRA that it equals; what that is; the strength to be given.
 
         Raises:
-            InputError: it equals none, and is to have another rank.
+            InputError: it acts on a weight that is not at hand.
         """
-        magnitude = update.magnitude
-        copied = transport.is_identity and self._rank(transport) in (None, update.rank)
-        if copied and (magnitude is None or not isinstance(update, Slice)):
-            return update
+        assert entry.transport is not None
+        strength = self.settings.strength_of(ref, self.adapter.family)
+        if entry.transport.is_identity and self._rank(entry.transport) in (None, update.rank):
+            kept = is_copied(update, weakened=strength != 1.0) or (strength == 1.0 and self._unmoved(ref, entry))
+            if kept and (update.magnitude is None or not isinstance(update, Slice)):
+                return update, "", strength
         found = as_lowrank(update)
-        if found is None:
-            what = f"is of the kind {update.kind}, which has no other rank"
-            remedy = "Port it without --rank, or leave the module out with --exclude."
-            raise InputError(what, file=self.adapter.path, key=str(ref), remedy=remedy)
-        return found
+        if found is not None:
+            same = found.kind == update.kind and not isinstance(update, Slice)
+            return found, "" if same else f"; a {update.kind} as the LoRA that it equals", strength
+        made = self._on_old(ref, update.scaled(strength))
+        return made, f"; a {update.kind} converted: its change of the old weight, a LoRA of rank {made.rank}", 1.0
+
+    def _unmoved(self, ref: ModuleRef, entry: Entry) -> bool:
+        """Whether the new base has the very weight of the old one."""
+        if self.old is None or self.new is None or entry.target is None:
+            return False
+        home = self.ready.located.modules[ref]
+        return torch.equal(self.old.weight(home), self.new.weight(entry.target))
+
+    def _on_old(self, ref: ModuleRef, update: Update) -> LowRank:
+        home, old = self.ready.located.modules[ref], self.old
+        if old is None:
+            what = f"is a {update.kind}, whose change depends on the old base's weight"
+            raise InputError(what, file=self.adapter.path, key=str(ref), remedy="Give --from too.")
+        bias = old.parameter(ModuleRef(home.component, f"{home.path}.bias"))
+        try:
+            return on_weight(
+                update, old.weight(home), self._fused(update, old), bias.load() if bias is not None else None
+            )
+        except ValueError as error:
+            remedy = "Leave the module out with --exclude."
+            raise InputError(str(error), file=self.adapter.path, key=str(ref), remedy=remedy) from None
+
+    def _fused(self, update: Update, old: Base) -> Tensor | None:
+        """The old base's fused weight that an update acts across, put together from the adapter's other parts of it."""
+        if not isinstance(update, Slice):
+            return None
+        parts = update.of.parts()
+        rows: dict[int, Tensor] = {}
+        for ref, other in self.adapter.updates.items():
+            same = isinstance(other, Slice) and all(other.of.parts().get(name) is part for name, part in parts.items())
+            if not isinstance(other, Slice) or not same or ref not in self.ready.located.modules:
+                continue
+            weight = old.weight(self.ready.located.modules[ref])
+            for start, stop in other.ranges:
+                rows[start], weight = weight[: stop - start], weight[stop - start :]
+        whole = torch.cat([rows[start] for start in sorted(rows)]) if rows else None
+        ends = [start + len(part) for start, part in sorted(rows.items())]
+        return whole if sorted(rows) == [0, *ends[:-1]] else None
 
     def _transport(
-        self, ref: ModuleRef, update: Update, entry: Entry, transport: Transport
+        self, ref: ModuleRef, update: Update, entry: Entry, transport: Transport, strength: float
     ) -> tuple[Update, float, float]:
-        strength, rank = self.settings.strength_of(ref, self.adapter.family), self._rank(transport)
+        rank = self._rank(transport)
         carried, kept, cut = update, 1.0, 0.0
         if isinstance(update, LowRank) and not (transport.is_identity and rank in (None, update.rank)):
             up, down = update.factors()
@@ -150,10 +188,10 @@ class Carrier:
             magnitude = carry_magnitude(update.magnitude.load(), norms, transport, strength)
             if magnitude is None:
                 raise InputError(
-                    "this DoRA magnitude can't be carried: it needs both bases, in one size",
+                    "this DoRA magnitude can't be carried without the norms of both bases' weights",
                     file=self.adapter.path,
                     key=getattr(update.magnitude, "name", str(ref)),
-                    remedy="Leave the module out with --exclude.",
+                    remedy="Give --from and --to, or leave the module out with --exclude.",
                 )
             carried = replace(carried, magnitude=InMemory(magnitude))
         return carried, kept, cut
@@ -209,15 +247,15 @@ class Carrier:
             )
             yield row, ref, update.scaled(self.settings.strength)
 
-    def _norms(self, ref: ModuleRef, shape: Shape, entry: Entry) -> Tensor | None:
-        """Norms of both weights along the axis of a magnitude of this shape, (2, n)."""
-        if not is_per_column(shape):
-            return entry.row_norms
+    def _norms(self, ref: ModuleRef, shape: Shape, entry: Entry) -> Sequence[Tensor] | None:
+        """Norms of the old and of the new weight along the axis of a magnitude of this shape."""
+        axis = 1 if is_per_column(shape) else 0
+        if axis == 0 and entry.row_norms is not None:
+            return entry.row_norms.unbind()
         if self.old is None or self.new is None or entry.target is None:
             return None
         weights = (self.old.weight(self.ready.located.modules[ref]), self.new.weight(entry.target))
-        columns = [weight.float().transpose(0, 1).flatten(1).norm(dim=1) for weight in weights]
-        return torch.stack(columns) if columns[0].shape == columns[1].shape else None
+        return [weight.float().transpose(0, axis).flatten(1).norm(dim=1) for weight in weights]
 
     def _carry_whole(self, ref: ModuleRef, update: Full | Diff) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         whole = self.ready.wholes[ref]
@@ -227,6 +265,9 @@ class Carrier:
         row = self._row(ref, update, "ported", whole.reason, target=whole.target)
         strength = self.settings.strength_of(ref, self.adapter.family)
         if isinstance(update, Diff):
+            if whole.move is not None:
+                moved = whole.move(update.value.load()).to(update.value.dtype).contiguous()
+                update = replace(update, value=InMemory(moved))
             wide = whole.after is not None and widens(update.shape, whole.after.shape)
             carried = widen(update, whole.after.shape[1]) if whole.after is not None and wide else update
             assert carried is not None
@@ -260,39 +301,53 @@ class Carrier:
         )
 
 
-def carry_magnitude(magnitude: Tensor, norms: Tensor | None, transport: Transport, strength: float) -> Tensor | None:
+def carry_magnitude(
+    magnitude: Tensor, norms: Sequence[Tensor] | None, transport: Transport, strength: float
+) -> Tensor | None:
     """DoRA's magnitude on the new base: its relative change of every norm, m / ‖W_old‖, carried onto ‖W_new‖.
 
-    Under a rotation L of the rows, the squared relative changes mix by L's squared entries.
+    Under a rotation, and wherever the sizes differ, the squared relative changes mix by the squared entries of the map
+    of the magnitude's own side: L's for norms of rows, Rᵀ's for norms of columns.
 
     Args:
         magnitude: one per output row, (n,) or (n, 1, …), or per input column, (1, n, …).
-        norms: (2, n), norms of the old and the new weight along the same axis; None where they are not known.
+        norms: of the old weight, (n,), and of the new, (n',), along the same axis; None where they are not known.
         transport: of the module.
         strength: 0 gives ‖W_new‖ itself, so that nothing changes.
 
     Returns:
-        The magnitude, shape and dtype as given, or None where it can't be carried.
+        The magnitude in its own dtype, or None where it can't be carried.
     """
     if norms is None and strength == 1.0 and not transport.rotates:
         # Nothing is known of a drift of the rows: a copy.
         return magnitude
-    if norms is None or magnitude.numel() != norms.shape[1]:
+    if norms is None or magnitude.numel() != len(norms[0]):
         return None
     flat, (old, new) = magnitude.float().reshape(-1), norms
     # A row of zeros has no relative change: its magnitude stays.
     relative = torch.where(old > 0, flat / old, torch.ones_like(flat))
-    if not transport.rotates:
+    if not transport.rotates and len(old) == len(new):
         carried = torch.where(old > 0, flat * (new / old), flat)
-    elif is_per_column(tuple(magnitude.shape)):
-        return None
     else:
-        weights = transport.terms[0][0].squared(len(flat))
-        carried = new * ((weights @ relative.square()) / weights.sum(dim=1).clamp_min(1e-12)).sqrt()
+        weights = _mixing(transport, len(old), len(new), columns=is_per_column(tuple(magnitude.shape)))
+        mixed = (weights @ relative.square()) / weights.sum(dim=1).clamp_min(1e-12)
+        # A unit that nothing leads to has no change.
+        carried = new * torch.where(weights.sum(dim=1) > 1e-6, mixed, torch.ones_like(mixed)).sqrt()
     if strength != 1.0:
         carried = new + strength * (carried - new)
-    result: Tensor = carried.reshape(magnitude.shape).to(magnitude.dtype)
+    shape = [len(new) if size == len(old) and size > 1 else size for size in magnitude.shape]
+    result: Tensor = carried.reshape(shape).to(magnitude.dtype)
     return result
+
+
+def _mixing(transport: Transport, old: int, new: int, *, columns: bool) -> Tensor:
+    """Squared entries of the map of one side, (new, old); of a flattened kernel, summed over its places."""
+    left, right = transport.terms[0]
+    map_ = right.T if columns else left
+    squared = map_.squared(right.out_features or old if columns else old)
+    if squared.shape == (new, old):
+        return squared
+    return squared.reshape(new, -1, old, squared.shape[1] // old).sum(dim=(1, 3))
 
 
 def _shape_like(shape: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
+from regraft.forecast import FLOOR, Judgement
+from regraft.forecast.probing import probed
+from regraft.methods.task import Running
 from regraft.migration import Migration, Ticker
 from regraft.plan import Selection
 from regraft.port import fit_for
@@ -22,17 +25,30 @@ def check(
     method: str = "auto",
     *,
     selection: Selection = Selection(),
+    deep: bool = False,
+    probe: Running | None = None,
     tick: Ticker | None = None,
     **options: Any,
 ) -> CheckReport:
     """Judge an adapter on a pair of bases; see `regraft.forecast` for the rules.
+
+    Args:
+        adapter: as it was read.
+        old: the base that it was trained on.
+        new: the base that it is to run on.
+        method: that it would be carried by.
+        selection: which of its modules.
+        deep: survey all modules of both bases, in place of a fixed sample.
+        probe: how to run both models over self-made inputs, for a sharper forecast; None runs none.
+        tick: called with (modules done, modules in all, module's name).
+        **options: of the method.
 
     Raises:
         Refused: the adapter is for another family than its old base.
         InputError, UsageError: see `regraft.port.fit_for`.
     """
     migration = fit_for(adapter, old, new, method, selection=selection, tick=tick, **options)
-    return check_migration(adapter, migration, selection, old, new)
+    return check_migration(adapter, migration, selection, old, new, deep=deep, probe=probe)
 
 
 def check_migration(
@@ -41,9 +57,18 @@ def check_migration(
     selection: Selection = Selection(),
     old: Base | None = None,
     new: Base | None = None,
+    *,
+    deep: bool = False,
+    probe: Running | None = None,
 ) -> CheckReport:
-    """The same with a fitted migration."""
-    ready = prepare(adapter, migration, selection, old, new)
+    """The same with a fitted migration.
+
+    Raises:
+        UsageError: the models are to be run, and one of the bases was not given.
+    """
+    ready = prepare(adapter, migration, selection, old, new, deep=deep)
+    if probe is not None:
+        ready = probed(adapter, ready, old, new, probe)
     judgement = ready.judgement
     problems = [f"{key}: {why}" for key, why in ready.problems.items()]
     if len(problems) > 5:
@@ -59,8 +84,9 @@ def check_migration(
         verdict=judgement.verdict,
         summary=judgement.summary if refused else f"{_unfit(len(ready.problems))}{judgement.summary}",
         reasons=reasons,
-        tier="refine" if judgement.verdict == "refine" else ("bridge" if judgement.verdict == "refused" else "port"),
+        tier=_tier(judgement),
         method=migration.used,
+        forecast=judgement.forecasts,
         similarity=judgement.similarity,
         distance=judgement.distance,
         modules=_rows(adapter, ready),
@@ -68,6 +94,14 @@ def check_migration(
         target=migration.target,
         warnings=_warnings(adapter, migration, old, new),
     )
+
+
+def _tier(judgement: Judgement) -> Literal["port", "refine", "bridge"]:
+    """The cheapest tier that is expected to do."""
+    if judgement.verdict != "refused":
+        return "port" if judgement.verdict == "survives" else "refine"
+    refine = judgement.forecasts.refine
+    return "refine" if refine is not None and refine.recovery >= FLOOR else "bridge"
 
 
 def _warnings(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> list[str]:

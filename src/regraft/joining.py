@@ -13,7 +13,7 @@ from regraft.errors import InputError
 from regraft.report.schema import PortedModule
 from regraft.tensors import InMemory
 from regraft.transport import cut
-from regraft.updates import LowRank, Update
+from regraft.updates import Diff, LowRank, Update
 from regraft.updates.exact import as_lowrank
 
 
@@ -32,20 +32,41 @@ def joined(
         file: of the adapter, for errors.
 
     Raises:
-        InputError: updates meet that no low rank holds, or that carry a DoRA magnitude: those don't add up.
+        InputError: updates meet that no low rank holds: those don't add up.
     """
     updates: dict[ModuleRef, Update] = {}
     lost: dict[str, float] = {}
+    dora: set[str] = set()
     for place, parts in landed.items():
         if len(parts) == 1:
             updates[place] = parts[0]
             continue
+        if all(isinstance(part, Diff) and part.shape == parts[0].shape for part in parts):
+            updates[place] = _summed([part for part in parts if isinstance(part, Diff)])
+            continue
         factored = [as_lowrank(part) for part in parts]
-        if any(part is None or part.magnitude is not None for part in factored):
+        known = [part for part in factored if part is not None]
+        if len(known) < len(parts):
             what = f"several updates meet on {place} of the new base, and can't be added up"
             raise InputError(what, file=file, key=str(place), remedy="--removed drop keeps them apart.")
-        updates[place], lost[str(place)] = total([part for part in factored if part is not None], rank)
-    return updates, [_with_loss(row, lost.get(row.target or "", 0.0)) for row in rows]
+        # Magnitudes are no sum: one of them goes on, which keeps the file one of DoRA.
+        magnitudes = [part.magnitude for part in known if part.magnitude is not None]
+        plain = [replace(part, magnitude=None) for part in known]
+        summed, lost[str(place)] = total(plain, rank)
+        updates[place] = replace(summed, magnitude=magnitudes[0]) if magnitudes else summed
+        if magnitudes:
+            dora.add(str(place))
+    told = [_with_loss(row, lost.get(row.target or "", 0.0)) for row in rows]
+    return updates, [_with_magnitude(row) if row.target in dora else row for row in told]
+
+
+def _summed(parts: Sequence[Diff]) -> Diff:
+    value = torch.stack([part.delta() for part in parts]).sum(dim=0)
+    return replace(parts[0], value=InMemory(value.to(parts[0].value.dtype)))
+
+
+def _with_magnitude(row: PortedModule) -> PortedModule:
+    return row.model_copy(update={"reason": f"{row.reason}; DoRA magnitudes that meet are not joined: one is kept"})
 
 
 def _with_loss(row: PortedModule, loss: float) -> PortedModule:

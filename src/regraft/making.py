@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import UsageError
+from regraft.joining import joined
 from regraft.methods import Carried, Fit, get_method
 from regraft.methods.task import AdapterTask
+from regraft.migration import Migration
 from regraft.names import resolve_names
 from regraft.pairing import pair_bases
 from regraft.prepare import Preparation
@@ -37,13 +40,18 @@ def make_for(
     if method.per == "adapter":
         if old is None or new is None:
             raise UsageError(f"method {method.name!r} looks at both bases", remedy="Give --from and --to.")
-        made: Carried = method.function(task_for(adapter, ready, settings, old, new, tick), **migration.options)
+        made: Carried = method.function(task_for(adapter, ready, settings, old, new, tick), **own_options(migration))
         return made
     fitted_now = migration.file is None and migration.file_hash is None and not migration.composed
     if method.after is None or old is None or new is None or not fitted_now:
         return None
     task = task_for(adapter, ready, settings, old, new, tick)
     return method.after(task, Fit({}, migration.used, migration.reason))
+
+
+def own_options(migration: Migration) -> dict[str, Any]:
+    """The options of the migration's method, without that for removed blocks, which every method has."""
+    return {name: value for name, value in migration.options.items() if name != "removed"}
 
 
 def task_for(
@@ -70,14 +78,16 @@ def task_for(
 def _copy(adapter: Adapter, ready: Preparation, old: Base, new: Base) -> Adapter:
     """The plain copy by the new base's names; what has no place there is left out."""
     carrier = Carrier(adapter, ready, Settings(), old, new)
-    carried: dict[ModuleRef, Update] = {}
+    landed: dict[ModuleRef, list[Update]] = {}
     for ref, update in adapter.updates.items():
         _, target, moved = carrier.carry(ref, update)
         if target is None or moved is None:
             continue
         home = ready.located.modules.get(ref)
         entry = ready.migration.entries.get(home) if home is not None else None
-        carried[entry.target if entry is not None and entry.target is not None else target] = moved
+        landed.setdefault(entry.target if entry is not None and entry.target is not None else target, []).append(moved)
+    # Whole: what meets is not cut before the method has seen it.
+    carried, _ = joined(landed, [], 1.0, adapter.path)
     return replace(adapter, updates=_by_base(carried, new))
 
 

@@ -316,6 +316,7 @@ def fit_migration(
         InputError: a base is damaged.
     """
     from regraft.plan import source_modules
+    from regraft.tokens import tables_in
 
     chosen = get_method(method)
     if chosen.scope != "pair" and adapter is None:
@@ -324,7 +325,8 @@ def fit_migration(
     check_policy(removed)
     pairing = _paired(old, new)
     touched = source_modules(adapter, old) if adapter is not None else None
-    wanted = list(pairing.counterparts) if touched is None else [m for m in pairing.counterparts if m in touched]
+    tables = tables_in(adapter, old) if adapter is not None else []
+    wanted = [m for m in pairing.counterparts if touched is None or m in touched or m in tables]
     gone = [] if removed == "drop" else [module for module in wanted if module in pairing.survivors]
     # What is folded into a survivor is carried by its transport, whether or not the adapter touches it.
     needed = dict.fromkeys([*wanted, *(pairing.survivors[module] for module in gone)])

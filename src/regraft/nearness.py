@@ -17,9 +17,12 @@ class Nearness:
     Attributes:
         similarity: cosine of the weights, corrected for chance; 1 equal, about 0 unrelated. None across shapes.
         distance: relative drift ‖W_new − W_old‖ / ‖W_old‖. None across shapes.
-        adapter_distance: the drift as the update meets it, on its own row and column spaces (see `adapter_distance`).
+        adapter_distance: the drift as the update meets it, on its own row and column spaces (see `within`).
         contained: how much of the update the drift holds: ⟨W_new − W_old, ΔW⟩ / ‖ΔW‖². 1 where it was merged.
         contained_noise: standard deviation of that figure for a drift that has nothing to do with the update.
+        strength: how strong the update is, ‖ΔW‖ / ‖W_old‖.
+        input_distance: the drift on the directions of input that the update reads, ‖D Q_A‖ / ‖W_old Q_A‖.
+        output_distance: the drift on the directions of output that it writes, ‖Q_Bᵀ D‖ / ‖Q_Bᵀ W_old‖.
     """
 
     similarity: float | None = None
@@ -27,6 +30,9 @@ class Nearness:
     adapter_distance: float | None = None
     contained: float | None = None
     contained_noise: float | None = None
+    strength: float | None = None
+    input_distance: float | None = None
+    output_distance: float | None = None
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -48,18 +54,26 @@ def similarity(old: Tensor, new: Tensor) -> float:
     return (cosine(old, new) - chance) / (1 - chance)
 
 
-def adapter_distance(old: Tensor, drift: Tensor, update: LowRank) -> float | None:
-    """‖Q_Bᵀ D Q_A‖ / ‖Q_Bᵀ W_old Q_A‖, Q_B and Q_A orthonormal bases of the update's column and row spaces.
+def within(old: Tensor, drift: Tensor, update: LowRank) -> tuple[float | None, float | None, float | None]:
+    """The drift as the update meets it: on its two spaces at once, on its inputs alone, on its outputs alone.
+
+    ‖Q_Bᵀ D Q_A‖ / ‖Q_Bᵀ W Q_A‖, ‖D Q_A‖ / ‖W Q_A‖ and ‖Q_Bᵀ D‖ / ‖Q_Bᵀ W‖, with Q_B and Q_A orthonormal bases of the
+    update's column and row spaces. None where the old weight is zero there.
 
     Args:
-        old: W_old, (out, in).
-        drift: D = W_new − W_old, (out, in).
+        old: W, (out, in).
+        drift: D = W_new − W, (out, in).
         update: the adapter's own.
     """
     up, down = update.factors()
     q_up, q_down = torch.linalg.qr(up)[0], torch.linalg.qr(down.T)[0]
-    base = float((q_up.T @ old @ q_down).norm())
-    return float((q_up.T @ drift @ q_down).norm()) / base if base > 0 else None
+
+    def ratio(moved: Tensor, base: Tensor) -> float | None:
+        norm = float(base.norm())
+        return float(moved.norm()) / norm if norm > 0 else None
+
+    read, read_old = drift @ q_down, old @ q_down
+    return ratio(q_up.T @ read, q_up.T @ read_old), ratio(read, read_old), ratio(q_up.T @ drift, q_up.T @ old)
 
 
 def contained(drift: Tensor, update: LowRank) -> tuple[float, float] | None:
@@ -83,5 +97,7 @@ def compare(old: Tensor, new: Tensor, update: LowRank | None = None) -> Nearness
     relative = float(drift.norm()) / norm if norm > 0 else (0.0 if not drift.any() else float("inf"))
     if update is None or (update.up.shape[0], update.down.load().flatten(1).shape[1]) != tuple(old.shape):
         return Nearness(similarity(old, new), relative)
-    within, held = adapter_distance(old, drift, update), contained(drift, update)
-    return Nearness(similarity(old, new), relative, within, *(held or (None, None)))
+    both, inputs, outputs = within(old, drift, update)
+    held, noise = contained(drift, update) or (None, None)
+    strength = update.norm() / norm if norm > 0 else None
+    return Nearness(similarity(old, new), relative, both, held, noise, strength, inputs, outputs)

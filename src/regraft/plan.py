@@ -94,8 +94,28 @@ def locate(adapter: Adapter, base: Named, which: str) -> Located:
 
 
 def source_modules(adapter: Adapter, old: Base) -> dict[ModuleRef, Update]:
-    """The old base's modules that the adapter changes → its update, without whole parameters."""
-    return {home: adapter.updates[ref] for ref, home in locate(adapter, old, "old").modules.items()}
+    """The old base's modules that the adapter changes → its update; of whole parameters, those that are weights."""
+    named = locate(adapter, old, "old").modules
+    return {home: adapter.updates[ref] for ref, home in {**weights_of_wholes(adapter, old), **named}.items()}
+
+
+def weights_of_wholes(adapter: Adapter, base: Base) -> dict[ModuleRef, ModuleRef]:
+    """The adapter's whole parameters that are weights of a base's modules → these modules, by the base's names."""
+    found: dict[ModuleRef, ModuleRef] = {}
+    for component, updates in adapter.components().items():
+        stems = {
+            path.removesuffix(".weight"): path
+            for path, update in updates.items()
+            if update.by_parameter and path.endswith(".weight") and len(update.shape) > 1
+        }
+        others = [path for path, update in updates.items() if not update.by_parameter]
+        home = find_component(base, component, others or stems) if stems else None
+        if home is None:
+            continue
+        for stem, target in resolve_names(stems, set(base.modules(home))).items():
+            if target is not None:
+                found[ModuleRef(component, stems[stem])] = ModuleRef(home, target)
+    return found
 
 
 def same_matrix(a: Shape, b: Shape) -> bool:

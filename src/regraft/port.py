@@ -25,10 +25,11 @@ from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Carried, Skip, get_method
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
-from regraft.plan import Selection, check_families, locate
+from regraft.plan import Selection, check_families, locate, weights_of_wholes
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
-from regraft.tokens import tokens_note
+from regraft.settling import settled
+from regraft.tokens import moved_tokens, tokens_note
 from regraft.updates import Update
 
 # A method that keeps less of the update's energy than this is no longer carrying the whole of it.
@@ -86,7 +87,8 @@ def fit_for(
     settings = chosen.check_options(options)
     entries: dict[ModuleRef, Entry] = {}
     moved: dict[int, torch.Tensor] = {}
-    modules = sorted(set(locate(adapter, new, "new").modules.values()))
+    named = {**weights_of_wholes(adapter, new), **locate(adapter, new, "new").modules}
+    modules = sorted(set(named.values()))
     weights = [module for module in modules if f"{module.path}.weight" in new.components[module.component]]
     for done, module in enumerate(weights):
         if tick is not None:
@@ -128,7 +130,9 @@ def apply_migration(
         InputError: a key or shape is not understood, and ``allow_partial`` is off; a tensor holds NaN or Inf.
     """
     started = time.perf_counter() if started is None else started
-    ready = prepare(adapter, migration, settings.selection, old, new)
+    recut = settings.rank not in (None, "full")
+    weakened = settings.strength != 1.0 or bool(settings.block_strength)
+    ready = prepare(adapter, migration, settings.selection, old, new, recut=recut, weakened=weakened)
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")
@@ -164,9 +168,12 @@ def apply_migration(
         for added in carrier.added(made, {row.target for row in rows if row.target}):
             keep(*added)
     updates, rows = joined(landed, rows, 1.0 if settings.rank == "full" else settings.rank, adapter.path)
+    held, rows = settled(adapter, updates, rows, new)
+    updates = dict(held.updates)
     if settings.save_dtype is not None:
         updates = {place: update.cast(settings.save_dtype) for place, update in updates.items()}
     tokens = {token: ref for token, ref in adapter.tokens.items() if str(token) not in ready.problems}
+    tokens = moved_tokens(tokens, migration)
     named = {*adapter.unrecognised, *map(str, adapter.tokens)}
     rows += [
         PortedModule(name=key, target=None, status="refused", reason=why, energy_kept=None, rank_in=None, rank_out=None)
@@ -192,7 +199,7 @@ def apply_migration(
         figures=figures,
         verdict=judgement.verdict if migration.source is not None else None,
         summary=_summary(counts, judgement, ready),
-        reasons=[*judgement.reasons, *([tokens_note(tokens, old, new)] if tokens else [])],
+        reasons=[*judgement.reasons, *([tokens_note(tokens, old, new, migration)] if tokens else [])],
         forced=judgement.verdict == "refused",
         counts=counts,
         skipped_share=sum(ready.evidence.shares.get(ref, 0.0) for ref in ready.evidence.skipped),
@@ -206,12 +213,12 @@ def apply_migration(
         seconds=time.perf_counter() - started,
         peak_mb=peak_mb(),
     )
-    config = adapter.config
+    config = held.config
     if config is not None:
         name, revision = base_name(migration.target.path)
         config = {**config, "base_model_name_or_path": name, "revision": revision}
     ported = replace(
-        adapter,
+        held,
         updates=updates,
         metadata=with_port(adapter, port_entry(report, settings, migration, adapter)),
         config=config,
@@ -220,7 +227,8 @@ def apply_migration(
         base_config=new.configs.get(MODEL) if new is not None else adapter.base_config,
     )
     metadata = with_base(ported.metadata, _told(migration), old_family=adapter.family)
-    ported = replace(ported, metadata=metadata if settings.rank is None else with_ranks(metadata, updates.values()))
+    same = settings.rank is None and {u.kind for u in updates.values()} <= {u.kind for u in adapter.updates.values()}
+    ported = replace(ported, metadata=metadata if same else with_ranks(metadata, updates.values()))
     if not settings.private:
         ported, removed = strip_private(ported)
         report = report.model_copy(update={"removed": removed})

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
+from regraft.changes import takes_old
 from regraft.errors import InputError
-from regraft.forecast import Evidence, Judgement, judge
+from regraft.forecast import Evidence, Judgement, Survey, judge
+from regraft.forecast.survey import survey
 from regraft.migration import Migration
 from regraft.pairing import Named
 from regraft.plan import Located, Selection, locate
 from regraft.tensors import check_finite
 from regraft.tokens import refused_tokens
 from regraft.updates import Update
-from regraft.updates.exact import is_factored
 from regraft.wholes import Whole, home_of, plan_wholes
 
 
@@ -74,6 +75,10 @@ def prepare(
     selection: Selection = Selection(),
     old: Base | None = None,
     new: Base | None = None,
+    *,
+    deep: bool = False,
+    recut: bool = False,
+    weakened: bool = False,
 ) -> Preparation:
     """Decide what becomes of each module; reads the updates, and a weight of the old base where one acts on it alone.
 
@@ -83,6 +88,9 @@ def prepare(
         selection: which of its modules.
         old: the old base, by which changes of whole parameters are known.
         new: the new base, likewise.
+        deep: survey all modules of both bases in place of a fixed sample.
+        recut: another rank is wanted than the adapter's own.
+        weakened: another strength than 1 is wanted.
 
     Raises:
         InputError: an update holds NaN or Inf.
@@ -95,7 +103,7 @@ def prepare(
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
     shares = _shares(adapter, left_out, located, old)
     problems = _unknown(adapter, located, which, selection)
-    problems |= {str(token): why for token, why in refused_tokens(adapter, new).items()}
+    problems |= {str(token): why for token, why in refused_tokens(adapter, new, migration).items()}
     skipped = {ref: why for ref, why in located.missing.items() if ref not in left_out}
     nearness = {}
     for ref, home in located.modules.items():
@@ -108,8 +116,8 @@ def prepare(
             problems[str(ref)] = entry.reason
         elif entry.transport is None:
             skipped[ref] = entry.reason
-        elif not entry.transport.is_identity and not is_factored(update):
-            problems[str(ref)] = f"is of the kind {update.kind}, which a copy can carry, and no other method"
+        elif old is None and takes_old(update, identity=entry.transport.is_identity, recut=recut, weakened=weakened):
+            problems[str(ref)] = f"is a {update.kind}, whose change depends on the old base's weight: give --from too"
         if migration.source is not None and (entry.target is not None or entry.uncovered):
             nearness[ref] = entry.nearness
     wholes = plan_wholes(adapter, migration, old, new)
@@ -119,12 +127,22 @@ def prepare(
             problems[str(ref)] = whole.reason
         elif whole.fate == "skip":
             skipped[ref] = whole.reason
-    evidence = Evidence(shares, nearness, {ref: why for ref, why in skipped.items() if ref in shares})
+    homes_of = {ref: migration.entries.get(home) for ref, home in located.modules.items()}
+    rotated = {ref for ref, e in homes_of.items() if e is not None and e.transport is not None and e.transport.rotates}
+    gone = {ref: why for ref, why in skipped.items() if ref in shares}
+    evidence = Evidence(shares, nearness, gone, rotated, _surveyed(located, migration, old, new, deep))
     judgement = judge(adapter, migration, evidence)
     lost = sum(shares.get(ref, 0.0) for ref in adapter.updates if str(ref) in problems)
     if judgement.verdict == "survives" and lost > 0:
         judgement = replace(judgement, verdict="refine", summary=f"{lost:.0%} of the update can't be carried.")
     return Preparation(migration, located, evidence, judgement, wholes, problems, left_out)
+
+
+def _surveyed(located: Located, migration: Migration, old: Base | None, new: Base | None, deep: bool) -> Survey | None:
+    """The bases beyond the adapter's modules, where both are at hand as a whole."""
+    if migration.source is None or old is None or new is None or old.partial or new.partial:
+        return None
+    return survey(old, new, set(located.modules.values()), deep=deep)
 
 
 def _shares(

@@ -16,6 +16,7 @@ from torch import Tensor
 from regraft.adapter import ModuleRef
 from regraft.errors import UsageError
 from regraft.migrations.algebra import Products
+from regraft.nearness import Nearness
 from regraft.spaces import named_sides
 from regraft.transport import IDENTITY, LinearMap, Transport
 
@@ -60,7 +61,7 @@ def rehomed(
     if map_ is None:
         return replace(there, target=None, transport=None, shape_new=None, reason=reason, row_norms=None)
     how = "added to" if policy == "nearest" else "folded into"
-    nearness = replace(there.nearness, adapter_distance=None, contained=None, contained_noise=None)
+    nearness = Nearness(there.nearness.similarity, there.nearness.distance)
     return replace(
         there,
         transport=Products().transport(there.transport, map_),

@@ -91,6 +91,12 @@ class LinearMap:
 
         return LinearMap(self.identity, moved(self.left), moved(self.right), moved(self.diagonal))
 
+    @property
+    def out_features(self) -> int | None:
+        """m'; None where the map fits any size."""
+        side = self.left if self.left is not None else self.diagonal
+        return None if side is None else side.shape[0]
+
     def _in_features(self) -> int:
         last = self.right if self.right is not None else self.left
         assert last is not None
@@ -149,10 +155,10 @@ class Transport:
         return rank * len(self.terms)
 
     def dense(self, delta: Tensor) -> Tensor:
-        """The transport of a whole ΔW, (out, in) → (out', in')."""
+        """The transport of a whole ΔW, (out, in) → (out', in'); a kernel lies flattened, (out, in · kh · kw)."""
         total = None
         for left, right in self.terms:
-            part = right.on_the_right(left @ delta)
+            part = _on_inputs(left @ delta, right)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -162,12 +168,12 @@ class Transport:
 
         Args:
             up: (out, r).
-            down: (r, in).
+            down: (r, in), a kernel flattened.
             rank: of the result: a number, a share of ‖ΔW‖² to keep (a float up to 1), or None for the rank of ``up``.
         """
         before = _squared_norm(up, down)
         new_up = torch.cat([left @ up for left, _ in self.terms], dim=1)
-        new_down = torch.cat([right.on_the_right(down) for _, right in self.terms], dim=0)
+        new_down = torch.cat([_on_inputs(down, right) for _, right in self.terms], dim=0)
         carried = _squared_norm(new_up, new_down)
         wanted = up.shape[1] if rank is None else rank
         if isinstance(wanted, float) or wanted < new_up.shape[1]:
@@ -183,6 +189,19 @@ class Transport:
             energy_kept=after / before if before > 0 else 1.0,
             cut_loss=max(0.0, 1.0 - after / carried) if carried > 0 else 0.0,
         )
+
+
+def _on_inputs(x: Tensor, right: LinearMap) -> Tensor:
+    """x · R for rows x, (n, in) → (n, in').
+
+    Of a convolution, x is (n, in · k): a map of the input channels alone moves every place of the kernel alike.
+    """
+    size = right.out_features
+    if size is None or size == x.shape[1] or x.shape[1] % size:
+        return right.on_the_right(x)
+    places = x.reshape(len(x), size, -1).transpose(1, 2)
+    moved = right.on_the_right(places.reshape(-1, size)).reshape(*places.shape[:2], -1)
+    return moved.transpose(1, 2).flatten(1)
 
 
 def cut(up: Tensor, down: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:

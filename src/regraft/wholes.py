@@ -11,6 +11,7 @@ import torch
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.migration import Migration
+from regraft.moves import Move, move_of
 from regraft.names import resolve_names
 from regraft.pairing import Pairing, find_component, pair_bases
 from regraft.tensors import TensorRef
@@ -29,6 +30,7 @@ class Whole:
         target: its name on the new base, as the adapter spells names.
         before: the old base's value, for a change.
         after: the new base's value, for a change.
+        move: what takes the change to the new base; None where it is copied.
     """
 
     fate: Literal["own", "change", "skip", "problem"]
@@ -36,6 +38,7 @@ class Whole:
     target: ModuleRef | None = None
     before: TensorRef | None = None
     after: TensorRef | None = None
+    move: Move | None = None
 
 
 def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> dict[ModuleRef, Whole]:
@@ -66,7 +69,7 @@ def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: B
             if place is not None and isinstance(update, Diff):
                 wholes[ref] = _difference(ref, update, at, migration, old, new, pairing)
             elif place is not None and isinstance(update, Full):
-                wholes[ref] = _change(ref, update, at, old, new, pairing)
+                wholes[ref] = _change(ref, update, at, migration, old, new, pairing)
             elif isinstance(update, Diff) or parents.get(path.rpartition(".")[0]) is not None:
                 reason = "matches no parameter of the base, and its module is not the adapter's own"
                 wholes[ref] = Whole("problem", reason)
@@ -97,27 +100,36 @@ def _has_wholes(adapter: Adapter) -> bool:
 
 
 def _change(
-    ref: ModuleRef, update: Full, home: ModuleRef, old: Base | None, new: Base | None, pairing: Pairing | None
+    ref: ModuleRef,
+    update: Full,
+    home: ModuleRef,
+    migration: Migration,
+    old: Base | None,
+    new: Base | None,
+    pairing: Pairing | None,
 ) -> Whole:
     if old is None or new is None or pairing is None:
         return Whole("problem", "is stored whole and carried as its change, which takes both bases (--from and --to)")
-    answers = {module: (answer.module, answer.reason) for module, answer in pairing.counterparts.items()}
-    target = _counterpart(home, answers, new)
+    before = old.parameter(home)
+    move = move_of(home, before.shape, migration) if before is not None else None
+    target = _target(home, migration, new, pairing, move)
     if isinstance(target, str):
         return Whole("skip", target)
-    before, after = old.parameter(home), new.parameter(target)
+    after = new.parameter(target)
     if before is None or after is None:
         return Whole("skip", "the new base has no such parameter")
     rows = update.shape[0] if update.shape else 0
     # More rows than the bases have are added tokens: these are the adapter's own.
     longer = before.shape[1:] == update.shape[1:] and update.shape[:1] > before.shape[:1]
-    if before.shape != after.shape or not (update.shape == before.shape or longer):
+    moved = before.shape if move is None else move.shape(before.shape)
+    if moved != after.shape or not (update.shape == before.shape or longer):
         shapes = f"{tuple(update.shape)} in the adapter, {tuple(before.shape)} and {tuple(after.shape)} in the bases"
         return Whole("problem", f"is stored whole, and its shapes differ: {shapes}")
-    reason = "its change from the old base, on the new one"
+    reason = "its change from the old base, on the new one" + ("" if move is None else f": {move.reason}")
     if longer:
-        reason += f"; {rows - before.shape[0]} added rows as they are"
-    return Whole("change", reason, respelled(ref, target), before, after)
+        turned = move is not None and move.transport is not None
+        reason += f"; {rows - before.shape[0]} added rows {'by the map of the width' if turned else 'as they are'}"
+    return Whole("change", reason, respelled(ref, target), before, after, move)
 
 
 def _difference(
@@ -129,23 +141,40 @@ def _difference(
     new: Base | None,
     pairing: Pairing | None,
 ) -> Whole:
-    """A stored change needs no base's values: it goes along as it is, where the coordinates stay."""
-    if any(entry.transport is not None and entry.transport.rotates for entry in migration.entries.values()):
-        return Whole("problem", "is the change of a whole parameter, which a copy can carry, and no other method")
-    answers = {module: (entry.target, entry.reason) for module, entry in migration.entries.items()}
-    if pairing is not None:
-        answers = {module: (answer.module, answer.reason) for module, answer in pairing.counterparts.items()}
-    target = _counterpart(home, answers, new)
+    """A stored change needs no base's values: it goes along as it is, or by the maps of its module."""
+    move = move_of(home, update.shape, migration)
+    target = _target(home, migration, new, pairing, move)
+    entry = migration.entries.get(ModuleRef(home.component, home.path.removesuffix(".weight")))
+    if isinstance(target, str) and entry is not None and entry.target is not None:
+        # A removed block's, which goes where the policy takes its module.
+        target = ModuleRef(entry.target.component, f"{entry.target.path}.weight")
     if isinstance(target, str):
         return Whole("skip", target)
     before = old.parameter(home) if old is not None else None
     after = new.parameter(target) if new is not None else None
-    wide = after is not None and widens(update.shape, after.shape)
-    for there in (before, None if wide else after):
-        if there is not None and not update.fits(there.shape):
-            return Whole("problem", f"changes {list(update.shape)}, a base's parameter is {list(there.shape)}")
-    reason = "its change, as it is" + ("; the inputs that the new base added stay its own" if wide else "")
-    return Whole("change", reason, respelled(ref, target), before, after)
+    moves = move is not None and (move.transport is not None or move.units is not None)
+    wide = not moves and after is not None and widens(update.shape, after.shape)
+    if before is not None and not update.fits(before.shape):
+        return Whole("problem", f"changes {list(update.shape)}, a base's parameter is {list(before.shape)}")
+    moved = update.shape if move is None else move.shape(update.shape)
+    fits = after is None or wide or (moved == after.shape if moves else update.fits(after.shape))
+    if after is not None and not fits:
+        return Whole("problem", f"changes {list(moved)}, a base's parameter is {list(after.shape)}")
+    reason = "its change, as it is" if move is None else move.reason
+    reason += "; the inputs that the new base added stay its own" if wide else ""
+    return Whole("change", reason, respelled(ref, target), before, after, move)
+
+
+def _target(
+    home: ModuleRef, migration: Migration, new: Base | None, pairing: Pairing | None, move: Move | None
+) -> ModuleRef | str:
+    """The parameter's name on the new base, or why it has none."""
+    if move is not None and move.target is not None:
+        return move.target
+    answers = {module: (entry.target, entry.reason) for module, entry in migration.entries.items()}
+    if pairing is not None:
+        answers = {module: (answer.module, answer.reason) for module, answer in pairing.counterparts.items()}
+    return _counterpart(home, answers, new)
 
 
 def _counterpart(
@@ -189,12 +218,21 @@ def respelled(ref: ModuleRef, target: ModuleRef) -> ModuleRef:
 
 
 def changed(update: Full, whole: Whole, strength: float) -> Full:
-    """The new base's value with the adapter's change: W_new + strength · (value − W_old), added rows as they are."""
+    """The new base's value with the adapter's change: W_new + strength · M(value − W_old).
+
+    Added rows have no old value: they are as they are, or moved by the map of the width.
+    """
     assert whole.before is not None
     assert whole.after is not None
     start, end, value = whole.before.load(), whole.after.load(), update.value.load()
-    if torch.equal(start, end) and strength == 1.0:
+    if torch.equal(start, end) and strength == 1.0 and whole.move is None:
         return update
-    carried, rows = value.float().clone(), start.shape[0] if start.dim() else None
-    carried[:rows] = end.float() + strength * (carried[:rows] - start.float())
+    rows = start.shape[0] if start.dim() else None
+    change = value[:rows].float() - start.float()
+    carried = end.float() + strength * (change if whole.move is None else whole.move(change))
+    added = value[rows:].float() if rows is not None else value[:0]
+    if len(added):
+        turned = whole.move.transport if whole.move is not None else None
+        added = added if turned is None or not turned.rotates else turned.terms[0][1].on_the_right(added)
+        carried = torch.cat([carried, added])
     return update.with_value(carried)

@@ -9,7 +9,7 @@ import pytest
 from running import Run
 
 from regraft.fingerprint import Fingerprint
-from toys import drifted, llama, save_base
+from toys import drifted, llama, lora, save_base
 
 
 @pytest.fixture
@@ -44,3 +44,11 @@ def test_the_table_names_components_and_quiet_is_quiet(bases: dict[str, Path], r
     assert "model" in run("fingerprint", bases["v1"]).out
     assert "content" in run("fingerprint", bases["v1"], "--exact").out
     assert run("fingerprint", bases["v1"], "--quiet").out == ""
+
+
+def test_an_adapter_is_told_to_be_one(tmp_path: Path, run: Run) -> None:
+    lora(llama()).save(tmp_path / "lora")
+    for path in (tmp_path / "lora", tmp_path / "lora" / "adapter_model.safetensors"):
+        ran = run("fingerprint", path)
+        assert ran.code == 1
+        assert "is an adapter, and a fingerprint is that of a base" in ran.err

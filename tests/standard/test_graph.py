@@ -16,6 +16,7 @@ from regraft.lineage.model import BaseId
 from regraft.lineage.stamp import stamp
 from regraft.migrations.graph import Edge, Graph, cycles, find_way, read_graph
 from regraft.migrations.model import Header
+from regraft.migrations.recognise import recognise
 from toys import drifted, llama, lora, save_base
 
 VERSIONS = ("v1", "v2", "v3", "v4")
@@ -227,3 +228,30 @@ def test_a_folder_of_too_many_ways_is_an_error_and_no_long_wait(tmp_path: Path) 
     assert [edge.file.stem for edge in find_way(graph, bases[0], bases[9], ["0-4", "4-9"])] == ["0-4", "4-9"]
     with pytest.raises(InputError, match="more than 5000 ways"):
         find_way(graph, bases[0], bases[9], [f"{n}-{n + 1}" for n in range(9)])
+
+
+def test_check_judges_along_the_way_of_a_folder(store: Path, graph, run: Run) -> None:
+    graph("v1-v2", "v2-v3")
+    ran = run("check", store / "lora", "--to", store / "v3.safetensors", "--migrations", "ms", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.record["method"] == "copy"
+    assert {row["status"] for row in ran.record["modules"]} == {"ported"}
+    assert run("check", store / "lora", "--migrations", "ms", "--migration", "m.safetensors").code == 2
+    assert run("check", store / "lora", "--to-fingerprint", "v1:0123456789abcdef").code == 2
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "same"),
+    [
+        ({"model": "a" * 64}, {"unet": "a" * 64}, True),
+        ({"transformer": "a" * 64}, {"model": "a" * 64}, True),
+        ({"model": "a" * 64}, {"unet": "a" * 64, "text_encoder": "b" * 64}, True),
+        ({"model": "a" * 64}, {"unet": "c" * 64}, False),
+        ({"unet": "a" * 64, "text_encoder": "b" * 64}, {"text_encoder": "a" * 64, "unet": "b" * 64}, False),
+    ],
+)
+def test_a_component_alone_is_known_whatever_it_is_called(
+    mine: dict[str, str], theirs: dict[str, str], same: bool
+) -> None:
+    given, known = (BaseId(fingerprint=f"v1:{i:08}", components=c) for i, c in enumerate((mine, theirs)))
+    assert (recognise(given, {known.fingerprint: known}).base is known) == same

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from . import art, models
-from .resume import Checkpoints, batch_indices, cosine_rate, step_generator
+from regraft.bench import diffusion_art as art
+from regraft.bench.resume import Checkpoints, batch_indices, cosine_rate, step_generator
+
+from . import models
 
 PHASES = ((900, 48, 2e-3, torch.bfloat16), (2000, 16, 1.5e-3, torch.float32))
 """(steps, batch, peak rate, precision): large batches find the colours, many small ones the fine lines."""

@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from . import art, autoencoder, models, train
+from regraft.bench import diffusion_art as art
+
+from . import autoencoder, models, train
 
 BUDGET = 17_000_000
 """Bytes that the folder may take: the wheel has to stay small."""

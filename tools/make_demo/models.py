@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .art import BACKGROUNDS, CONCEPTS, SIZE
+from regraft.bench.diffusion_art import BACKGROUNDS, CONCEPTS, SIZE
 
 TEXT_WIDTH = 64
 POSITIONS = 16

@@ -15,9 +15,10 @@ from peft.utils import get_peft_model_state_dict
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from regraft.bench.diffusion_art import PROMPTS
+from regraft.bench.resume import Checkpoints, cosine_rate, step_generator
+
 from . import autoencoder, models
-from .art import PROMPTS
-from .resume import Checkpoints, cosine_rate, step_generator
 
 BATCH, LORA_BATCH = 32, 16
 EMPTY_SHARE = 0.1

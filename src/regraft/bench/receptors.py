@@ -60,9 +60,10 @@ N_TEST, N_PROBE = 256, 64
 class ReceptorWorld:
     """See `regraft.bench.worlds.World`.
 
-    A score is −‖v − w‖² of a test receptor's vector v, with w the base's own vector and the property of the receptor's
-    last loop written along one direction: what the adapters are trained for. Retention compares the cosines among
-    receptors with those of the new base.
+    The adapters are taught to write a property of a receptor's last loop along one direction of its vector. A score is
+    −(z − y)², with y the standardised property of a test receptor and z what is read along the direction, standardised
+    over the test receptors: its mean is −2 (1 − correlation), whatever else changed in the vectors. Retention compares
+    the cosines among receptors with those of the new base.
     """
 
     pairs = PAIRS
@@ -83,16 +84,14 @@ class ReceptorWorld:
     def scorer(self, pair: str, which: Which, name: str) -> Iterator[Scorer]:
         model = protein.load_protein(self.base(pair, which))
         inputs, values = protein.receptors(N_TEST, 1, ADAPTERS[name][2])
-        plain = protein.outputs(model, inputs)
-        wanted = protein.wanted_vectors(plain, values)
-        along = protein.direction(plain.shape[1])
         fresh = cosines(protein.outputs(protein.load_protein(self.base(pair, "new")), inputs))
 
         def score(adapter: Adapter | None) -> Scores:
             with applied({MODEL: model}, adapter):
                 vectors = protein.outputs(model, inputs)
-            away = (vectors - wanted).double().square().sum(1)
-            told = float(torch.corrcoef(torch.stack([vectors @ along, values]))[0, 1])
+            read = vectors @ protein.direction(vectors.shape[1])
+            away = ((read - read.mean()) / read.std() - values).double().square()
+            told = float(torch.corrcoef(torch.stack([read, values]))[0, 1])
             return Scores(-away.numpy(), -np.square(cosines(vectors) - fresh).mean(1), {"correlation": told})
 
         yield score

@@ -17,6 +17,7 @@ from regraft.bench.cells import Cell
 from regraft.bench.controls import CONTROLS
 from regraft.bench.figures import Rows
 from regraft.bench.run import Target, dependence, stored
+from regraft.bench.sources import source_of_check
 from regraft.bench.variants import Variant
 from regraft.output import write_text
 from regraft.report.bench_schema import (
@@ -125,7 +126,7 @@ def _read(
     if shelf is None:
         return {}, None
     cells = {row: cell for row, variant in rows if (cell := shelf.read(row, **dependence(row, variant))) is not None}
-    return cells, shelf.read_check(**dependence("check copy"))
+    return cells, shelf.read_check(source=source_of_check())
 
 
 def _in_order(wanted: Iterable[Target]) -> list[str]:
@@ -185,8 +186,8 @@ def _row(columns: Sequence[Column], row: str, variant: Variant | None, *, by_see
         effect_norm_ratio=figures.mean_of([cell.effect_norm_ratio for cell in cells]),
         energy_kept=_mean(cells, lambda cell: cell.energy_kept, 4),
         by_seed=each,
-        # Further figures of different adapters have different units.
-        extra=_means([cell.extra for cell in cells]) if one else {},
+        extra=_means([cell.extra for cell in cells]),
+        # What methods measure on different adapters has different units.
         figures=_means([cell.figures for cell in cells]) if one else {},
         seconds=_mean(cells, lambda cell: cell.seconds, 2),
         peak_mb=_mean(cells, lambda cell: cell.peak_mb, 1),

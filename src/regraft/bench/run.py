@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import import_module
@@ -22,11 +23,12 @@ import torch
 from regraft.bench.cells import Cell, Shelf, digest, write
 from regraft.bench.controls import CONTROLS
 from regraft.bench.group import Group, group_of
-from regraft.bench.sources import source_of
+from regraft.bench.sources import source_of, source_of_check
 from regraft.bench.variants import Variant
 from regraft.bench.worlds import PairSpec, World
 from regraft.errors import InputError, RegraftError, UsageError, first_line
 from regraft.report.bench_schema import BenchCheck
+from regraft.runtime.load import library
 
 #: World → where its class is; each is made of the cache's folder.
 WORLDS = {
@@ -127,11 +129,19 @@ def make(cache: Path, wanted: Sequence[Target], log: Callable[[str], None]) -> N
         for target in (target for target in wanted if target.factory == factory):
             pair, seed = target.spec.name, target.seed
             try:
-                world.adapter(pair, target.adapter, seed)
-                world.native(pair, target.adapter, seed)
+                with _making(factory, cache):
+                    world.adapter(pair, target.adapter, seed)
+                    world.native(pair, target.adapter, seed)
                 log(f"{target.name}: there")
             except Exception as error:
                 log(f"{target.name}: {_line(error, cache)}")
+
+
+def _making(factory: str, cache: Path) -> AbstractContextManager[Any]:
+    """What is missing of a world is trained inside of this: by one process, while others wait."""
+    cache.mkdir(parents=True, exist_ok=True)
+    lock: AbstractContextManager[Any] = library("filelock").FileLock(cache / f".{factory.split(':')[1]}.lock")
+    return lock
 
 
 def run_grid(
@@ -193,13 +203,14 @@ def run_job(job: Job) -> None:
 
 def _shelf(group: Group, world: World, job: Job) -> Shelf:
     """The group's place in the cache; what it depends on lies there too, for `stored`."""
-    content = {
-        "old": group.old.fingerprint,
-        "new": group.new.fingerprint,
-        "adapter": digest(group.trained),
-        "native": digest(group.native),
-        "world": getattr(world, "version", 1),
-    }
+    with _making(job.target.factory, job.cache):
+        content = {
+            "old": group.old.fingerprint,
+            "new": group.new.fingerprint,
+            "adapter": digest(group.trained),
+            "native": digest(group.native),
+            "world": getattr(world, "version", 1),
+        }
     target = job.target
     shelf = Shelf(job.cache, target.spec.name, target.adapter, target.seed, content)
     shelf.folder.mkdir(parents=True, exist_ok=True)
@@ -228,9 +239,9 @@ def dependence(row: str, variant: Variant | None = None) -> dict[str, Any]:
 def _fill(group: Group, shelf: Shelf, job: Job) -> None:
     rows: list[tuple[str, Variant | None]] = [(row, None) for row in CONTROLS]
     rows += [(variant.name, variant) for variant in job.variants]
-    checks = shelf.read_check(**dependence("check copy")) if job.resume else None
+    checks = shelf.read_check(source=source_of_check()) if job.resume else None
     if checks is None or checks.error:
-        write(_checked(group, job.cache), shelf.check_file(**dependence("check copy")))
+        write(_checked(group, job.cache), shelf.check_file(source=source_of_check()))
     for row, variant in rows:
         _stop_if_orphaned(job.owner)
         own = dependence(row, variant)
@@ -260,9 +271,11 @@ def _stop_if_orphaned(owner: int) -> None:
 
 
 def _line(error: Exception, cache: Path) -> str:
-    """One line, without anyone's folders: results travel."""
-    kind = "" if isinstance(error, RegraftError) else f"{type(error).__name__}: "
-    return f"{kind}{first_line(error)}".replace(f"{cache}{os.sep}", "").replace(str(Path.home()), "~")
+    """One line, without files and folders: results travel, and cells of different adapters are to read alike."""
+    if isinstance(error, RegraftError):
+        return f"{error.key}: {error.what}" if error.key else error.what
+    text = f"{type(error).__name__}: {first_line(error)}"
+    return text.replace(f"{cache}{os.sep}", "").replace(str(Path.home()), "~")
 
 
 def _say(cache: Path, line: str) -> None:

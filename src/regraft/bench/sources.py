@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,14 +21,33 @@ def source_of(name: str) -> str:
 
     What copy imports carries every port: `regraft.bench.cells.VERSION` tells when that changes a figure.
     """
-    common = _closure(get_method("copy").function.__module__)
+    common = _common()
     # `auto` finds the others in the registry.
     start = _METHODS if name == "auto" else get_method(name).function.__module__
     mine = _all_methods() if name == "auto" else _closure(start)
+    return _digest((mine - common) | {start})
+
+
+@cache
+def source_of_check() -> str:
+    """Digest of what `check` judges by, and of the figures that its forecast was fitted to."""
+    modules = {"regraft.check", *(_closure("regraft.check") - _common())}
+    folder = _folder("regraft.forecast")
+    data = sorted(folder.glob("*.json")) if folder is not None and folder.name == "forecast" else []
+    return _digest(modules, data)
+
+
+def _common() -> frozenset[str]:
+    return _closure(get_method("copy").function.__module__)
+
+
+def _digest(modules: Iterable[str], data: Iterable[Path] = ()) -> str:
     found = hashlib.sha256(__version__.encode())
-    for module in sorted((mine - common) | {start}):
+    for module in sorted(modules):
         file = _file(module)
         found.update(module.encode() + (_code(file) if file else b""))
+    for file in data:
+        found.update(file.read_bytes())
     return found.hexdigest()
 
 

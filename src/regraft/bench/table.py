@@ -139,6 +139,9 @@ def _meanings() -> str:
         "left under the ported one. The native's, which is rarely 1, is what to hold it against. A dash where the new "
         "base is not better on those inputs.",
         "- **Effect cosine and norm ratio**: as `regraft verify` measures them, on inputs that the bases make.",
+        "- **Style, judge, concept** (diffusion): of sampled pictures, the share of pixels on the style's palette, and "
+        "of pictures whose style and whose subject a small classifier recognises. **Accuracy**, **correlation** "
+        "(encoders): of the head's answers; of the property with what is read from the vectors.",
         "- **Energy kept**: ‖ΔW ported‖² / ‖ΔW‖². A diagnostic: it says nothing of what survived.",
         "- **Seconds, MB**: processor time of the port, and the memory that it added at its peak, on one thread.",
     ]
@@ -161,17 +164,18 @@ def _pair(pair: BenchPair) -> Iterator[str]:
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. `regraft check`: {', '.join(checks)}."
     )
     head = ["method", "recovery", "less the copy's", "share of the teacher", "retention", "effect cosine", "norm ratio"]
-    yield markdown([*head, "energy kept", "seconds", "MB"], [_line(row) for row in pair.rows])
+    extra = list(dict.fromkeys(name for row in pair.rows for name in row.extra))
+    yield markdown([*head, *extra, "energy kept", "seconds", "MB"], [_line(row, extra) for row in pair.rows])
     errors = {row.name: row.errors for row in pair.rows if row.errors}
     if errors:
         yield "\n".join(f"- {name}: {'; '.join(texts)}" for name, texts in errors.items())
 
 
-def _line(row: BenchRow) -> list[str]:
+def _line(row: BenchRow, extra: Sequence[str]) -> list[str]:
     name = f"({row.name})" if row.refused else row.name
     chosen = f" → {row.used}" if row.used and row.used != row.name.split()[0] else ""
     if row.missing:
-        return [name, "×", *["–"] * 8]
+        return [name, "×", *["–"] * (8 + len(extra))]
     return [
         f"{name}{chosen}",
         f"{_spread(row.recovery)}{mark(row)}",
@@ -180,6 +184,7 @@ def _line(row: BenchRow) -> list[str]:
         _figure(row.retention),
         _figure(row.effect_cosine),
         _figure(row.effect_norm_ratio),
+        *(_number(row.extra.get(figure), 2) for figure in extra),
         _number(row.energy_kept, 2),
         _number(row.seconds, 1),
         _number(row.peak_mb, 0),

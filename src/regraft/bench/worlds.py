@@ -59,7 +59,12 @@ Scorer = Callable[[Adapter | None], Scores]
 
 
 class World(Protocol):
-    """Trains (or fetches) what is missing in its cache on first use."""
+    """Trains (or fetches) what is missing in its cache on first use.
+
+    Three further members are taken where a world has them: ``loaded(pair, which)`` gives a base as a
+    `regraft.runtime.Loaded`, where `load_model` doesn't know it; ``probe(pair, seed)`` gives inputs that `make_probe`
+    can't make, or None; ``version`` is a number that rises when scores are made in another way.
+    """
 
     pairs: tuple[PairSpec, ...]
 

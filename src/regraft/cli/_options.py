@@ -40,8 +40,12 @@ SubspaceRank = Annotated[
 ]
 Energy = Annotated[float | None, typer.Option("--energy", help="lora-x, prolora: share of ‖W‖² in the subspaces.")]
 Threshold = Annotated[
-    float | None,
-    typer.Option("--threshold", help="lora-x, prolora: least subspace similarity to carry a module."),
+    str | None,
+    typer.Option(
+        "--threshold",
+        metavar="N|paper",
+        help="lora-x, prolora: least subspace similarity to carry a module; prolora: paper, for its Φ of 0.8.",
+    ),
 ]
 NInputs = Annotated[
     int | None, typer.Option("--n-inputs", min=2, help="Methods that run both bases: inputs that these make.")
@@ -57,6 +61,10 @@ Pull = Annotated[
 ]
 Ridge = Annotated[
     float | None, typer.Option("--ridge", help="effect, ridge: weight of the prior, in mean squares of the inputs.")
+]
+Anchors = Annotated[
+    str | None,
+    typer.Option("--anchors", metavar="OLD=NEW,…|FOLDER", help="anchor-ridge: adapters that exist on both bases."),
 ]
 Removed = Annotated[
     str | None,
@@ -141,6 +149,16 @@ def running(
 
         texts = tuple(read_prompts(prompts))
     return Running(n_inputs, seed, texts, config, device, weights_only)
+
+
+def number_or_word(text: str | None, option: str, word: str) -> float | str | None:
+    """``0.8`` → 0.8; the word itself; nothing → None."""
+    if text is None or text == word:
+        return text
+    try:
+        return finite(float(text), option)
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is neither a number nor {word!r}", remedy=f"Give 0.8 or {word}.") from None
 
 
 def finite(number: float, option: str) -> float:

@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from regraft.base import open_base
 from regraft.check import check as check_adapter
 from regraft.check import check_migration
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
-from regraft.errors import Refused
+from regraft.cli._ways import Ends, migration_along
+from regraft.errors import Refused, UsageError
 from regraft.formats import load_adapter
 from regraft.migration_file import load_migration
 from regraft.output import write_text
@@ -33,6 +35,21 @@ def check(
     migration: Annotated[
         Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both.")
     ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Survey all modules of both bases, not a sample.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run both models on self-made inputs, for a sharper forecast.")
+    ] = False,
+    n_inputs: o.NInputs = None,
+    seed: o.Seed = 0,
+    prompts: o.Prompts = None,
+    config: o.Config = None,
+    migrations: Annotated[
+        Path | None,
+        typer.Option("--migrations", metavar="FOLDER", help="Find the way from its base to NEW in this folder."),
+    ] = None,
+    to_fingerprint: Annotated[
+        str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
+    ] = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
     ] = None,
@@ -49,18 +66,37 @@ def check(
         raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold, removed=removed)
+    options = o.method_options(
+        method,
+        subspace_rank=rank,
+        energy=energy,
+        threshold=o.number_or_word(threshold, "--threshold", "paper"),
+        removed=removed,
+    )
     chosen = o.selection(include, exclude, components)
-    if migration is not None:
+    running = o.running(n_inputs, seed, prompts, config, device, False) if probe else None
+    if probe and (migration is not None or migrations is not None or old is None):
+        raise UsageError("--probe runs both bases", remedy="Give --from and --to.")
+    if migrations is None and to_fingerprint:
+        raise UsageError("--to-fingerprint belongs to --migrations", remedy="Give --migrations FOLDER.")
+    if migrations is not None and migration is not None:
+        raise UsageError("--migrations excludes --migration", remedy="Give one of them.")
+    if migrations is not None:
+        source, goal = (open_base(path) if path is not None else None for path in (old, new))
+        read, _ = migration_along(adapter, migrations, Ends(source, goal, to_fingerprint), (), quiet=quiet or json)
+        loaded = load_adapter(adapter, names=o.names_of(read))
+        record = check_migration(loaded, read, chosen, source, goal)
+    elif migration is not None:
         read = load_migration(migration)
         loaded = load_adapter(adapter, names=o.names_of(read))
         record = check_migration(loaded, read, chosen)
     else:
         # These two judge by how near the weights are, for which a sample of a base on the hub is enough.
-        source, target = o.open_bases(old, new, whole=method not in ("auto", "copy"))
+        source, target = o.open_bases(old, new, whole=deep or probe or method not in ("auto", "copy"))
         loaded = load_adapter(adapter, names=o.names_of(source or target), base_config=o.config_of(source or target))
         with progress("Checking", quiet=quiet) as tick:
-            record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **computing, **options)
+            looked = {"deep": deep, "probe": running, **computing, **options}
+            record = check_adapter(loaded, source, target, method, selection=chosen, tick=tick, **looked)
     if report is not None:
         from regraft.report.html import render_check
 

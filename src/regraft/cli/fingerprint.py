@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,15 @@ from regraft._version import __version__
 from regraft.base import Base, open_base
 from regraft.cli import _options as o
 from regraft.cli._sink import emit
+from regraft.errors import InputError
 from regraft.families import family_of_base
 from regraft.likeness import Likeness, by_component, compare_fingerprints
 from regraft.report.identify_schema import ComparedBase, FingerprintReport, LikenessSummary
+
+# How the keys of an adapter's parts end: none of a base does.
+_PART = re.compile(
+    r"(^|[._])(lora|hada|lokr|oft|boft|ia3|dora|alpha$|on_input$|diff(_b)?$|[ab][12]\.weight$|delta$)", re.IGNORECASE
+)
 
 BaseArgument = Annotated[Path, typer.Argument(metavar="BASE", help="A file, index, folder or hub id.")]
 Other = Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second base: how far is it from the first?")]
@@ -33,11 +40,11 @@ def fingerprint(
     quiet: o.Quiet = False,
 ) -> None:
     """Fingerprint a base; with two, say whether they are the same weights, or how far one drifted."""
-    first = open_base(base, whole=exact)
+    first = _opened(base, whole=exact)
     prints = first.exact_prints() if exact else first.prints
     compared, alike = None, dict[str, Likeness]()
     if other is not None:
-        second = open_base(other, whole=exact)
+        second = _opened(other, whole=exact)
         theirs = second.exact_prints() if exact else second.prints
         alike = compare_fingerprints(prints, theirs)
         components = {name: LikenessSummary(**asdict(likeness)) for name, likeness in alike.items()}
@@ -56,6 +63,21 @@ def fingerprint(
         summary=by_component(alike) if compared is not None else str(prints),
     )
     emit(report, json=json, quiet=quiet, table=lambda console: _print(report, first, console))
+
+
+def _opened(path: Path, *, whole: bool) -> Base:
+    """The base at ``path``.
+
+    Raises:
+        InputError: it can't be read, or is an adapter.
+    """
+    base = open_base(path, whole=whole)
+    names = [name for tensors in base.components.values() for name in tensors]
+    if names and all(_PART.search(name) for name in names):
+        what = "is an adapter, and a fingerprint is that of a base"
+        remedy = "`regraft inspect` shows an adapter; give the base that it is for here."
+        raise InputError(what, file=path, key=names[0], remedy=remedy)
+    return base
 
 
 def _print(report: FingerprintReport, base: Base, console: Console) -> None:

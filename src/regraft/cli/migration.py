@@ -96,7 +96,9 @@ def make(
     check_writable(output, overwrite=overwrite)
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
-    options = o.method_options(method, subspace_rank=rank, energy=energy, threshold=threshold)
+    options = o.method_options(
+        method, subspace_rank=rank, energy=energy, threshold=o.number_or_word(threshold, "--threshold", "paper")
+    )
     figures = tuple(figure for record in measured or () for figure in figures_of(record))
     source, target = open_base(old), open_base(new)
     with progress("Fitting", quiet=quiet) as tick:

@@ -52,6 +52,7 @@ def port(
     config: o.Config = None,
     weights_only: o.WeightsOnly = False,
     removed: o.Removed = None,
+    anchors: o.Anchors = None,
     strength: Annotated[float, typer.Option("--strength", help="Factor on the whole update.")] = 1.0,
     block_strength: Annotated[
         str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
@@ -109,10 +110,11 @@ def port(
         method,
         subspace_rank=subspace,
         energy=energy,
-        threshold=threshold,
+        threshold=o.number_or_word(threshold, "--threshold", "paper"),
         pull=o.pull(pull),
         ridge=ridge,
         removed=removed,
+        anchors=anchors,
     )
     running = o.running(n_inputs, seed, prompts, config, device, weights_only)
     if migrations is None and (to_fingerprint or via):

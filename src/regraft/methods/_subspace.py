@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
-from regraft.transport import rank_for_energy
+from regraft.transport import LinearMap, Transport, rank_for_energy
 
 
 def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor]:
@@ -50,3 +50,33 @@ def overlap(a: Tensor, b: Tensor) -> float:
     phi = float((a.T @ b).square().sum()) / r
     chance = r_other / m
     return 1.0 if chance >= 1 else (phi - chance) / (1 - chance)
+
+
+def phi(a: Tensor, b: Tensor) -> float:
+    """Φ = ‖AᵀB‖²_F / r as the papers have it, not corrected for chance; arguments as in `overlap`."""
+    return float((a.T @ b).square().sum()) / min(a.shape[1], b.shape[1])
+
+
+def index_matched(u_old: Tensor, v_old: Tensor, u_new: Tensor, v_new: Tensor) -> Transport:
+    """ΔW_new = U_t U_sᵀ ΔW V_s V_tᵀ: what ΔW does between the old singular pairs, between the new ones of their index.
+
+    A pair (u, v) is as good as (−u, −v). Where one side has one size in both bases, the new pair takes the sign that
+    makes its vector there agree with the old one's; where neither has, each vector u is turned so that its sum is not
+    negative, and v with it.
+
+    Args:
+        u_old: left singular vectors of the old weight, (out, r).
+        v_old: right ones, (in, r).
+        u_new: of the new weight, (out', r'); the smaller rank counts.
+        v_new: (in', r').
+    """
+    r = min(u_old.shape[1], u_new.shape[1])
+    u_old, v_old, u_new, v_new = (basis[:, :r] for basis in (u_old, v_old, u_new, v_new))
+    agreement = torch.zeros(r, dtype=u_new.dtype, device=u_new.device)
+    for one, other in ((u_old, u_new), (v_old, v_new)):
+        if len(one) == len(other):
+            agreement = agreement + (one * other).sum(dim=0)
+    if len(u_old) != len(u_new) and len(v_old) != len(v_new):
+        agreement = u_old.sum(dim=0) * u_new.sum(dim=0)
+    sign = torch.where(agreement < 0, -1.0, 1.0)
+    return Transport(((LinearMap(0.0, u_new * sign, u_old.T), LinearMap(0.0, v_old, (v_new * sign).T)),))

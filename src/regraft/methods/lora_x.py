@@ -6,15 +6,16 @@ from torch import Tensor
 
 from regraft.errors import UsageError
 from regraft.methods import Outcome, Skip, method
-from regraft.methods._subspace import overlap, subspaces
+from regraft.methods._subspace import index_matched, overlap, subspaces
 from regraft.transport import Transport, projection
 
 
 @method(
     "lora-x",
-    reference="LoRA-X (Farhadzadeh et al., ICLR 2025, arXiv 2501.16559, eq. 3 and 4)",
-    summary="Keeps the part of the update that lies in the new weight's leading singular subspaces; same size only.",
+    reference="LoRA-X (Farhadzadeh et al., ICLR 2025, arXiv 2501.16559, eq. 3 and 4, §4.2.2)",
+    summary="Keeps the part of the update that lies in the new weight's leading singular subspaces.",
     needs=("new",),
+    resizes=True,
 )
 def lora_x(
     old: Tensor | None,
@@ -28,14 +29,23 @@ def lora_x(
 
     The paper fixes r = 320 for SD 1.5 and SDXL; here r follows the energy of the weight (0.9), unless it is given.
 
+    For another size (§4.2.2), P = argmin ‖P U_s − U_t‖ = U_t U_sᵀ (its inverse read as a pseudo-inverse), so that
+    P U_s = U_t: what is carried is U_sᵀ ΔW V_s, the old singular pairs' deltas, to the new pairs of the same index.
+    Pairs are ambiguous in sign; `index_matched` says how that is settled. Between bases that are not in fact aligned
+    by index, this carries nothing but the size of the update.
+
     Args:
-        old: old weight (out, in); needed for ``threshold`` only.
-        new: new weight (out, in).
+        old: old weight (out, in); needed for ``threshold`` and other sizes only.
+        new: new weight (out', in').
         subspace_rank: r, or a share of the full rank.
         energy: share of ‖W‖² that the subspace holds.
-        threshold: least subspace similarity (eq. 4, corrected for chance) at which a module is carried.
+        threshold: least subspace similarity (eq. 4, corrected for chance) at which a module is carried; of one size.
     """
     u, v = subspaces(new, subspace_rank, energy)
+    if old is not None and old.shape != new.shape:
+        return index_matched(*subspaces(old, u.shape[1], None), u, v)
+    if isinstance(threshold, str):
+        raise UsageError(f"lora-x has no threshold {threshold!r}", remedy="The paper gives none: give a number.")
     if threshold is not None:
         if old is None:
             raise UsageError("lora-x with --threshold compares both bases", remedy="Give --from.")

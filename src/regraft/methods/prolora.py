@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from regraft.methods import Outcome, Skip, method
-from regraft.methods._subspace import overlap, subspaces
+from regraft.adapter import ModuleRef
+from regraft.errors import UsageError
+from regraft.methods import Fit, Outcome, Skip, WeightPairs, method
+from regraft.methods._layers import grids
+from regraft.methods._subspace import overlap, phi, subspaces
 from regraft.transport import LinearMap, Transport
+
+#: The paper's, on Φ as it stands, not corrected for chance.
+PAPER_THRESHOLD = 0.8
 
 
 @method(
@@ -15,30 +23,72 @@ from regraft.transport import LinearMap, Transport
     reference="ProLoRA (Farhadzadeh et al., ICML 2025, arXiv 2506.04244)",
     summary="Carries the part inside the weights' subspaces and the part outside apart; same size only.",
     needs=("old", "new"),
+    per="pair",
 )
 def prolora(
-    old: Tensor,
-    new: Tensor,
+    pairs: WeightPairs,
     *,
     subspace_rank: int | float | None = None,
     energy: float | None = None,
-    threshold: float | None = None,
-) -> Outcome:
+    threshold: float | Literal["paper"] | None = None,
+    layers: Literal["paired", "all"] = "paired",
+) -> Fit:
     """ΔW_new = P_t P_s ΔW Q_s Q_t + (I − P_t)(I − P_s) ΔW (I − Q_s)(I − Q_t); the cross parts are dropped.
 
     P = U Uᵀ and Q = V Vᵀ are the projections on the singular subspaces of old (s) and new (t) weight; both of one
-    rank. The paper carries modules with Φ ≥ 0.8; here all are, unless ``threshold`` is given.
+    rank. The paper carries modules with Φ ≥ 0.8, left and right; here all are, unless ``threshold`` is given. Where
+    depths differ (SDXL's 70 layers, SSD-1B's 40) it compares all pairs of layers; what it does with several good ones
+    is not said: here each new module takes the update of the old module of its role that it overlaps with most.
 
     Args:
-        old: old weight (out, in).
-        new: new weight (out, in).
+        pairs: all paired weights.
         subspace_rank: rank of the subspaces, or a share of the full rank.
         energy: share of ‖W‖² that the old weight's subspace holds.
-        threshold: least chance-corrected overlap of the subspaces at which a module is carried.
+        threshold: least chance-corrected overlap (mean of left and right) at which a module is carried; ``paper``:
+            Φ ≥ 0.8 on both sides, as published.
+        layers: ``paired``: each module with its counterpart; ``all``: with the one of its role that is most like it.
     """
+    if not (threshold is None or threshold == "paper" or isinstance(threshold, int | float)):
+        raise UsageError(f"--threshold {threshold!r} is neither a number nor paper", remedy="Give 0.8, or paper.")
+    transports: dict[ModuleRef, Outcome] = {}
+    for module in pairs.wanted:
+        old, new = pairs.load(module)
+        transports[module] = _carried(old, new, subspace_rank, energy, threshold)
+    if layers == "paired":
+        return Fit(transports, "prolora")
+    placed: dict[ModuleRef, dict[ModuleRef, Outcome]] = {module: {} for module in pairs.wanted}
+    likeness: dict[ModuleRef, float] = {}
+    for grid in grids(pairs, subspace_rank, energy).values():
+        for j, target in enumerate(grid.news):
+            if not grid.similarity[:, j].isfinite().any():
+                continue
+            best = int(grid.similarity[:, j].argmax())
+            source = grid.olds[best]
+            if source in placed:
+                weights = pairs.weight("old", source), pairs.weight("new", target)
+                placed[source][target] = _carried(*weights, subspace_rank, energy, threshold)
+                likeness[source] = max(likeness.get(source, -1.0), float(grid.similarity[best, j]))
+    return Fit(transports, "prolora", "each new layer takes the update of the old one most like it", likeness, placed)
+
+
+def _carried(
+    old: Tensor,
+    new: Tensor,
+    subspace_rank: int | float | None,
+    energy: float | None,
+    threshold: float | Literal["paper"] | None,
+) -> Outcome:
+    """One module's transport, or why it has none."""
+    if old.shape != new.shape:
+        sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
+        return Skip(f"prolora carries equal sizes only: {sizes}", planned=False)
     u_old, v_old = subspaces(old, subspace_rank, energy)
     u_new, v_new = subspaces(new, u_old.shape[1], None)
-    if threshold is not None:
+    if threshold == "paper":
+        sides = phi(u_old, u_new), phi(v_old, v_new)
+        if min(sides) < PAPER_THRESHOLD:
+            return Skip(f"Φ is {sides[0]:.2f} on the left and {sides[1]:.2f} on the right, below {PAPER_THRESHOLD}")
+    elif threshold is not None:
         similarity = (overlap(u_old, u_new) + overlap(v_old, v_new)) / 2
         if similarity < threshold:
             return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")

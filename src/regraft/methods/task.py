@@ -23,8 +23,8 @@ from regraft.updates.exact import refactor
 #: Of the output: a number, a share of ‖ΔW‖² to keep, dense, or None for the adapter's own, module by module.
 Rank = int | float | Literal["full"] | None
 
-# Formats whose tools read a whole ΔW (`diff` keys); elsewhere a LoRA of full rank says the same.
-_HOLD_DIFF = ("kohya", "lycoris", "comfyui", "onetrainer", "musubi")
+#: Formats whose tools read a whole ΔW (`diff` keys); elsewhere a LoRA of full rank says the same.
+HOLD_DIFF = ("kohya", "lycoris", "comfyui", "onetrainer", "musubi")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class AdapterTask:
         """
         target = self.target(module)
         assert target is not None
-        if self.adapter.format not in _HOLD_DIFF:
+        if self.adapter.format not in HOLD_DIFF:
             factors = refactor(delta).update.factors()
             return target, self.made(module, *factors)
         name = f"{target.path}.weight"

@@ -29,11 +29,7 @@ def recognise(base: BaseId, known: Mapping[str, BaseId], components: Collection[
     if base.fingerprint in known:
         return Recognised(known[base.fingerprint])
     needed = set(components) or set(base.components)
-    alike = [
-        other
-        for other in known.values()
-        if needed and all(base.components.get(n, "") == other.components.get(n) for n in needed)
-    ]
+    alike = [other for other in known.values() if needed and all(_same_sample(base, other, name) for name in needed)]
     if len(alike) == 1:
         return Recognised(alike[0], f"its {', '.join(sorted(needed))} has equal weights")
     if alike:
@@ -42,6 +38,22 @@ def recognise(base: BaseId, known: Mapping[str, BaseId], components: Collection[
     if len(rounded) == 1:
         return Recognised(rounded[0], "its weights are equal up to rounding, by the sketch")
     return Recognised(base)
+
+
+def _same_sample(base: BaseId, other: BaseId, name: str) -> bool:
+    """Whether a component has equal weights in two bases.
+
+    A component alone is called ``model`` by one reader and ``unet`` or ``transformer`` by another, which makes two
+    strings of one fingerprint; its sample, the hash of its tensors' own names and values, is the same.
+    """
+    mine, theirs = (_alone(which) or which.components.get(name) for which in (base, other))
+    if mine is None:
+        return False
+    return mine == theirs or (_alone(base) is not None and mine in other.components.values())
+
+
+def _alone(base: BaseId) -> str | None:
+    return next(iter(base.components.values())) if len(base.components) == 1 else None
 
 
 def same_up_to_rounding(first: BaseId, second: BaseId) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from html import escape
 
+from regraft.report import depth
 from regraft.report.bench_schema import BenchPair, BenchRow
 from regraft.report.schema import Interval
 
@@ -150,7 +151,7 @@ def _short(name: str) -> str:
 
 
 def _figure(value: Interval) -> str:
-    return "–" if value.mean is None else f"{value.mean:.2f}".replace("-", "−")
+    return depth.number(value.mean).replace("-", "−")
 
 
 def _seconds(value: float | None) -> str:

@@ -30,8 +30,10 @@ class BenchRow(Record):
     effect_norm_ratio: Interval | None = None
     energy_kept: float | None = Field(default=None, description="‖ΔW ported‖² / ‖ΔW‖²: a diagnostic, not fidelity")
     by_seed: list[float | None] = Field(default_factory=list, description="recovery by seed, in the adapter's order")
-    extra: dict[str, float] = Field(default_factory=dict, description="the world's further figures, mean over seeds")
-    figures: dict[str, float] = Field(default_factory=dict, description="what the method measured on its way, likewise")
+    extra: dict[str, float] = Field(
+        default_factory=dict, description="the world's further figures, mean over seeds and adapters"
+    )
+    figures: dict[str, float] = Field(default_factory=dict, description="what the method measured, mean over seeds")
     seconds: float | None = Field(default=None, description="processor time of one port, on one thread")
     peak_mb: float | None = Field(default=None, description="memory that the port added at its peak, MB")
     used: str = Field(default="", description="the method that `auto` chose")

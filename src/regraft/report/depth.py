@@ -7,9 +7,18 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from regraft.report.schema import CheckedModule, PortedModule
+from regraft.report.schema import CheckedModule, CheckReport, Forecast, PortedModule
 
 Module = CheckedModule | PortedModule
+
+#: The tiers that a forecast may have, as people read them, from cheap to strong.
+FORECASTS = {
+    "port": "port",
+    "effect": "port, --method effect",
+    "stream": "port, --method stream",
+    "refine": "refine",
+    "bridge": "bridge",
+}
 
 #: Over this many modules, one mark stands for a block: finer bars could not be told apart.
 MARK_LIMIT = 120
@@ -17,6 +26,12 @@ MARK_LIMIT = 120
 _COMPONENTS = re.compile(r"(text_encoder|transformer|unet|vae|controlnet|prior|image_encoder|decoder)(_\d+)?\.")
 _LATE = ("conv_out", "norm_out", "proj_out", "lm_head", "score", "classifier", "final_layer")
 _EARLY = ("conv_in", "time_embedding", "x_embedder", "embed_tokens", "patch_embed")
+
+
+def forecasts_of(report: CheckReport) -> list[tuple[str, Forecast]]:
+    """The tiers that something is known of; that of the method at hand is not told twice."""
+    found = [(shown, getattr(report.forecast, name)) for name, shown in FORECASTS.items() if name != report.method]
+    return [(shown, value) for shown, value in found if value is not None]
 
 
 def component_of(name: str) -> str:

@@ -241,7 +241,7 @@ MEANINGS = {
     "forecast": (
         "Forecast",
         "Expected share of the gain that an adapter trained natively on the new base would have, with an interval.",
-        "An estimate from the weights, made before any model is run. Not a measurement.",
+        "An estimate, fitted on ports that were measured on other bases. Not a measurement.",
     ),
     "effect_cosine": (
         "Effect cosine",
@@ -276,7 +276,7 @@ def _shown(
     here |= {"effect_cosine", "effect_norm_ratio"} if verify else set()
     here |= {"kl"} if verify and any(e.kl for e in effects(verify).values()) else set()
     here |= {name for picture in pictures for name in picture.figures}
-    if check and any((check.forecast.port, check.forecast.refine, check.forecast.bridge)):
+    if check and depth.forecasts_of(check):
         here.add("forecast")
     return [name for name in MEANINGS if name in here]
 
@@ -303,6 +303,7 @@ def environment() -> Environment:
         column_groups=column_groups,
         left_out=depth.left_out,
         after_word=depth.after_word,
+        forecasts_of=depth.forecasts_of,
         further=depth.further,
         tiers=depth.TIERS,
         controls=depth.CONTROLS,

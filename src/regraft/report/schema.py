@@ -88,10 +88,22 @@ class Forecast(Record):
     recovery: float
     low: float
     high: float
+    basis: Literal["headers", "weights", "activations"] = Field(
+        default="weights", description="what it was read from; `activations` only where both models were run"
+    )
+    pairs: int = Field(default=0, description="pairs of bases that were measured for it")
+    adapters: int = Field(default=0, description="adapters on them")
 
 
 class Forecasts(Record):
+    """By tier; the tier `port` by the method that was asked for, and by matching effects where a model is run for it.
+
+    A tier is null where too little was measured to say anything.
+    """
+
     port: Forecast | None = None
+    effect: Forecast | None = Field(default=None, description="port, by matching the adapter's effect layer by layer")
+    stream: Forecast | None = Field(default=None, description="port, by matching its effect on the residual stream")
     refine: Forecast | None = None
     bridge: Forecast | None = None
 

@@ -17,6 +17,7 @@ from regraft.report.depth import (
     Module,
     after_word,
     component_of,
+    forecasts_of,
     further,
     groups,
     left_out,
@@ -61,12 +62,7 @@ def check_table(report: CheckReport, console: Console) -> None:
         ),
         ("weights", _weights(report.similarity, report.distance)),
     ]
-    forecast = report.forecast
-    rows += [
-        (f"forecast {name}", _forecast(value))
-        for name, value in (("port", forecast.port), ("refine", forecast.refine), ("bridge", forecast.bridge))
-        if value
-    ]
+    rows += [(f"forecast {name}", _forecast(value)) for name, value in forecasts_of(report)]
     _facts(console, rows)
     _left_out(console, report.modules)
     _reasons(console, [*(f"warning: {line}" for line in report.warnings), *further(report.reasons, report.summary)])

@@ -1,0 +1,103 @@
+"""A look at two bases beyond the modules that an adapter changes, and at their leading subspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from statistics import mean
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import ModuleRef
+from regraft.base import Base
+from regraft.forecast.evidence import Survey
+from regraft.methods._subspace import overlap
+from regraft.pairing import Pairing, pair_bases
+
+#: Modules of the fixed sample; ``--deep`` takes all.
+SAMPLE = 16
+# Rank of the subspaces that are compared, at most a quarter of the full rank, where chance would be too high.
+_RANK = 16
+
+_T = TypeVar("_T")
+
+
+def survey(
+    old: Base, new: Base, touched: Collection[ModuleRef], *, pairing: Pairing | None = None, deep: bool = False
+) -> Survey:
+    """Drift over the whole pair and subspace overlap where the adapter works, from a fixed sample of modules.
+
+    Args:
+        old: the old base.
+        new: the new base.
+        touched: the old base's modules that the adapter changes.
+        pairing: of the two, if it is known.
+        deep: take all modules in place of the sample.
+    """
+    pairing = pairing or pair_bases(old, new)
+    paired = {ref: answer.module for ref, answer in pairing.counterparts.items() if answer.module is not None}
+    same = [ref for ref, target in paired.items() if old.shape(ref) == new.shape(target)]
+    everywhere = same if deep else spread(same, SAMPLE)
+    inside = [ref for ref in same if ref in set(touched)]
+    inside = inside if deep else spread(inside, SAMPLE)
+    drifts, overlaps = [], []
+    for ref in dict.fromkeys([*everywhere, *inside]):
+        before, after = (base.weight(r).float().flatten(1) for base, r in ((old, ref), (new, paired[ref])))
+        if ref in set(everywhere) and before.any():
+            drifts.append(float((after - before).norm() / before.norm()))
+        if ref in set(inside):
+            overlaps.append(subspace_overlap(before, after))
+    components = {target.component for target in paired.values()}
+    there = sum(1 for name in components for _ in new.modules(name))
+    return Survey(
+        modules=len(set(everywhere) | set(inside)),
+        deep=deep,
+        drift=mean(drifts) if drifts else None,
+        overlap=mean(overlaps) if overlaps else None,
+        added=1 - len(set(paired.values())) / there if there else 0.0,
+    )
+
+
+def spread(items: Sequence[_T], count: int) -> list[_T]:
+    """``count`` of the items, evenly spaced, always the same ones; all of them where there are no more.
+
+    >>> spread([0, 1, 2, 3, 4, 5, 6, 7], 3)
+    [0, 2, 5]
+    """
+    return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+def subspace_overlap(old: Tensor, new: Tensor) -> float:
+    """How far the leading left and right singular subspaces agree, chance-corrected; 1 equal, about 0 unrelated.
+
+    Args:
+        old: (out, in).
+        new: likewise.
+    """
+    rank = min(_RANK, max(1, min(old.shape) // 4))
+    (u_old, v_old), (u_new, v_new) = leading(old, rank), leading(new, rank)
+    return (overlap(u_old, u_new) + overlap(v_old, v_new)) / 2
+
+
+def leading(weight: Tensor, rank: int, rounds: int = 6) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of the leading left and right singular subspaces, (out, rank) and (in, rank).
+
+    By block power iteration from a fixed start (Halko, Martinsson & Tropp 2011, algorithm 4.4): weights are the same,
+    so are the subspaces.
+
+    Args:
+        weight: (out, in), float32.
+        rank: at most the smaller side.
+        rounds: of the iteration.
+    """
+    if min(weight.shape) <= 128:
+        u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], vh[:rank].T
+    # A few more columns than wanted make the last wanted ones settle.
+    start = torch.randn(weight.shape[1], rank + 8, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(start)[0]
+    for _ in range(rounds):
+        basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis)[0])[0]
+    u, _, vh = torch.linalg.svd(weight @ basis, full_matrices=False)
+    return u[:, :rank], basis @ vh[:rank].T

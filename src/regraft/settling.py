@@ -1,0 +1,92 @@
+"""What an adapter's own file format can hold of a port's result, where updates have changed their kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
+from regraft.errors import OutputError
+from regraft.formats import get_format
+from regraft.formats._peft_config import MINIMAL
+from regraft.methods.task import HOLD_DIFF
+from regraft.report.schema import PortedModule
+from regraft.tensors import InMemory
+from regraft.updates import Diff, LowRank, Update
+
+# A file of spectral shifts holds nothing else; LyCORIS' grammar holds all that a shift can turn into.
+_INSTEAD = {"svdiff": "lycoris"}
+
+
+def settled(
+    adapter: Adapter, updates: Mapping[ModuleRef, Update], rows: Sequence[PortedModule], new: Base | None
+) -> tuple[Adapter, list[PortedModule]]:
+    """The adapter with its new updates, in forms that one file of its format holds, and the rows that say so.
+
+    Where a format holds one kind per file (PEFT), the others are turned into the LoRA that they equal, or that their
+    change on the new base is. A weight's full-rank change is a ``diff`` where the format has that key.
+
+    Args:
+        adapter: as it was read.
+        updates: by the new base's modules, as the adapter spells names.
+        rows: of the report.
+        new: without it, updates that act on the weight itself stay what they are.
+    """
+    before = {update.kind for update in adapter.updates.values()}
+    other = {ref for ref, update in updates.items() if update.kind not in before}
+    ready = replace(adapter, updates=updates)
+    if not other:
+        return ready, list(rows)
+    format = _INSTEAD.get(adapter.format, adapter.format)
+    if format != adapter.format:
+        ready = replace(ready, format=format, layout={})
+    if format == "peft" and ready.config is not None and any(isinstance(u, LowRank) for u in updates.values()):
+        kept = {name: ready.config.get(name) for name in ("task_type", "auto_mapping", "modules_to_save")}
+        if str(ready.config.get("peft_type")).upper() != "LORA":
+            ready = replace(ready, config={**MINIMAL, **kept})
+    whole = {ref: diff for ref in other if format in HOLD_DIFF and (diff := _dense(ref, updates[ref])) is not None}
+    names = {ref: next(iter(whole[ref])) if ref in whole else ref for ref in updates}
+    ready = replace(
+        ready, updates={names[ref]: whole[ref][names[ref]] if ref in whole else updates[ref] for ref in updates}
+    )
+    said = {str(ref): ("as a whole change, which is smaller", 0.0) for ref in whole}
+    if not _holds(ready, format):
+        # Imported here: the verbs on adapters import what a port does.
+        from regraft.ops.convert import plan_conversion
+
+        plan = plan_conversion(ready, format, new, energy=1.0)
+        # What has no other form is left for the writer to refuse.
+        ready = ready if plan.lost else plan.adapter
+        for row in () if plan.lost else plan.changes:
+            said[row.name] = (row.reason, 1.0 - (row.energy_kept or 1.0))
+    return ready, [_told(row, *said.get(row.target or "", ("", 0.0))) for row in rows]
+
+
+def _dense(ref: ModuleRef, update: Update) -> dict[ModuleRef, Update] | None:
+    """The whole change of a weight, where its factors are no smaller."""
+    if not isinstance(update, LowRank) or update.magnitude is not None or update.bias is not None:
+        return None
+    columns = prod(update.shape[1:])
+    if update.rank * (update.shape[0] + columns) < update.shape[0] * columns:
+        return None
+    value = update.delta().to(update.up.dtype).contiguous()
+    return {ModuleRef(ref.component, f"{ref.path}.weight"): Diff(InMemory(value), f"{ref.path}.diff")}
+
+
+def _holds(adapter: Adapter, format: str) -> bool:
+    write = get_format(format).write
+    try:
+        if write is not None:
+            write(replace(adapter, tokens={}, sidecars={}))
+    except OutputError:
+        return False
+    return True
+
+
+def _told(row: PortedModule, reason: str, loss: float) -> PortedModule:
+    if not reason:
+        return row
+    cut = 1 - (1 - (row.cut_loss or 0.0)) * (1 - loss) if loss > 0 else row.cut_loss
+    return row.model_copy(update={"reason": f"{row.reason}; {reason}", "cut_loss": cut})
