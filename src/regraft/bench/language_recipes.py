@@ -98,7 +98,8 @@ def _pair(
 
 PAIRS = (
     _pair("drift", "near", "v1 trained on for a while, with a third domain", _FIRST, degree="-1"),
-    _pair("drift", "strong", "v1 trained on for longer, with a third domain", _THREE, degree="-2", seeds=(0, 1, 2)),
+    # A copy keeps about 0.8 of the gain here, and 0.55 on the next: "strong" is where a copy leaves room to do better.
+    _pair("drift", "near", "v1 trained on for longer, with a third domain", _THREE, degree="-2", seeds=(0, 1, 2)),
     _pair("drift", "strong", "v1 trained on for longest, with a third domain", _SECOND, degree="-3"),
     _pair(
         "pruned",
