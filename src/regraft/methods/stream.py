@@ -47,7 +47,9 @@ def stream(
     logits: with residual q − p, output matrix and norm as one matrix L, and the write's inputs x,
     ΔW = G⁻¹ (Σ s Lᵀ(q − p) xᵀ) (Σ x xᵀ + λ I)⁻¹, where G = Lᵀ E[diag(p) − p pᵀ] L and s is what the norm divides by.
     That is a Gauss-Newton step of KL(q ‖ p) by the straight way from the write to the logits; the last writes' problem
-    is convex. Its length (2, 1, ½ or ¼) is the one with the lowest KL on held-out inputs, or none.
+    is convex. Its length (2, 1, ½ or ¼) is the one with the lowest KL on held-out inputs, or none. Measured on tuning
+    adapters, a base of other width and depth from scratch: 0.41 and 0.48 of the gap to the teacher dense, from two
+    writes; all writes carry a little more (0.44 against 0.41), and lose several times as much retention.
 
     Denoisers. The old base draws pictures with and without the adapter from the same noise; both bases' autoencoders
     read them, and noise is added that is the same up to the turn between the latent spaces. Writes are the attention
