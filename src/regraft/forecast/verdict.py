@@ -116,9 +116,9 @@ def _of_method(
     from regraft.methods import methods
 
     method = methods().get(migration.used)
-    # Of a method that runs both models, weights say nothing.
-    runs = method is not None and "models" in method.needs
-    return None if runs else calibration.forecast("copy", figures, stage)
+    # Of a method that runs both models to cross to another architecture, weights say nothing.
+    crosses = method is not None and "models" in method.needs and method.resizes
+    return None if crosses else calibration.forecast("copy", figures, stage)
 
 
 def _ruled_out(adapter: Adapter, migration: Migration, evidence: Evidence) -> Iterable[str]:
