@@ -154,6 +154,11 @@ def test_by_default_every_module_keeps_the_adapters_rank(old: Path, drifted: Pat
     assert result.report.figures["pull"] == 0.5
 
 
+def test_the_pull_can_be_left_to_the_evidence(old: Path, drifted: Path) -> None:
+    result = ported(adapter_for(old), old, drifted, pull="auto")
+    assert result.report.figures["pull"] in (0.0, 0.5, 1.0)
+
+
 def test_strength_zero_is_the_base(old: Path, drifted: Path) -> None:
     result = ported(adapter_for(old), old, drifted, Settings(running=FEW, strength=0.0))
     assert torch.equal(logits(drifted, result.adapter), logits(drifted, None))

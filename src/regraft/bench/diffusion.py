@@ -36,9 +36,9 @@ def _pair(
 
 
 _PAIRS = [
-    _pair("sd-near-1", "near-1", "near", "near", (*_STYLES, "few-step"), "v1's U-Net trained on another art, briefly"),
-    _pair("sd-near-2", "near-2", "near", "near", _ALL, "v1 trained on another art for longer, text encoder too", 3),
-    _pair("sd-drift", "v2", "drift", "strong", _STYLES, "the demo's v2: v1 trained on another art for 2,200 steps"),
+    _pair("sd-near-1", "near-1", "near", "near", (*_STYLES, "few-step"), "v1 trained on another art (drift 0.09)"),
+    _pair("sd-near-2", "near-2", "near", "near", _ALL, "v1 trained on another art, text encoder too (drift 0.15)", 3),
+    _pair("sd-drift", "v2", "drift", "strong", _STYLES, "the demo's v2: v1 trained on another art (drift 0.39)"),
     _pair("sd-pruned", "pruned", "pruned", "pruned", _ALL, "three of v1's seven transformer blocks removed, healed", 3),
     _pair("sd-grown", "grown", "deeper", "grown", _STYLES, "v1's transformer blocks doubled, trained on another art"),
     _pair("sd-scratch", "v2-retrained", "scratch", "far", _STYLES, "the demo's v2-retrained: v1's shapes, new weights"),

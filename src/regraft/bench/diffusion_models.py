@@ -105,7 +105,7 @@ def _with_config(unet: Any, **changes: Any) -> Any:
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     made = type(unet).from_config(config | changes)
     plain_attention(made)
-    return made.to(next(unet.parameters()).dtype)
+    return made
 
 
 def write_base(folder: Path, like: Path, unet: Any, text: Any | None = None) -> None:

@@ -20,6 +20,7 @@ from regraft.base import Base, open_base
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
 from regraft.bench.memory import Peak
+from regraft.bench.same import content_of
 from regraft.bench.variants import Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
@@ -56,6 +57,8 @@ class Group:
 
     def __post_init__(self) -> None:
         self._open = ExitStack()
+        self._known: dict[str, Scores] = {}
+        self._effects: dict[str, tuple[Interval, Interval]] = {}
 
     def close(self) -> None:
         """Let go of the models."""
@@ -190,7 +193,7 @@ class Group:
         found: dict[float, Scores] = {}
         for strength in STRENGTHS:
             try:
-                found[strength] = self.on_new(self.ported(Variant("copy", "copy"), strength).adapter)
+                found[strength], _ = self._scores(self.ported(Variant("copy", "copy"), strength).adapter)
             except RegraftError:
                 # Some kinds can't be written at a part of their strength.
                 if strength == 1.0:
@@ -199,19 +202,35 @@ class Group:
         return cell.model_copy(update={"figures": figures, "used": "copy"}).scored(scores)
 
     def _measured(self, cell: Cell, adapter: Adapter) -> Cell:
-        cell = self._scored(cell, self.on_new, adapter)
+        """Scores and effects of an adapter on the new base."""
+        scores, seconds = self._scores(adapter)
+        cell = cell.scored(scores).model_copy(update={"scored_in": seconds})
         if isinstance(self.effects, str):
             null = Interval(mean=None, low=None, high=None, reason=self.effects)
             return cell.model_copy(update={"effect_cosine": null})
-        cosine, ratio = self.effects.beside(adapter)
-        return cell.model_copy(update={"effect_cosine": _short(cosine), "effect_norm_ratio": _short(ratio)})
+        same = content_of(adapter)
+        if same not in self._effects:
+            self._effects[same] = self.effects.beside(adapter)
+        cosine, ratio = map(_short, self._effects[same])
+        return cell.model_copy(update={"effect_cosine": cosine, "effect_norm_ratio": ratio})
+
+    def _scores(self, adapter: Adapter) -> tuple[Scores, float]:
+        """Scores on the new base, and the processor time that they took: none where they are known already."""
+        started, same = time.process_time(), content_of(adapter)
+        if same not in self._known:
+            self._known[same] = _finite(self.on_new(adapter))
+        return self._known[same], round(time.process_time() - started, 2)
 
     def _scored(self, cell: Cell, scorer: Scorer, adapter: Adapter | None) -> Cell:
         started = time.process_time()
-        scores = scorer(adapter)
-        if not (np.isfinite(scores.task).all() and np.isfinite(scores.retention).all()):
-            raise InputError("a score is NaN or Inf")
+        scores = _finite(scorer(adapter))
         return cell.scored(scores).model_copy(update={"scored_in": round(time.process_time() - started, 2)})
+
+
+def _finite(scores: Scores) -> Scores:
+    if not (np.isfinite(scores.task).all() and np.isfinite(scores.retention).all()):
+        raise InputError("a score is NaN or Inf")
+    return scores
 
 
 @dataclass(frozen=True)

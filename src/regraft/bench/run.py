@@ -271,9 +271,11 @@ def _stop_if_orphaned(owner: int) -> None:
 
 
 def _line(error: Exception, cache: Path) -> str:
-    """One line, without anyone's folders: results travel."""
-    kind = "" if isinstance(error, RegraftError) else f"{type(error).__name__}: "
-    return f"{kind}{first_line(error)}".replace(f"{cache}{os.sep}", "").replace(str(Path.home()), "~")
+    """One line, without files and folders: results travel, and cells of different adapters are to read alike."""
+    if isinstance(error, RegraftError):
+        return f"{error.key}: {error.what}" if error.key else error.what
+    text = f"{type(error).__name__}: {first_line(error)}"
+    return text.replace(f"{cache}{os.sep}", "").replace(str(Path.home()), "~")
 
 
 def _say(cache: Path, line: str) -> None:

@@ -15,6 +15,9 @@ from regraft.probes.batches import Batch
 from regraft.runtime.applied import applied
 from regraft.updates import Update
 
+#: What moving the new base on its own inputs counts beside missing the adapter's effect.
+KEEP = 0.25
+
 
 @dataclass(frozen=True)
 class Score:
@@ -29,7 +32,7 @@ class Score:
     task: float
     kept: float
 
-    def total(self, weight: float) -> float:
+    def total(self, weight: float = KEEP) -> float:
         """task + weight · kept: lower is better."""
         return self.task + weight * self.kept
 

@@ -12,7 +12,7 @@ from regraft.adapter import ModuleRef
 from regraft.errors import RegraftError
 from regraft.methods import Carried, Fit, Outcome, Skip, WeightPairs, method
 from regraft.methods._choosing import HeldOut, lowest, scaled
-from regraft.methods.effect import Sweep, sweep_layers
+from regraft.methods.effect import PULLS, Sweep, sweep_layers
 from regraft.methods.procrustes import procrustes
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batches, make_batches
@@ -26,13 +26,10 @@ _IN_PLACE = 0.5
 _SAME_SPECTRUM = 0.15
 _SPECTRA = 5
 # Below this drift, weighted by the adapter, a copy is left as it is and no model is run.
-_NEAR = 0.1
-# What moving the new base on its own inputs counts beside missing the adapter's effect.
-_KEEP = 0.5
+_NEAR = 0.05
 # By how much another way must be better than the copy.
 _MARGIN = 0.03
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
-_PULLS = (0.0, 0.5, 1.0)
 
 
 def _same_spectra(pairs: WeightPairs, modules: list[ModuleRef]) -> bool:
@@ -72,13 +69,12 @@ def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
 def _best(task: AdapterTask, inputs: Batches, held: HeldOut) -> Carried | str:
     started = perf_counter()
     copy = task.copied().updates
-    errors = [held.score(scaled(copy, strength)).total(_KEEP) for strength in _STRENGTHS]
+    errors = [held.score(scaled(copy, strength)).total() for strength in _STRENGTHS]
     strength = lowest(_STRENGTHS, errors)
     candidates = [Carried(scaled(copy, strength), "scaled-copy", figures={"strength": strength})]
-    sweeps = [Sweep(pull) for pull in _PULLS]
-    for sweep, made in zip(sweeps, sweep_layers(task, inputs.fit, sweeps), strict=True):
-        candidates.append(replace(made, figures={**made.figures, "pull": sweep.pull}))
-    totals = [held.score(candidate.updates).total(_KEEP) for candidate in candidates]
+    sweeps = [Sweep(pull) for pull in PULLS]
+    candidates += sweep_layers(task, inputs.fit, sweeps)
+    totals = [held.score(candidate.updates).total() for candidate in candidates]
     best = min(range(len(totals)), key=totals.__getitem__)
     by_copy = errors[_STRENGTHS.index(1.0)]
     if totals[best] > (1 - _MARGIN) * by_copy:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import UsageError
 from regraft.methods import Carried, method
+from regraft.methods._choosing import HeldOut
 from regraft.methods._moments import Moments, cut_in
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batch, make_batches
@@ -22,9 +23,11 @@ from regraft.runtime.both import modules_of, twin
 from regraft.runtime.load import Loaded, quiet_libraries
 from regraft.runtime.record import calls_of, input_rows, is_matrix, matrix_of, output_rows, shaped_as
 from regraft.runtime.walk import Walks
-from regraft.updates import LowRank, Update
+from regraft.updates import Update
 
 Cut = Literal["inputs", "plain"]
+#: Pulls that are tried where evidence is to choose.
+PULLS = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,13 @@ class Sweep:
     per="adapter",
     resizes=True,
 )
-def effect(task: AdapterTask, *, pull: float | None = None, ridge: float = 0.3, cut: Cut = "inputs") -> Carried:
+def effect(
+    task: AdapterTask,
+    *,
+    pull: float | Literal["auto"] = 0.5,
+    ridge: float = 0.3,
+    cut: Cut = "inputs",
+) -> Carried:
     """Modules in the order of execution, with the ported layers below at work: wanted is y_t + e + μ (y_s − y_t).
 
     With inputs x_t' of the new base as ported so far, outputs y_s, y_s' of the old base without and with the adapter,
@@ -62,20 +71,36 @@ def effect(task: AdapterTask, *, pull: float | None = None, ridge: float = 0.3, 
 
     Args:
         task: the adapter and both bases.
-        pull: μ, how far to pull towards the old base's own outputs; by default 0.5.
+        pull: μ, how far to pull towards the old base's own outputs, 0 to 1; ``auto`` takes the one of 0, 0.5 and 1
+            that does best on held-out inputs (`regraft.methods._choosing`).
         ridge: λ in units of the mean diagonal of Σ x_t' x_t'ᵀ.
         cut: in the metric of the ``inputs`` (reduced-rank regression), or ``plain`` (truncated SVD of ΔW).
     """
     if cut not in ("inputs", "plain"):
         raise UsageError(f"no cut is named {cut!r}", remedy="Known: inputs, plain.")
+    if not ridge > 0:
+        raise UsageError(f"--ridge {ridge} is out of range", remedy="Give a number above 0.")
     started = perf_counter()
+    choosing = pull == "auto"
     with quiet_libraries():
-        batches = make_batches(task.models, task.adapter, task.running.n_inputs, task.seed, task.prompts, held_out=0)
+        inputs = make_batches(
+            task.models,
+            task.adapter,
+            task.running.n_inputs,
+            task.seed,
+            task.prompts,
+            held_out=None if choosing else 0,
+        )
         made = perf_counter()
-        sweep = Sweep(0.5 if pull is None else pull, ridge, cut)
-        carried = sweep_layers(task, batches.fit, [sweep])[0]
-    figures = {"pull": sweep.pull, "seconds_inputs": made - started, "seconds_sweep": perf_counter() - made}
-    return replace(carried, figures={**carried.figures, **figures}, reason=batches.made)
+        sweeps = [Sweep(each, ridge, cut) for each in (PULLS if pull == "auto" else (pull,))]
+        found = sweep_layers(task, inputs.fit, sweeps)
+        best = 0
+        if choosing:
+            held = HeldOut(task, inputs.held_out)
+            errors = [held.score(carried.updates).total() for carried in found]
+            best = min(range(len(errors)), key=errors.__getitem__)
+    figures = {"seconds_inputs": made - started, "seconds_layers": perf_counter() - made}
+    return replace(found[best], figures={**found[best].figures, **figures}, reason=inputs.made)
 
 
 @torch.no_grad()
@@ -91,7 +116,7 @@ def sweep_layers(task: AdapterTask, batches: Sequence[Batch], sweeps: Sequence[S
             for i, sweep in enumerate(sweeps):
                 _solve(task, layers, ref, target, moments[i], sweep, results[i])
                 streams.put(i, target, results[i].delta)
-    return [_carried(task, layers, result) for result in results]
+    return [_carried(task, layers, result, sweep) for result, sweep in zip(results, sweeps, strict=True)]
 
 
 @dataclass
@@ -263,12 +288,17 @@ def _solve(
     result.after += moments.left(result.delta)
 
 
-def _carried(task: AdapterTask, layers: Layers, result: _Result) -> Carried:
+def _carried(task: AdapterTask, layers: Layers, result: _Result, sweep: Sweep) -> Carried:
     left = _left_to_the_copy(task, layers).updates
     updates = {**left, **result.updates}
     skipped = {ref: why for ref, why in layers.why_not.items() if (t := task.target(ref)) is None or t not in updates}
-    figures = {"modules": float(len(layers.order)), "left": result.after / max(result.before, 1e-30)}
+    figures = {
+        "pull": sweep.pull,
+        "modules": float(len(layers.order)),
+        # Of what the modules were to change, the share that they did not.
+        "left": result.after / max(result.before, 1e-30),
+    }
     return Carried(updates, "effect", skipped=skipped, figures=figures, lost=result.lost)
 
 
-__all__ = ["Layers", "LowRank", "Sweep", "effect", "sweep_layers"]
+__all__ = ["PULLS", "Layers", "Sweep", "effect", "sweep_layers"]
