@@ -183,8 +183,8 @@ def _reasons(
             f"{len(evidence.skipped)} modules with {evidence.removed:.1%} of the update have no place in the new base"
         )
     drifted = {ref for ref, n in evidence.nearness.items() if (n.distance or 0.0) > _DRIFTED}
-    if drifted and migration.used == "copy":
-        share = sum(evidence.shares.get(ref, 0.0) for ref in drifted)
+    share = sum(evidence.shares.get(ref, 0.0) for ref in drifted)
+    if share >= 0.01 and migration.used == "copy":
         yield f"{share:.0%} of the update is in modules that drifted by more than {_DRIFTED:.0%}"
 
 
