@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.forecast.curve import Curve, interval
+from regraft.forecast.curve import Curve
 from regraft.forecast.features import FIGURES, Stage
 from regraft.forecast.fitting import Fitted, fit_table
 from regraft.forecast.rows import Row, Table
@@ -66,12 +66,9 @@ class Calibration:
             fitted = self.fits.get((way, known))
             if fitted is None:
                 continue
-            names = FIGURES[known]
-            damage = fitted.curve.damage(figures)
-            point = np.array([figures.get(name, 0.0) for name in names])
-            novelty = fitted.novelty(point, table_of(self.rows, way, known))
-            low, high = interval(damage, fitted.width * (1 + novelty))
-            expected = float(np.exp(-damage))
+            point = np.array([figures.get(name, 0.0) for name in FIGURES[known]])
+            low, high = fitted.interval(point, table_of(self.rows, way, known))
+            expected = fitted.curve.recovery(figures)
             return Forecast(
                 recovery=expected,
                 low=min(low, expected),

@@ -23,6 +23,7 @@ class Survey:
         overlap: mean chance-corrected overlap of the leading singular subspaces of old and new weights, over a sample
             of the adapter's modules.
         added: share of the new base's modules that answer to no module of the old one.
+        untrained: the new base's weights look like random draws, and the old one's do not.
     """
 
     modules: int
@@ -30,6 +31,7 @@ class Survey:
     drift: float | None = None
     overlap: float | None = None
     added: float = 0.0
+    untrained: bool = False
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,20 @@ class Fitted:
         """How much farther than usual a point lies from the nearest row; 0 amid them."""
         return _novelty(point, table.figures, np.array(self.spans), self.near)
 
+    def interval(self, point: Array, table: Table) -> tuple[float, float]:
+        """Least and most recovery of a point, wider away from the rows that the curve was fitted on.
+
+        More damage than any row shows is nothing to hope from: the top is never above that of the same point with each
+        figure cut to the most that was measured.
+        """
+        low, high = self._around(point, table)
+        measured = np.minimum(point, table.figures.max(axis=0, initial=0.0))
+        return low, min(high, self._around(measured, table)[1])
+
+    def _around(self, point: Array, table: Table) -> tuple[float, float]:
+        damage = self.curve.damage(dict(zip(self.curve.names, map(float, point), strict=True)))
+        return interval(damage, self.width * (1 + self.novelty(point, table)))
+
 
 def fit(rows: Iterable[Row], way: str, names: Sequence[str], *, offset: bool = False) -> Fitted:
     """Fit on all rows that have this recovery; λ is a quantile over pairs held out one by one (jackknife+ over pairs).
@@ -123,9 +137,8 @@ def leave_one_pair_out(rows: Iterable[Row], way: str, names: Sequence[str], *, o
         rest, mine = table.without(pair), table.only(pair)
         fitted = fit_table(rest, names, offset=offset)
         for row, point, measured in zip(mine.rows, mine.figures, mine.recoveries, strict=True):
-            damage = fitted.curve.damage(row.figures)
-            low, high = interval(damage, fitted.width * (1 + fitted.novelty(point, rest)))
-            held.append(Held(row, float(measured), float(np.exp(-damage)), low, high))
+            low, high = fitted.interval(point, rest)
+            held.append(Held(row, float(measured), fitted.curve.recovery(row.figures), low, high))
     return held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import prod, sqrt
 from statistics import mean
 from typing import TypeVar
 
@@ -19,6 +20,10 @@ from regraft.pairing import Pairing, pair_bases
 SAMPLE = 16
 # Rank of the subspaces that are compared, at most a quarter of the full rank, where chance would be too high.
 _RANK = 16
+# Weights of each base that are looked at for the marks of training; smaller sides than this tell too little.
+_DRAWS, _SMALL = 8, 16
+# So far beyond the edge of a random matrix's singular values, a weight still looks drawn; from there on, learnt.
+_DRAWN, _LEARNT = 1.08, 1.3
 
 _T = TypeVar("_T")
 
@@ -56,7 +61,40 @@ def survey(
         drift=mean(drifts) if drifts else None,
         overlap=mean(overlaps) if overlaps else None,
         added=1 - len(set(paired.values())) / there if there else 0.0,
+        untrained=is_drawn(new, components) and not is_drawn(old, set(old.components), _LEARNT),
     )
+
+
+def is_drawn(base: Base, components: Collection[str], most: float = _DRAWN) -> bool:
+    """Whether a sample of weights looks like random draws: no singular value beyond the edge of such a matrix's.
+
+    Of (out, in) independent values of deviation σ, the largest is close to σ (√out + √in) (Marchenko & Pastur 1967);
+    training puts some far beyond it.
+
+    Args:
+        base: to look at.
+        components: of it.
+        most: how far beyond the edge counts as on it.
+    """
+    refs = [ModuleRef(name, path) for name in sorted(components) for path in base.modules(name)]
+    refs = spread([ref for ref in refs if min(_sides(base, ref)) >= _SMALL], _DRAWS)
+    return bool(refs) and all(beyond_chance(base.weight(ref).float().flatten(1)) < most for ref in refs)
+
+
+def beyond_chance(weight: Tensor) -> float:
+    """Largest singular value of a weight less its mean, in units of what independent values would have.
+
+    Args:
+        weight: (out, in).
+    """
+    weight = weight - weight.mean()
+    edge = float(weight.std()) * (sqrt(weight.shape[0]) + sqrt(weight.shape[1]))
+    return float((weight @ leading(weight, 1)[1]).norm()) / edge if edge > 0 else 0.0
+
+
+def _sides(base: Base, ref: ModuleRef) -> tuple[int, int]:
+    shape = base.shape(ref)
+    return shape[0], prod(shape[1:])
 
 
 def spread(items: Sequence[_T], count: int) -> list[_T]:

@@ -30,6 +30,8 @@ _CONTAINED = 0.5
 _DRIFTED = 0.25
 # A port that leaves more than this share of the update behind needs a refine to make up for it.
 _SKIPPED = 0.1
+# Methods that carry an adapter between unrelated weights; until one was measured, nothing is forecast of it.
+_CROSSING = ("stream",)
 # What a person may do where the method at hand is refused, from cheap to strong.
 _OTHER_WAYS = {
     "effect": "`--method effect` runs both models on self-made inputs and matches the adapter's effect layer by layer",
@@ -113,12 +115,8 @@ def _of_method(
     for way in ways:
         if (found := calibration.forecast(way, figures, stage)) is not None:
             return found
-    from regraft.methods import methods
-
-    method = methods().get(migration.used)
-    # Of a method that runs both models, weights say nothing.
-    runs = method is not None and "models" in method.needs
-    return None if runs else calibration.forecast("copy", figures, stage)
+    # Of a method that needs no module to answer to another, weights say nothing.
+    return None if migration.used in _CROSSING else calibration.forecast("copy", figures, stage)
 
 
 def _ruled_out(adapter: Adapter, migration: Migration, evidence: Evidence) -> Iterable[str]:
@@ -134,6 +132,8 @@ def _ruled_out(adapter: Adapter, migration: Migration, evidence: Evidence) -> It
         yield told
     if old is not None and _other_family(old, new):
         yield f"the old base is {old.family}, the new one {new.family}: another family"
+    if evidence.survey is not None and evidence.survey.untrained:
+        yield "the new base looks untrained: its weights are like random draws, and there is nothing to adapt"
     contained = evidence.contained()
     if contained is not None and contained > _CONTAINED:
         yield f"the new base already contains this adapter (about {contained:.0%} of it is merged into its weights)"
@@ -183,8 +183,8 @@ def _reasons(
             f"{len(evidence.skipped)} modules with {evidence.removed:.1%} of the update have no place in the new base"
         )
     drifted = {ref for ref, n in evidence.nearness.items() if (n.distance or 0.0) > _DRIFTED}
-    if drifted and migration.used == "copy":
-        share = sum(evidence.shares.get(ref, 0.0) for ref in drifted)
+    share = sum(evidence.shares.get(ref, 0.0) for ref in drifted)
+    if share >= 0.01 and migration.used == "copy":
         yield f"{share:.0%} of the update is in modules that drifted by more than {_DRIFTED:.0%}"
 
 
@@ -212,7 +212,7 @@ def _advice(forecasts: Forecasts) -> str:
 
 def _by_itself(refusal: str) -> bool:
     """Whether a refusal says itself what to do."""
-    return any(what in refusal for what in ("port the original", "already contains", "was made for"))
+    return any(what in refusal for what in ("port the original", "already contains", "looks untrained"))
 
 
 def _other_family(old: BaseSummary, new: BaseSummary) -> bool:
