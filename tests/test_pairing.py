@@ -34,6 +34,12 @@ def layer_map(old: StateDict, new: StateDict, tmp_path: Path) -> dict[int, int |
     return found
 
 
+def test_blocks_of_another_architecture_answer_to_none(tmp_path: Path) -> None:
+    stranger = {name.replace("model.layers.", "encoder.block."): tensor for name, tensor in llama().items()}
+    stranger = {name.replace("model.", "encoder."): tensor for name, tensor in stranger.items()}
+    assert set(layer_map(llama(), stranger, tmp_path).values()) == {None}
+
+
 @pytest.mark.parametrize("removed", [{0}, {1, 2}, {0, 2, 4}])
 def test_removed_blocks_are_found_by_their_weights(tmp_path: Path, removed: set[int]) -> None:
     old = llama(layers=5)

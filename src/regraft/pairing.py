@@ -204,7 +204,7 @@ class _Stacks:
         if here not in self.aligned:
             olds, news = _indices(self.old_names, here), _indices(self.new_names, there)
             self.depths[here] = len(olds), len(news)
-            if olds == news or not news:
+            if olds == news or not olds or not news:
                 self.aligned[here] = {i: i for i in olds if i in news}
             else:
                 scores = self._scores(here, olds, there, news)
