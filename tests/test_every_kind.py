@@ -88,6 +88,12 @@ def test_it_is_what_the_methods_maps_make_of_the_change(method: str, kind: str, 
     running = settings(method)
     migration = fit_for(adapter, old, new, method, running=running.running)
     result = apply_migration(adapter, migration, running, old=old, new=new)
+    if method == "stream":
+        # It writes where it can reach the outputs, not where the adapter did.
+        made = [update for update in result.adapter.updates.values() if isinstance(update, LowRank | Diff)]
+        assert made
+        assert all(bool(update.delta().isfinite().all()) and update.norm() > 0 for update in made)
+        return
     row = next(row for row in result.report.modules if row.name in (str(MODULE), str(WEIGHT)))
     assert row.status == "ported"
     got = change_in(result.adapter, new.weight(MODULE))

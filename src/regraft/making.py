@@ -11,7 +11,7 @@ from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import UsageError
 from regraft.joining import joined
-from regraft.methods import Carried, Fit, get_method
+from regraft.methods import Carried, Fit, methods
 from regraft.methods.task import AdapterTask
 from regraft.migration import Migration
 from regraft.names import resolve_names
@@ -36,13 +36,16 @@ def make_for(
         InputError, RegraftError: a base can't be run.
     """
     migration = ready.migration
-    method = get_method(migration.method)
+    # A composed migration was made by no method of its own.
+    method = methods().get(migration.method)
+    if method is None:
+        return None
     if method.per == "adapter":
         if old is None or new is None:
             raise UsageError(f"method {method.name!r} looks at both bases", remedy="Give --from and --to.")
         made: Carried = method.function(task_for(adapter, ready, settings, old, new, tick), **own_options(migration))
         return made
-    fitted_now = migration.file is None and migration.file_hash is None and not migration.composed
+    fitted_now = migration.file is None and migration.file_hash is None
     if method.after is None or old is None or new is None or not fitted_now:
         return None
     task = task_for(adapter, ready, settings, old, new, tick)

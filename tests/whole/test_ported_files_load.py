@@ -72,7 +72,7 @@ def test_a_copy_merges_to_the_same_change_on_the_new_base(tmp_path: Path, run: R
     get_peft_model(AutoModelForCausalLM.from_pretrained(old), LoraConfig(**PEFT["rslora"])).save_pretrained(
         tmp_path / "lora"
     )
-    assert run("port", tmp_path / "lora", "--from", old, "--to", new, "-o", tmp_path / "out").code == 0
+    assert run("port", tmp_path / "lora", "--from", old, "--to", new, "-o", tmp_path / "out", "-m", "copy").code == 0
 
     def change(base: Path, lora: str) -> dict[str, torch.Tensor]:
         plain: Any = AutoModelForCausalLM.from_pretrained(base)

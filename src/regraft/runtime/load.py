@@ -126,7 +126,7 @@ def _folder(path: Path, dtype: torch.dtype) -> Loaded:
             model = cls.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
         return _denoiser(model, path)
     cls = _transformers_class(config, path)
-    with reading(path), quiet_libraries(), _fitting_shapes(path):
+    with _config_in_order(path), reading(path), quiet_libraries(), _fitting_shapes(path):
         model, info = cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, output_loading_info=True)
     _check_keys(info["missing_keys"], (), path)
     return Loaded({MODEL: model}, _kind(model), type(model).__name__, path, _tokenizer(path))
@@ -204,6 +204,21 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     with _fitting_shapes(path):
         result = model.load_state_dict(dict(state), strict=False)
     _check_keys(result.missing_keys, result.unexpected_keys, path)
+
+
+@contextmanager
+def _config_in_order(path: Path) -> Iterator[None]:
+    """Turn what transformers finds wrong with a config into an error that names the base."""
+    # Its checks of a config raise an error of their own, which is none of Python's own kinds.
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except StrictDataclassError as error:
+        what = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise InputError(
+            f"its config.json makes no model ({what})", file=path, remedy="Get the config of this very model."
+        ) from error
 
 
 @contextmanager
