@@ -16,12 +16,14 @@ import torch
 from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import open_base
+from regraft.carry import Settings
 from regraft.check import check, check_migration
 from regraft.demo.style import style_share
 from regraft.errors import InputError
 from regraft.formats import load_adapter
 from regraft.inspection import inspect_adapter
 from regraft.memory import peak_mb
+from regraft.methods.task import Running
 from regraft.port import apply_migration, fit_for
 from regraft.probes.pictures import Images, draw, png
 from regraft.report.demo_schema import DemoReport, LabelledCheck, NearUpgrade
@@ -90,10 +92,11 @@ def _run(out: Path, tick: Ticker | None) -> DemoReport:
     inspected = inspect_adapter(adapter.path or data)
     steps("check v1 → v2")
     v1, v2 = open_base(data / "v1"), open_base(data / "v2")
-    migration = fit_for(adapter, v1, v2)
+    settings = Settings(running=Running(prompts=_other_prompts(facts)))
+    migration = fit_for(adapter, v1, v2, running=settings.running)
     checked = check_migration(adapter, migration)
     steps("port v1 → v2")
-    result = apply_migration(adapter, migration, old=v1, new=v2, started=started)
+    result = apply_migration(adapter, migration, settings, old=v1, new=v2, started=started)
     written = result.save(ported_file, overwrite=True)
     port_report = result.report.model_copy(update={"outputs": [str(file) for file in written]})
     steps("verify v1 → v2")
@@ -124,6 +127,15 @@ def _run(out: Path, tick: Ticker | None) -> DemoReport:
         seconds=perf_counter() - started,
         peak_mb=peak_mb(),
     )
+
+
+def _other_prompts(facts: dict[str, Any]) -> tuple[str, ...]:
+    """Prompts in the words that the bases know; none of those that are drawn."""
+    concepts, grounds, drawn = facts["concepts"], facts["backgrounds"], facts["report"]["prompts"]
+    prompts = [
+        f"{concepts[i]} on {grounds[(i + shift) % len(grounds)]}" for shift in (0, 2) for i in range(len(concepts))
+    ]
+    return tuple(prompt for prompt in prompts if prompt not in drawn)
 
 
 def _about(lora: InspectReport) -> str:
