@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+from regraft.cli.methods import NEEDS
 from regraft.cli.port import port
 from regraft.methods import Method, methods
 
@@ -17,7 +18,9 @@ when it was measured stands in [measured.md](measured.md), beside the controls: 
 update of the same norm, and an adapter trained natively on the new base.
 
 A **copy is the baseline**: between near bases no map of weights has beaten it yet, and `auto` takes it there. A method
-whose scope is *pair* is fitted once for two bases and can be saved as a migration (`port --save-migration`).
+whose scope is *pair* is fitted once for two bases and can be saved as a migration (`port --save-migration`); one whose
+scope is *adapter* depends on the adapter. Ports in which updates meet on one module, or are copied to several, have no
+migration file.
 
 | method | needs | scope | another size | what it does | source |
 |---|---|---|---|---|---|
@@ -25,7 +28,7 @@ whose scope is *pair* is fitted once for two bases and can be saved as a migrati
 
 
 def row(method: Method) -> str:
-    needs = " + ".join(f"{need} base" for need in method.needs) or "shapes only"
+    needs = " + ".join(NEEDS[need] for need in method.needs) or "shapes only"
     resizes = "yes" if method.resizes else "no"
     cells = (f"`{method.name}`", needs, method.scope, resizes, method.summary, method.reference)
     return f"| {' | '.join(cells)} |"

@@ -11,7 +11,7 @@ from regraft.cli._sink import out
 from regraft.methods import methods as registered
 from regraft.report.schema import MethodInfo
 
-_NEEDS = {"old": "old base", "new": "new base", "models": "both models run", "adapters": "paired adapters"}
+NEEDS = {"old": "old base", "new": "new base", "models": "both models run", "adapters": "paired adapters"}
 
 
 def method_infos() -> list[MethodInfo]:
@@ -44,6 +44,6 @@ def _table(infos: list[MethodInfo], console: Console) -> None:
     for title in ("method", "needs", "what it does", "reference"):
         table.add_column(title, overflow="fold")
     for info in infos:
-        needs = " + ".join(_NEEDS[need] for need in info.needs) or "shapes only"
+        needs = " + ".join(NEEDS[need] for need in info.needs) or "shapes only"
         table.add_row(info.name, needs, info.summary, info.reference)
     console.print(table)
