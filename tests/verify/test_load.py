@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,3 +173,20 @@ def test_a_pipeline_with_a_lora_gives_what_diffusers_gives(tmp_path: Path) -> No
     theirs = latents()
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (ours - plain).abs().max() > 1e-2 * plain.abs().max()
+
+
+@pytest.mark.slow  # a process of its own, to import diffusers anew
+def test_a_library_that_is_imported_while_it_is_to_be_quiet_is_quiet_until_the_end() -> None:
+    said = """
+from regraft.runtime.load import quiet_libraries
+with quiet_libraries():
+    with quiet_libraries():
+        import diffusers
+        log = diffusers.utils.logging.get_logger("diffusers.x")
+        log.warning("inner")
+    log.warning("outer")
+log.warning("after")
+"""
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    heard = [word for word in ("inner", "outer", "after") if word in done.stderr]
+    assert heard == ["after"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -324,12 +325,19 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
+_DIFFUSERS = "DIFFUSERS_VERBOSITY"
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence transformers' and diffusers' reports and bars: what matters of them is raised as an error here."""
     silenced: list[tuple[Any, int, bool]] = []
+    told = os.environ.get(_DIFFUSERS)
+    # diffusers is slow to import and may not be needed; where it is, it reads from here how loud to be.
+    os.environ[_DIFFUSERS] = "critical"
+    late = "diffusers" not in sys.modules
     for name in ("transformers", "diffusers"):
-        # transformers speaks while diffusers imports it; diffusers itself is slow to import and may not be needed.
+        # transformers speaks while diffusers imports it.
         if name not in sys.modules and (name == "diffusers" or find_spec(name) is None):
             continue
         logging = import_module(f"{name}.utils.logging")
@@ -342,6 +350,14 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        if told is None:
+            del os.environ[_DIFFUSERS]
+        else:
+            os.environ[_DIFFUSERS] = told
+        if late and "diffusers" in sys.modules:
+            logging = import_module("diffusers.utils.logging")
+            # Within another such block it stays as quiet as that one wants it.
+            silenced.append((logging, logging.CRITICAL if told == "critical" else logging.WARNING, False))
         for logging, verbosity, bars in silenced:
             logging.set_verbosity(verbosity)
             if bars:
