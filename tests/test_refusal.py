@@ -10,7 +10,7 @@ import torch
 
 from regraft import InputError, Refused, Settings, check, load_adapter, open_base, port
 from regraft.base import Base
-from toys import drifted, llama, lora, save_base
+from toys import WIDTH, drifted, llama, lora, save_base
 
 
 def pair(tmp_path: Path, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> tuple[Base, Base]:
@@ -168,3 +168,9 @@ def test_an_adapter_of_a_base_that_was_changed_first_is_told(how: str, tmp_path:
     base = open_base(save_base(llama(), tmp_path / "base.safetensors"))
     with pytest.raises(InputError, match="init_lora_weights: was trained on a base that"):
         port(changed, base, base)
+
+
+def test_a_base_of_other_sizes_is_refused_but_by_what_needs_no_module_to_answer_to_another(tmp_path: Path) -> None:
+    bases = pair(tmp_path, llama(), llama(seed=7, width=WIDTH + 8))
+    assert check(lora(llama()), *bases, "copy").verdict == "refused"
+    assert check(lora(llama()), *bases, "stream").verdict == "refine"

@@ -137,7 +137,8 @@ def _ruled_out(adapter: Adapter, migration: Migration, evidence: Evidence) -> It
     contained = evidence.contained()
     if contained is not None and contained > _CONTAINED:
         yield f"the new base already contains this adapter (about {contained:.0%} of it is merged into its weights)"
-    if evidence.shares and len(evidence.skipped) == len(evidence.shares):
+    placeless = bool(evidence.shares) and len(evidence.skipped) == len(evidence.shares)
+    if placeless and migration.used not in _CROSSING:
         why = next(iter(evidence.skipped.values()))
         yield f"no module of the adapter has a place in the new base ({why})"
 
@@ -146,16 +147,20 @@ def _hopeless(
     migration: Migration, evidence: Evidence, port: Forecast | None, similarity: float | None
 ) -> Iterable[str]:
     """Why nothing worth having would come over by the method at hand."""
-    if port is None or similarity is None or port.high >= FLOOR:
+    if port is None or similarity is None:
         return
     resized = evidence.resized
-    top = f"at best {max(0.0, port.high):.0%} of a native adapter's gain would come over"
     if similarity < _RELATED and resized > 0.5:
+        # Whatever is forecast from shapes: no unit of the one base answers to any of the other.
         yield (
             f"the new base has other sizes ({resized:.0%} of the update is in modules that changed shape), and no "
             "correspondence of its hidden units to the old one's was found in the weights"
         )
-    elif similarity < _RELATED:
+        return
+    if port.high >= FLOOR:
+        return
+    top = f"at best {max(0.0, port.high):.0%} of a native adapter's gain would come over"
+    if similarity < _RELATED:
         what = ": the file would load without an error and do nothing, or harm"
         if resized > 0:
             what = f", and {resized:.0%} of the update is in modules of another size"
