@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,16 +20,15 @@ from regraft.nearness import Nearness, compare
 from regraft.pairing import Pairing, pair_bases
 from regraft.removed import Policy, check_policy, rehomed
 from regraft.report.schema import BaseSummary
-from regraft.sketch import spread_runs
-from regraft.tensors import InMemory, Shape, n_bytes
+from regraft.tensors import Shape, n_bytes
 from regraft.transport import Transport
 from regraft.updates import LowRank
+from regraft.weight_pairs import ComputedWeights, PairedWeights, row_norms_of
 from regraft.widening import widened, widens
 
 if TYPE_CHECKING:
     from regraft.carry import Settings
     from regraft.port import PortResult
-    from regraft.runtime.record import Statistics
 
 Ticker = Callable[[int, int, str], None]
 
@@ -152,138 +150,6 @@ def summarise(base: Base, *, exact: bool = False) -> BaseSummary:
     )
 
 
-# Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
-_ROW_RUNS, _ROWS_OF_RUN = 2, 16
-
-
-class _Pairs:
-    """`WeightPairs` over two bases; an update, where one is given, sharpens the nearness of its module."""
-
-    def __init__(
-        self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef], running: Running = AS_IT_IS
-    ) -> None:
-        self.old, self.new, self._wanted, self.running, self.pairing = old, new, list(wanted), running, pairing
-        self.targets = {old: answer.module for old, answer in pairing.counterparts.items() if answer.module is not None}
-        self.updates: dict[ModuleRef, LowRank] = {}
-        self._nearness: dict[ModuleRef, Nearness] = {}
-        self._row_norms: dict[ModuleRef, Tensor] = {}
-        self._fetched = False
-        self._ahead: dict[ModuleRef, Statistics] = {}
-
-    @property
-    def sampled(self) -> bool:
-        return self.old.partial or self.new.partial
-
-    @property
-    def wanted(self) -> Sequence[ModuleRef]:
-        return self._wanted
-
-    def __iter__(self) -> Iterator[ModuleRef]:
-        return iter(self.targets)
-
-    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
-        old, new = self.old.weight(module), self.new.weight(self.targets[module])
-        weights = old.float().flatten(1), new.float().flatten(1)
-        # Measured on the way: most modules are read just once.
-        if module not in self._nearness:
-            self._measure(module, *weights)
-        return weights
-
-    def nearness(self, module: ModuleRef) -> Nearness:
-        if module not in self._nearness and self.sampled:
-            self._nearness[module] = self._by_rows(module)
-        elif module not in self._nearness:
-            self.load(module)
-        return self._nearness[module]
-
-    def statistics(self, module: ModuleRef) -> Statistics | None:
-        """Of the wanted modules in their order: what has been asked for is not kept."""
-        place = {wanted: i for i, wanted in enumerate(self._wanted)}
-        while module not in self._ahead:
-            known, found = next(self._recorded, (None, None))
-            if known is None or found is None:
-                return None
-            self._ahead[known] = found
-            if place[known] > place[module]:
-                return None
-        return self._ahead.pop(module)
-
-    @cached_property
-    def _recorded(self) -> Iterator[tuple[ModuleRef, Statistics]]:
-        from regraft.probes.batches import make_batches
-        from regraft.runtime.both import BothModels
-        from regraft.runtime.record import statistics
-
-        running = self.running
-        models = BothModels.load(self.old.path, self.new.path, running.config, running.device)
-        batches = make_batches(models, None, running.n_inputs, running.seed, running.prompts, held_out=0)
-        return statistics(models, {module: self.targets[module] for module in self._wanted}, batches.fit)
-
-    def _by_rows(self, module: ModuleRef) -> Nearness:
-        """The nearness as a sample of the weights' rows shows it."""
-        if not self._fetched:
-            from regraft.hub.remote import ahead
-
-            self._fetched = True
-            with ahead():
-                for wanted in self._wanted:
-                    self._rows(wanted)
-        pair = self._rows(module)
-        if pair is None:
-            return Nearness()
-        old, new, rows = pair
-        update = self.updates.get(module)
-        if update is not None:
-            held = torch.cat([torch.arange(part.start, part.stop) for part in rows])
-            fits = update.up.shape[0] == self.old.shape(module)[0]
-            update = replace(update, up=InMemory(update.up.load()[held]), magnitude=None) if fits else None
-        return compare(old, new, update)
-
-    def _rows(self, module: ModuleRef) -> tuple[Tensor, Tensor, list[range]] | None:
-        target, shape = self.targets[module], self.old.shape(module)
-        if self.new.shape(target) != shape:
-            return None
-        few = shape[0] <= _ROW_RUNS * _ROWS_OF_RUN
-        rows = [range(shape[0])] if few else spread_runs(shape[0], _ROW_RUNS, _ROWS_OF_RUN)
-        old, new = self.old.rows(module, rows), self.new.rows(target, rows)
-        return old.float().flatten(1), new.float().flatten(1), rows
-
-    def row_norms(self, module: ModuleRef) -> Tensor | None:
-        self.nearness(module)
-        return self._row_norms.get(module)
-
-    def _measure(self, module: ModuleRef, old: Tensor, new: Tensor) -> None:
-        self._nearness[module] = compare(old, new, self.updates.get(module))
-        row_norms = _row_norms(old, new)
-        if row_norms is not None:
-            self._row_norms[module] = row_norms
-
-
-def _row_norms(old: Tensor, new: Tensor) -> Tensor | None:
-    return torch.stack([old.norm(dim=1), new.norm(dim=1)]) if old.shape == new.shape else None
-
-
-class _Computing:
-    """The same pairs, their weights on the device and in the dtype that the methods compute in."""
-
-    def __init__(self, pairs: _Pairs, device: str, dtype: torch.dtype) -> None:
-        self.pairs, self.device, self.dtype = pairs, device, dtype
-        self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
-        self.statistics = pairs.statistics
-        self.pairing, self.bases = pairs.pairing, (pairs.old, pairs.new)
-
-    def __iter__(self) -> Iterator[ModuleRef]:
-        return iter(self.pairs)
-
-    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
-        old, new = self.pairs.load(module)
-        return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
-
-    def weight(self, which: Literal["old", "new"], module: ModuleRef) -> Tensor:
-        base = self.pairs.old if which == "old" else self.pairs.new
-        return base.weight(module).flatten(1).to(self.device, self.dtype)
-
-
 def fit_migration(
     old: Base,
     new: Base,
@@ -331,10 +197,10 @@ def fit_migration(
     # What is folded into a survivor is carried by its transport, whether or not the adapter touches it.
     needed = dict.fromkeys([*wanted, *(pairing.survivors[module] for module in gone)])
     paired = [module for module in needed if pairing[module].module is not None]
-    pairs = _Pairs(old, new, pairing, paired, running)
+    pairs = PairedWeights(old, new, pairing, paired, running)
     if touched is not None:
         pairs.updates = {module: update for module, update in touched.items() if isinstance(update, LowRank)}
-    computing = _Computing(pairs, device, dtype)
+    computing = ComputedWeights(pairs, device, dtype)
     fit = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
     entries: dict[ModuleRef, Entry] = {}
     moved: dict[int, Tensor] = {}
@@ -385,7 +251,7 @@ def parameters_of(base: Base) -> dict[str, tuple[str, ...]]:
     return {component: tuple(tensors) for component, tensors in base.components.items()}
 
 
-def _fit(method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: Ticker) -> Fit:
+def _fit(method: Method, settings: Mapping[str, Any], pairs: ComputedWeights, tick: Ticker) -> Fit:
     total = len(pairs.wanted)
     if method.per == "adapter":
         # Planned and judged as a copy; what it makes of the adapter comes once that is not refused.
@@ -406,7 +272,7 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: _Computing, tick: T
     return Fit(outcomes, method.name)
 
 
-def _copied(pairs: _Computing, module: ModuleRef) -> Outcome:
+def _copied(pairs: ComputedWeights, module: ModuleRef) -> Outcome:
     outcome = fit_module(get_method("copy"), *pairs.load(module), {})
     return replace(outcome, planned=True) if isinstance(outcome, Skip) else outcome
 
@@ -424,7 +290,12 @@ def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mappin
 
 
 def _entry(
-    pairs: _Pairs, module: ModuleRef, outcome: Outcome, aligned: float | None, reason: str, moved: dict[int, Tensor]
+    pairs: PairedWeights,
+    module: ModuleRef,
+    outcome: Outcome,
+    aligned: float | None,
+    reason: str,
+    moved: dict[int, Tensor],
 ) -> Entry:
     shape_old, nearness = pairs.old.shape(module), pairs.nearness(module)
     if isinstance(outcome, Skip):
@@ -440,7 +311,7 @@ def _entry(
     return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
 
 
-def _placed_entry(pairs: _Pairs, module: ModuleRef, fit: Fit, moved: dict[int, Tensor]) -> Entry:
+def _placed_entry(pairs: PairedWeights, module: ModuleRef, fit: Fit, moved: dict[int, Tensor]) -> Entry:
     """The entry of a module that the method places itself: on one module of the new base or on several."""
     shape_old, aligned = pairs.old.shape(module), fit.similarity.get(module)
     nearness = pairs.nearness(module) if module in pairs.targets else Nearness(similarity=aligned)
@@ -496,7 +367,7 @@ def remeasure(migration: Migration, old: Base, new: Base, adapter: Adapter) -> M
             continue
         before, after = old.weight(module), new.weight(entry.target)
         measured = compare(before.float().flatten(1), after.float().flatten(1), update)
-        row_norms = _row_norms(before.float().flatten(1), after.float().flatten(1))
+        row_norms = row_norms_of(before.float().flatten(1), after.float().flatten(1))
         assert entry.transport is not None
         nearness = as_carried(measured, entry.transport, entry.nearness.similarity)
         entries[module] = replace(entry, nearness=nearness, row_norms=row_norms)

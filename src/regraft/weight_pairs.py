@@ -1,0 +1,154 @@
+"""The weights of two bases side by side, as methods are given them: read one pair at a time, measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import ModuleRef
+from regraft.base import Base
+from regraft.methods.task import AS_IT_IS, Running
+from regraft.nearness import Nearness, compare
+from regraft.pairing import Pairing
+from regraft.sketch import spread_runs
+from regraft.tensors import InMemory
+from regraft.updates import LowRank
+
+if TYPE_CHECKING:
+    from regraft.runtime.record import Statistics
+
+# Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
+_ROW_RUNS, _ROWS_OF_RUN = 2, 16
+
+
+class PairedWeights:
+    """`WeightPairs` over two bases; an update, where one is given, sharpens the nearness of its module."""
+
+    def __init__(
+        self, old: Base, new: Base, pairing: Pairing, wanted: Sequence[ModuleRef], running: Running = AS_IT_IS
+    ) -> None:
+        self.old, self.new, self._wanted, self.running, self.pairing = old, new, list(wanted), running, pairing
+        self.targets = {old: answer.module for old, answer in pairing.counterparts.items() if answer.module is not None}
+        self.updates: dict[ModuleRef, LowRank] = {}
+        self._nearness: dict[ModuleRef, Nearness] = {}
+        self._row_norms: dict[ModuleRef, Tensor] = {}
+        self._fetched = False
+        self._ahead: dict[ModuleRef, Statistics] = {}
+
+    @property
+    def sampled(self) -> bool:
+        return self.old.partial or self.new.partial
+
+    @property
+    def wanted(self) -> Sequence[ModuleRef]:
+        return self._wanted
+
+    def __iter__(self) -> Iterator[ModuleRef]:
+        return iter(self.targets)
+
+    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        old, new = self.old.weight(module), self.new.weight(self.targets[module])
+        weights = old.float().flatten(1), new.float().flatten(1)
+        # Measured on the way: most modules are read just once.
+        if module not in self._nearness:
+            self._measure(module, *weights)
+        return weights
+
+    def nearness(self, module: ModuleRef) -> Nearness:
+        if module not in self._nearness and self.sampled:
+            self._nearness[module] = self._by_rows(module)
+        elif module not in self._nearness:
+            self.load(module)
+        return self._nearness[module]
+
+    def statistics(self, module: ModuleRef) -> Statistics | None:
+        """Of the wanted modules in their order: what has been asked for is not kept."""
+        place = {wanted: i for i, wanted in enumerate(self._wanted)}
+        while module not in self._ahead:
+            known, found = next(self._recorded, (None, None))
+            if known is None or found is None:
+                return None
+            self._ahead[known] = found
+            if place[known] > place[module]:
+                return None
+        return self._ahead.pop(module)
+
+    @cached_property
+    def _recorded(self) -> Iterator[tuple[ModuleRef, Statistics]]:
+        from regraft.probes.batches import make_batches
+        from regraft.runtime.both import BothModels
+        from regraft.runtime.record import statistics
+
+        running = self.running
+        models = BothModels.load(self.old.path, self.new.path, running.config, running.device)
+        batches = make_batches(models, None, running.n_inputs, running.seed, running.prompts, held_out=0)
+        return statistics(models, {module: self.targets[module] for module in self._wanted}, batches.fit)
+
+    def _by_rows(self, module: ModuleRef) -> Nearness:
+        """The nearness as a sample of the weights' rows shows it."""
+        if not self._fetched:
+            from regraft.hub.remote import ahead
+
+            self._fetched = True
+            with ahead():
+                for wanted in self._wanted:
+                    self._rows(wanted)
+        pair = self._rows(module)
+        if pair is None:
+            return Nearness()
+        old, new, rows = pair
+        update = self.updates.get(module)
+        if update is not None:
+            held = torch.cat([torch.arange(part.start, part.stop) for part in rows])
+            fits = update.up.shape[0] == self.old.shape(module)[0]
+            update = replace(update, up=InMemory(update.up.load()[held]), magnitude=None) if fits else None
+        return compare(old, new, update)
+
+    def _rows(self, module: ModuleRef) -> tuple[Tensor, Tensor, list[range]] | None:
+        target, shape = self.targets[module], self.old.shape(module)
+        if self.new.shape(target) != shape:
+            return None
+        few = shape[0] <= _ROW_RUNS * _ROWS_OF_RUN
+        rows = [range(shape[0])] if few else spread_runs(shape[0], _ROW_RUNS, _ROWS_OF_RUN)
+        old, new = self.old.rows(module, rows), self.new.rows(target, rows)
+        return old.float().flatten(1), new.float().flatten(1), rows
+
+    def row_norms(self, module: ModuleRef) -> Tensor | None:
+        self.nearness(module)
+        return self._row_norms.get(module)
+
+    def _measure(self, module: ModuleRef, old: Tensor, new: Tensor) -> None:
+        self._nearness[module] = compare(old, new, self.updates.get(module))
+        row_norms = row_norms_of(old, new)
+        if row_norms is not None:
+            self._row_norms[module] = row_norms
+
+
+def row_norms_of(old: Tensor, new: Tensor) -> Tensor | None:
+    return torch.stack([old.norm(dim=1), new.norm(dim=1)]) if old.shape == new.shape else None
+
+
+class ComputedWeights:
+    """The same pairs, their weights on the device and in the dtype that the methods compute in."""
+
+    def __init__(self, pairs: PairedWeights, device: str, dtype: torch.dtype) -> None:
+        self.pairs, self.device, self.dtype = pairs, device, dtype
+        self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
+        self.statistics = pairs.statistics
+        self.pairing, self.bases = pairs.pairing, (pairs.old, pairs.new)
+
+    def __iter__(self) -> Iterator[ModuleRef]:
+        return iter(self.pairs)
+
+    def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        old, new = self.pairs.load(module)
+        return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
+
+    def weight(self, which: Literal["old", "new"], module: ModuleRef) -> Tensor:
+        base = self.pairs.old if which == "old" else self.pairs.new
+        return base.weight(module).flatten(1).to(self.device, self.dtype)
