@@ -80,9 +80,10 @@ def judge(
     known = migration.source is not None and bool(near or evidence.skipped)
     forecasts = forecast(migration, evidence, calibration or shipped()) if known else Forecasts()
 
-    refusals = [*_ruled_out(adapter, migration, evidence), *_hopeless(migration, evidence, forecasts.port, similarity)]
+    ruled_out = list(_ruled_out(adapter, migration, evidence))
+    refusals = [*ruled_out, *_hopeless(migration, evidence, forecasts.port, similarity)]
     if refusals:
-        advice = _advice(forecasts) if not _by_itself(refusals[0]) else ""
+        advice = _advice(forecasts, crossing=not ruled_out) if not _by_itself(refusals[0]) else ""
         reasons = (*refusals, *([advice] if advice else []))
         return Judgement("refused", f"Refused: {refusals[0]}.", reasons, similarity, distance, forecasts, advice)
 
@@ -206,12 +207,14 @@ def basis(forecast: Forecast) -> str:
     )
 
 
-def _advice(forecasts: Forecasts) -> str:
-    """Which tier would work where the method at hand would not."""
+def _advice(forecasts: Forecasts, *, crossing: bool) -> str:
+    """Which tier would work where the method at hand would not; ``crossing``: whether `stream` may be tried."""
     for name, what in _OTHER_WAYS.items():
         found: Forecast | None = getattr(forecasts, name)
         if found is not None and found.recovery >= FLOOR:
             return f"{what}: {found.recovery:.0%} expected ({found.low:.0%} to {found.high:.0%})"
+    if crossing:
+        return f"{_OTHER_WAYS['stream']}, which carries a part; more takes a refine, or a bridge beside the old base"
     return "a refine, or a bridge beside the old base, is what remains"
 
 
