@@ -207,6 +207,12 @@ class Carrier:
         """The same as `carry`, with what a method made of the whole adapter."""
         ready = self.ready
         whole = isinstance(update, Full | Diff)
+        if whole and not made.wholes and ref in ready.wholes and ready.wholes[ref].fate == "change":
+            return (
+                self._row(ref, update, "skipped", "its effect goes through other modules of the new base"),
+                None,
+                None,
+            )
         if whole or ref in ready.left_out or ref in ready.located.missing or str(ref) in ready.problems:
             return self.carry(ref, update)
         home = ready.located.modules[ref]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regraft import Adapter, InputError, load_adapter, open_base
+from regraft import Adapter, InputError, ModuleRef, load_adapter, open_base
 from regraft.carry import Settings
 from regraft.methods.stream import stream
 from regraft.methods.task import AdapterTask, Rank, Running
@@ -19,6 +20,8 @@ from regraft.port import PortResult, port
 from regraft.probes.batches_diffusion import DiffusionBatch
 from regraft.runtime import applied, load_model
 from regraft.runtime.both import BothModels
+from regraft.tensors import InMemory
+from regraft.updates import Diff
 from toys import permutation, regauged, rotation
 from verify import tiny
 
@@ -75,6 +78,18 @@ def test_on_the_same_base_a_lora_of_its_last_write_comes_back(old: Path) -> None
     result = ported(adapter, old, old, n=96, sweeps=6, ridge=1e-3, head=False)
     assert share_left(result) < 0.05
     assert error(old, result.adapter, adapter) < 0.3
+
+
+def test_a_changed_norm_is_not_carried_beside_its_effect(old: Path) -> None:
+    norm = ModuleRef("model", "model.layers.1.input_layernorm.weight")
+    change = Diff(InMemory(torch.full((16,), 0.3)), norm.path)
+    adapter = lora(old, "q_proj")
+    both = replace(adapter, updates={**adapter.updates, norm: change}, format="lycoris")
+    result = ported(both, old, old)
+    assert norm not in result.adapter.updates
+    row = next(row for row in result.report.modules if row.name == norm.path)
+    assert row.status == "skipped"
+    assert result.report.figures["held_out_kl"] < result.report.figures["none_held_out_kl"]
 
 
 def test_in_other_coordinates_of_the_stream_it_carries_as_much(old: Path, folder: Path) -> None:

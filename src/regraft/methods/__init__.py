@@ -131,6 +131,7 @@ class Carried:
         places: old module → new module, where the method pairs them otherwise than by name and depth.
         figures: diagnostics for the report (``pull``, ``strength``, ``held_out``, ``seconds`` …).
         lost: new module → share of its ‖ΔW‖² that the cut to the wanted rank lost.
+        wholes: changes of whole parameters (norms, biases) go along, as in a copy; else their effect is in ``updates``.
     """
 
     updates: Mapping[ModuleRef, Update]
@@ -140,6 +141,7 @@ class Carried:
     figures: Mapping[str, float] = field(default_factory=dict)
     lost: Mapping[ModuleRef, float] = field(default_factory=dict)
     places: Mapping[ModuleRef, ModuleRef] = field(default_factory=dict)
+    wholes: bool = True
 
     def part(self, target: ModuleRef) -> Update | None:
         """The update of a module of the new base, low-rank or dense."""

@@ -106,6 +106,7 @@ def _carried(task: AdapterTask, writes: list[Write], figures: dict[str, float], 
         skipped={ref: why for ref in task.modules if task.target(ref) not in homes},
         figures={**figures, "writes": float(len(changed))},
         lost={write.ref: write.lost for write in changed if write.factors is not None},
+        wholes=False,
     )
 
 
