@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -80,6 +80,8 @@ class Carrier:
         self, adapter: Adapter, ready: Preparation, settings: Settings, old: Base | None, new: Base | None
     ) -> None:
         self.adapter, self.ready, self.settings, self.old, self.new = adapter, ready, settings, old, new
+        # Modules of the new base, by its own names, whose update `adopt` has taken.
+        self.answered: set[ModuleRef] = set()
 
     def carry(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         """Report row, the module's name on the new base, and the update there."""
@@ -221,6 +223,7 @@ class Carrier:
         carried = made.part(answer) if answer is not None else None
         if carried is None or answer is None:
             return self._row(ref, update, "skipped", made.skipped.get(home, entry.reason)), None, None
+        self.answered.add(answer)
         target = respelled(ref, answer)
         before = update.norm() if update.additive else 0.0
         kept = (carried.norm() / before) ** 2 if before > 0 else None
@@ -237,9 +240,15 @@ class Carrier:
             made: all of it.
             used: names of the new base's modules that answer to one of the adapter's.
         """
-        for ref, update in made.updates.items():
-            module = ModuleRef(ref.component, ref.path.removesuffix(".weight"))
-            if str(module) in used or str(ref) in used:
+        homes = self.ready.located.modules
+        # A base of one model alone names its component otherwise than an adapter for a pipeline does.
+        spelt = {
+            entry.target.component: ref.component for ref, entry in self._entries(homes) if entry.target is not None
+        }
+        for name, update in made.updates.items():
+            ref = ModuleRef(spelt.get(name.component, name.component), name.path)
+            module = ModuleRef(name.component, name.path.removesuffix(".weight"))
+            if module in self.answered or str(ref) in used:
                 continue
             row = PortedModule(
                 name=str(ref),
@@ -249,9 +258,13 @@ class Carrier:
                 energy_kept=None,
                 rank_in=None,
                 rank_out=update.rank,
-                cut_loss=made.lost.get(ref),
+                cut_loss=made.lost.get(name),
             )
             yield row, ref, update.scaled(self.settings.strength)
+
+    def _entries(self, homes: Mapping[ModuleRef, ModuleRef]) -> Iterator[tuple[ModuleRef, Entry]]:
+        entries = self.ready.migration.entries
+        yield from ((ref, entries[home]) for ref, home in homes.items() if home in entries)
 
     def _norms(self, ref: ModuleRef, shape: Shape, entry: Entry) -> Sequence[Tensor] | None:
         """Norms of the old and of the new weight along the axis of a magnitude of this shape."""

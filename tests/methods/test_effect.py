@@ -87,6 +87,15 @@ def test_on_the_same_pipeline_it_is_the_copy_for_convolutions_and_text_encoders(
         assert error(update.delta(), adapter.updates[ref].delta()) < 1e-3
 
 
+def test_a_model_alone_takes_a_pipelines_adapter_once(tmp_path: Path) -> None:
+    """Of a U-Net alone the base names no component, the adapter does."""
+    base = tiny.unet(tmp_path / "base")
+    adapter = tiny.lora({"unet": load_model(base).main}, ("to_q",))
+    assert {ref.component for ref in adapter.updates} == {"unet"}
+    result = ported(adapter, base, base, Settings(running=Running(n_inputs=4)))
+    assert set(result.adapter.updates) == set(adapter.updates)
+
+
 def test_with_a_full_pull_the_old_models_outputs_come_back_where_one_layer_drifted(old: Path, tmp_path: Path) -> None:
     """Only q_proj of the first layer differs, so that both read the same inputs there: the answer is exact."""
     model = load_model(old)

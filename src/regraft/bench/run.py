@@ -119,7 +119,7 @@ def targets(
 def _check(what: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            raise UsageError(f"no {what} is named {name!r}", remedy=f"Known: {', '.join(known)}.")
+            raise UsageError(f"no {what} is named {name!r}", remedy=f"Known: {', '.join(dict.fromkeys(known))}.")
 
 
 def make(cache: Path, wanted: Sequence[Target], log: Callable[[str], None]) -> None:
