@@ -61,11 +61,12 @@ def test_the_command_does_the_whole_job(tmp_path: Path, run: Run) -> None:
     assert share["v2 + native"] > 0.9
     assert {len(column.png) for column in report.columns} == {len(report.prompts)} == {8}
     ported = load_file(tmp_path / "out" / "style-v1-for-v2.safetensors")
-    original = load_file(STYLE)
-    # `auto` copied, and the page says that the two columns are the same.
-    assert report.near.port.method == "copy"
-    assert all(torch.equal(original[key], ported[key]) for key in original)
-    assert ("v2 + copied", "v2 + ported") in report.same_columns
+    assert set(ported) == set(load_file(STYLE))
+    # `auto` found better than a copy on held-out inputs, and it is: on other prompts, by the pixels.
+    assert report.near.port.method == "effect"
+    assert report.near.port.figures["held_out"] < report.near.port.figures["copy_held_out"]
+    assert share["v2 + ported"] > share["v2 + copied"] + 0.02
+    assert report.same_columns == []
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 72
     assert "http://" not in page.replace("http://www.w3.org", "")
