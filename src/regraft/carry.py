@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -240,10 +240,12 @@ class Carrier:
             made: all of it.
             used: names of the new base's modules that answer to one of the adapter's.
         """
-        homes = self.ready.located.modules
+        entries = self.ready.migration.entries
         # A base of one model alone names its component otherwise than an adapter for a pipeline does.
         spelt = {
-            entry.target.component: ref.component for ref, entry in self._entries(homes) if entry.target is not None
+            entry.target.component: ref.component
+            for ref, home in self.ready.located.modules.items()
+            if (entry := entries.get(home)) is not None and entry.target is not None
         }
         for name, update in made.updates.items():
             ref = ModuleRef(spelt.get(name.component, name.component), name.path)
@@ -261,10 +263,6 @@ class Carrier:
                 cut_loss=made.lost.get(name),
             )
             yield row, ref, update.scaled(self.settings.strength)
-
-    def _entries(self, homes: Mapping[ModuleRef, ModuleRef]) -> Iterator[tuple[ModuleRef, Entry]]:
-        entries = self.ready.migration.entries
-        yield from ((ref, entries[home]) for ref, home in homes.items() if home in entries)
 
     def _norms(self, ref: ModuleRef, shape: Shape, entry: Entry) -> Sequence[Tensor] | None:
         """Norms of the old and of the new weight along the axis of a magnitude of this shape."""

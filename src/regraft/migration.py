@@ -136,6 +136,24 @@ class Migration:
         return save_migration(self, Path(path), overwrite=overwrite)
 
 
+def check_one_to_one(migration: Migration) -> None:
+    """A reader of the format puts each module's update in one place, and overwrites what lies there.
+
+    Raises:
+        UsageError: modules share a target, or have several.
+    """
+    taken: set[ModuleRef] = set()
+    for module, entry in migration.entries.items():
+        if entry.copies or entry.target in taken:
+            why = "goes to several modules" if entry.copies else f"shares {entry.target} with another module"
+            raise UsageError(
+                f"{module} {why} of the new base: a migration can't say that yet",
+                remedy="Port each adapter with --from and --to; for removed blocks, --removed drop makes a migration.",
+            )
+        if entry.target is not None:
+            taken.add(entry.target)
+
+
 def summarise(base: Base, *, exact: bool = False) -> BaseSummary:
     """Path, family and fingerprints of a base; ``exact`` reads all of it, for the hash of every stored byte."""
     prints = base.exact_prints() if exact else base.prints

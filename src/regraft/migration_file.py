@@ -19,13 +19,13 @@ from torch import Tensor
 from regraft._version import __version__
 from regraft.adapter import ModuleRef
 from regraft.base import Base
-from regraft.errors import InputError, Refused, UsageError, reading
+from regraft.errors import InputError, Refused, reading
 from regraft.hub import hub_id_of
 from regraft.lineage import check_major, dumped, told
 from regraft.lineage.model import BaseId
 from regraft.lineage.name_sets import compact, expand
 from regraft.lineage.strict_json import parse_object
-from regraft.migration import Entry, Migration
+from regraft.migration import Entry, Migration, check_one_to_one
 from regraft.migrations.base_id import base_id, from_summary, to_summary
 from regraft.migrations.model import VERSION, Header, Map, Row
 from regraft.migrations.recognise import recognise
@@ -56,24 +56,6 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
         save_file(tensors, stage, metadata={KEY: dumped(header)})
         readable(stage)
     return path
-
-
-def check_one_to_one(migration: Migration) -> None:
-    """A reader of the format puts each module's update in one place, and overwrites what lies there.
-
-    Raises:
-        UsageError: modules share a target, or have several.
-    """
-    taken: set[ModuleRef] = set()
-    for module, entry in migration.entries.items():
-        if entry.copies or entry.target in taken:
-            why = "goes to several modules" if entry.copies else f"shares {entry.target} with another module"
-            raise UsageError(
-                f"{module} {why} of the new base: a migration can't say that yet",
-                remedy="Port each adapter with --from and --to; for removed blocks, --removed drop makes a migration.",
-            )
-        if entry.target is not None:
-            taken.add(entry.target)
 
 
 def read_header(path: Path) -> tuple[Header, Mapping[str, TensorRef]]:

@@ -43,7 +43,6 @@ OLD_BASE = "v1"
 TEST_RUNS, TEST_SEED = 96, 77
 SAMPLES, SAMPLE_STEPS, SAMPLE_SEED = 32, 12, 9100
 
-_LIST = list(art.CONCEPTS)
 _GROUNDS = len(art.BACKGROUNDS)
 SAMPLED = [(place % 16) * _GROUNDS + (3 + place % 16 + 2 * (place // 16)) % _GROUNDS for place in range(SAMPLES)]
 """Prompts of the sampled pictures: each concept on two backgrounds."""

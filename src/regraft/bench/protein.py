@@ -24,7 +24,6 @@ _CLS, _FIRST_AMINO_ACID = 2, 3
 _HEADS = 8
 # Loop lengths as they are common in the six loops; alpha chain first.
 _LOOPS = ((5, 7), (5, 8), (11, 16), (5, 6), (5, 7), (11, 18))
-_LAST_LOOP = 6
 # Kyte and Doolittle 1982, in the order of `_AMINO_ACIDS`.
 _HYDROPATHY = (
     1.8, 2.5, -3.5, -3.5, 2.8, -0.4, -3.2, 4.5, -3.9, 3.8, 1.9, -3.5, -1.6, -3.5, -4.5, -0.8, -0.7, 4.2, -0.9, -1.3

@@ -90,6 +90,14 @@ SavedMigration = Annotated[
     Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both bases: a file or hub id.")
 ]
 
+Migrations = Annotated[
+    Path | None,
+    typer.Option("--migrations", metavar="FOLDER", help="Find the way from its base to NEW in this folder."),
+]
+ToFingerprint = Annotated[
+    str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
+]
+
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,

@@ -43,13 +43,8 @@ def check(
     seed: o.Seed = 0,
     prompts: o.Prompts = None,
     config: o.Config = None,
-    migrations: Annotated[
-        Path | None,
-        typer.Option("--migrations", metavar="FOLDER", help="Find the way from its base to NEW in this folder."),
-    ] = None,
-    to_fingerprint: Annotated[
-        str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
-    ] = None,
+    migrations: o.Migrations = None,
+    to_fingerprint: o.ToFingerprint = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
     ] = None,

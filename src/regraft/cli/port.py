@@ -67,13 +67,8 @@ def port(
     exclude: o.Exclude = None,
     components: o.Components = None,
     migration: o.SavedMigration = None,
-    migrations: Annotated[
-        Path | None,
-        typer.Option("--migrations", metavar="FOLDER", help="Find the way from its base to NEW in this folder."),
-    ] = None,
-    to_fingerprint: Annotated[
-        str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
-    ] = None,
+    migrations: o.Migrations = None,
+    to_fingerprint: o.ToFingerprint = None,
     via: Annotated[
         list[str] | None,
         typer.Option("--via", metavar="FILE|BASE", help="--migrations: the way passes this; repeatable."),

@@ -102,16 +102,12 @@ def fit_table(table: Table, names: Sequence[str], *, offset: bool = False) -> Fi
         if not rest.rows:
             scores[mine] = 1.0
             continue
-        curve = fit_curve(
-            names, rest.figures, rest.recoveries, rest.importance, belief=BELIEF, least=LEAST_WEIGHT, offset=offset
-        )
+        curve = _curve(rest, names, offset)
         for i in np.flatnonzero(mine):
             damage = curve.damage(dict(zip(names, table.figures[i], strict=True)))
             width = width_that_holds(damage, float(table.recoveries[i]))
             scores[i] = width / (1 + _novelty(table.figures[i], rest.figures, spans, near))
-    curve = fit_curve(
-        names, table.figures, table.recoveries, importance, belief=BELIEF, least=LEAST_WEIGHT, offset=offset
-    )
+    curve = _curve(table, names, offset)
     adapters = {(row.pair, row.adapter) for row in table.rows}
     width = _quantile(scores, importance, len(set(table.pairs)))
     return Fitted(curve, width, tuple(map(float, spans)), near, len(set(table.pairs)), len(adapters))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regraft.transport import cut, rank_for_energy
+
 
 @dataclass
 class Moments:
@@ -75,23 +77,14 @@ def cut_in(delta: Tensor, rank: int | float, metric: Tensor | None = None) -> tu
     root, inverse = square_root(metric) if metric is not None else (None, None)
     u, s, vh = torch.linalg.svd(delta if root is None else delta @ root, full_matrices=False)
     if isinstance(rank, float):
-        shares = s.square().cumsum(0) / s.square().sum().clamp_min(1e-300)
-        rank = int((shares < rank * (1 - 1e-12)).sum()) + 1
+        rank = rank_for_energy(s, rank)
     up, down = u[:, :rank] * s[:rank], vh[:rank]
     down = down if inverse is None else down @ inverse
     if up.shape[1] < rank:
         pad = rank - up.shape[1]
         up, down = torch.nn.functional.pad(up, (0, pad)), torch.nn.functional.pad(down, (0, 0, 0, pad))
-    up, down = balanced(up, down)
+    # The same product, the singular values shared evenly between the factors.
+    up, down = cut(up, down, rank)
     total = float(delta.square().sum())
     lost = float((delta - up @ down).square().sum()) / total if total > 0 else 0.0
     return up.float(), down.float(), lost
-
-
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with the singular values shared evenly between the factors."""
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
-    root = s.sqrt()
-    return q_up @ (u * root), (root[:, None] * vh) @ q_down.T

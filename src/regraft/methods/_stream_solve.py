@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regraft.adapter import ModuleRef
 from regraft.methods._moments import cut_in
-from regraft.methods.task import HOLD_DIFF, AdapterTask
+from regraft.methods.task import AdapterTask
 from regraft.runtime.record import is_conv1d, matrix_of, shaped_as
 from regraft.tensors import InMemory, Shape
 from regraft.updates import Diff, LowRank, Update
@@ -122,14 +122,13 @@ class Write:
     def updates(self, task: AdapterTask) -> dict[ModuleRef, Update]:
         """As the adapter's own format can say it: low-rank, or dense as `AdapterTask.dense` has it; biases likewise."""
         shape = task.new.shape(self.ref)
-        holds_diff = task.adapter.format in HOLD_DIFF
         bias = None if self.shift is None or not bool(self.shift.any()) else InMemory(self.shift)
         component, path = self.ref
         made: dict[ModuleRef, Update] = {}
-        if holds_diff and bias is not None:
+        if task.holds_diff and bias is not None:
             made[ModuleRef(component, f"{path}.bias")] = Diff(bias, f"{path}.diff_b")
             bias = None
-        if holds_diff and self.factors is None:
+        if task.holds_diff and self.factors is None:
             value = shaped_as(self.module, self.delta).reshape(shape).contiguous()
             made[ModuleRef(component, f"{path}.weight")] = Diff(InMemory(value), f"{path}.diff")
             return made

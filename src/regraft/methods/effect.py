@@ -22,7 +22,7 @@ from regraft.removed import is_stream, removed_writes
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.load import Loaded, quiet_libraries
-from regraft.runtime.record import calls_of, input_rows, is_matrix, matrix_of, output_rows, shaped_as
+from regraft.runtime.record import calls_of, input_rows, is_conv1d, is_matrix, matrix_of, output_rows, shaped_as
 from regraft.runtime.walk import Walks
 from regraft.spaces import named_sides
 from regraft.updates import Update
@@ -189,7 +189,7 @@ def _matrix(module: nn.Module, update: Update) -> Tensor:
     assert isinstance(weight, Tensor)
     weight = weight.detach().float().cpu()
     changed = (update.merged(weight).reshape(weight.shape) - weight).to(weight)
-    return changed.T if type(module).__name__ == "Conv1D" else changed.flatten(1)
+    return changed.T if is_conv1d(module) else changed.flatten(1)
 
 
 class _Missing:
@@ -319,7 +319,7 @@ def _solve(
     delta = moments.solve(prior, sweep.ridge)
     result.before += moments.square
     rank = task.rank_of(ref)
-    transposed = type(modules_of(task.models.new, [target])[target]).__name__ == "Conv1D"
+    transposed = is_conv1d(modules_of(task.models.new, [target])[target])
     if rank is None:
         name, update = task.dense(ref, (delta.T if transposed else delta).float())
         result.updates[name] = update

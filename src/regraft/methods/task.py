@@ -117,6 +117,11 @@ class AdapterTask:
     def prompts(self) -> tuple[str, ...] | None:
         return self.running.prompts
 
+    @property
+    def holds_diff(self) -> bool:
+        """Whether the adapter's format has keys for a whole ΔW."""
+        return self.adapter.format in HOLD_DIFF
+
     def target(self, module: ModuleRef) -> ModuleRef | None:
         """The new base's module that answers to one of the old base."""
         return self.pairing[module].module
@@ -160,7 +165,7 @@ class AdapterTask:
         """
         target = self.target(module)
         assert target is not None
-        if self.adapter.format not in HOLD_DIFF:
+        if not self.holds_diff:
             factors = refactor(delta).update.factors()
             return target, self.made(module, *factors)
         name = f"{target.path}.weight"

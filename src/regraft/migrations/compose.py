@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError, Refused, UsageError
-from regraft.migration import Entry, Migration
-from regraft.migration_file import check_one_to_one
+from regraft.migration import Entry, Migration, check_one_to_one
 from regraft.migrations.algebra import Products
 from regraft.migrations.base_id import public_name
 from regraft.migrations.model import MOST_TERMS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from regraft.probes.diffusion import (
     STATES,
     STEPS,
     Call,
-    Enough,
+    first_call,
     made_up,
     noise_states,
     reads,
@@ -167,17 +166,7 @@ def _conditions(model: Loaded, prompts: Sequence[str | None], like: Tensor, seed
     """What the pipeline hands to its denoiser for these prompts, without guidance: one row for each."""
     if model.pipeline is None:
         return made_up(model, seed)
-    texts = [prompt or "" for prompt in prompts]
-    sizes = {}
-    if like.dim() == 4:
-        scale = getattr(model.pipeline, "vae_scale_factor", 8)
-        sizes = {"height": like.shape[2] * scale, "width": like.shape[3] * scale}
-    # Models distilled with guidance read it as an input; for the others 1 switches the second pass off.
-    guided = getattr(model.main.config, "guidance_embeds", False)
-    calls: list[Call] = []
-    with recording(model.main, calls, stop=True), suppress(Enough):
-        sample_latents(model, texts, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
-    return calls[0]
+    return first_call(model, [prompt or "" for prompt in prompts], like)
 
 
 def _taken(value: Any, which: Tensor, rows: int) -> Any:

@@ -63,7 +63,7 @@ class DiffusionProbe:
                 condition = made_up(model, self.seed + i)
             else:
                 if text not in known:
-                    known[text] = _first_call(model, text, like=states[0])
+                    known[text] = first_call(model, text, _latents(states[0]))
                 condition = known[text]
             yield torch.cat([_predict(model, condition, state) for state in states]).float().cpu()
 
@@ -79,7 +79,9 @@ class DiffusionProbe:
                 remedy="Give both as pipeline folders, or both as U-Net folders.",
             )
         old = self.states[0][0]
-        new = noise_states(model, self.seed)[0] if text is None else _state(model, _first_call(model, text, like=old))
+        new = (
+            noise_states(model, self.seed)[0] if text is None else _state(model, first_call(model, text, _latents(old)))
+        )
         (ours, x), (theirs, y) = next(iter(old.items())), next(iter(new.items()))
         if ours != theirs or x.shape != y.shape:
             noise = torch.Generator().manual_seed(self.seed)
@@ -139,9 +141,9 @@ def _trajectory(model: Loaded, prompt: str, seed: int) -> tuple[Call, ...]:
 
 
 @torch.no_grad()
-def _first_call(model: Loaded, prompt: str, like: Call) -> Call:
-    """What the pipeline hands to its denoiser for ``prompt``, without guidance, at the size of the state ``like``."""
-    latents, sizes = next(iter(like.values())), {}
+def first_call(model: Loaded, prompts: str | list[str], latents: Tensor) -> Call:
+    """What the pipeline hands to its denoiser for the prompts, without guidance, at the size of ``latents``."""
+    sizes = {}
     if latents.dim() == 4:
         scale = getattr(model.pipeline, "vae_scale_factor", 8)
         sizes = {"height": latents.shape[2] * scale, "width": latents.shape[3] * scale}
@@ -149,8 +151,13 @@ def _first_call(model: Loaded, prompt: str, like: Call) -> Call:
     guided = getattr(model.main.config, "guidance_embeds", False)
     calls: list[Call] = []
     with recording(model.main, calls, stop=True), suppress(Enough):
-        sample_latents(model, prompt, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
+        sample_latents(model, prompts, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
     return calls[0]
+
+
+def _latents(state: Call) -> Tensor:
+    latents: Tensor = next(iter(state.values()))
+    return latents
 
 
 class Enough(Exception):
