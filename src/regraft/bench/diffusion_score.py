@@ -71,7 +71,6 @@ def scoring(shop: Workshop, base: str, new: str, name: str) -> Iterator[Scorer]:
     """
     look = ADAPTERS[name].look
     loaded = load_model(shop.base(base))
-    models.plain_attention(loaded.main)
     run = _Run(loaded, Schedule.of(loaded.path / "scheduler"))
     judge = trained_judge(
         shop.cache / "art", shop.cache / "diffusion" / "judge.pt", _through(shop.base(OLD_BASE) / "vae")

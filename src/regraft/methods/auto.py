@@ -31,7 +31,7 @@ _NEAR = 0.05
 # By how much another way must be better than the copy.
 _MARGIN = 0.03
 # How many times the adapter's own rank is tried, and how much of the copy's error that must save.
-_TIMES, _WIDER = 4, 0.1
+_TIMES, _WIDER = 4, 0.05
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 
 
