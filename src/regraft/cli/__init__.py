@@ -24,6 +24,7 @@ VERBS = (
     "fingerprint",
     "check",
     "port",
+    "refine",
     "verify",
     "convert",
     "resize",

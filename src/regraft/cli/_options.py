@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -174,6 +174,27 @@ def finite(number: float, option: str) -> float:
     if not isfinite(number):
         raise UsageError(f"{option} {number} is no number", remedy="Give one such as 0.8.")
     return number
+
+
+def above_zero(number: float, option: str) -> float:
+    """``number``, or a usage error where it is not above 0."""
+    if not finite(number, option) > 0:
+        raise UsageError(f"{option} {number} is out of range", remedy="Give a number above 0.")
+    return number
+
+
+def share(number: float, option: str) -> float:
+    """``number``, or a usage error where it is no share of 1."""
+    if not 0 <= finite(number, option) <= 1:
+        raise UsageError(f"{option} {number} is out of range", remedy="Give 0 to 1.")
+    return number
+
+
+def one_of(word: str, option: str, known: Sequence[str]) -> Any:
+    """``word``, or a usage error where it is none of the known ones."""
+    if word not in known:
+        raise UsageError(f"{option} {word!r} is not known", remedy=f"Known: {', '.join(known)}.")
+    return word
 
 
 def method_options(method: str, **given: Any) -> dict[str, Any]:

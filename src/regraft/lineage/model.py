@@ -110,6 +110,26 @@ class Fidelity(Open):
     how: Text
 
 
+class RefinedBy(Open):
+    """A distillation that followed a port.
+
+    Attributes:
+        objective: what was matched: ``effect``, ``output``, or something between.
+        start: the method that it began from, or ``given``.
+        steps: of the training, up to the numbers that were kept.
+        inputs: how many.
+        how: how they were made.
+        recovered: share of what was wanted that was there in the end, on inputs that were held out.
+    """
+
+    objective: Word
+    start: Word = "given"
+    steps: int = 0
+    inputs: int = 0
+    how: Text = ""
+    recovered: Finite = 0.0
+
+
 class Port(Open):
     """One carrying from base to base.
 
@@ -125,6 +145,7 @@ class Port(Open):
         lost: what was not.
         verdict: what the check said beforehand.
         forced: whether a refusal was overridden.
+        refined: the distillation that followed it.
         fidelity: what was measured afterwards.
         tool: name and version of the program.
     """
@@ -140,6 +161,7 @@ class Port(Open):
     lost: list[Lost] = Field(default_factory=list)
     verdict: Word | None = None
     forced: bool = False
+    refined: RefinedBy | None = None
     fidelity: list[Fidelity] = Field(default_factory=list)
     tool: Text | None = None
 

@@ -18,6 +18,7 @@ from regraft.report.demo_schema import DemoReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
 from regraft.report.pairs_schema import PairInfo
+from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -35,6 +36,7 @@ RECORDS: dict[str, Any] = {
     "fingerprint": FingerprintReport,
     "check": CheckReport,
     "port": PortReport,
+    "refine": RefineReport,
     "verify": VerifyReport,
     "methods": list[MethodInfo],
     "pairs": list[PairInfo],

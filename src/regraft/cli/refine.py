@@ -1,0 +1,132 @@
+"""``regraft refine``: a ported adapter brought the rest of the way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from regraft.base import open_base
+from regraft.cli import _options as o
+from regraft.cli._sink import emit, progress
+from regraft.errors import UsageError
+from regraft.formats import get_format, load_adapter
+from regraft.output import check_writable
+from regraft.refine import Look, RefineSettings
+from regraft.refine import refine as refine_adapter
+from regraft.refine.settings import Objective
+from regraft.refine.state import forget, state_file
+from regraft.report.refine_table import refine_table
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def refine(
+    adapter: o.AdapterArgument,
+    old: o.From = None,
+    new: o.To = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--start", metavar="PORTED", help="A port to begin from; by default the one that auto makes."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the training, at most.")] = RefineSettings.steps,
+    rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = RefineSettings.rate,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="|".join(get_args(Objective)), help="What is matched.")
+    ] = "auto",
+    retention: Annotated[
+        float,
+        typer.Option("--retention", help="Share of the steps that keep the new base as it is on inputs of its own."),
+    ] = RefineSettings.retention,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the result; by default the start's.")] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option("--targets", metavar="GLOB", help="Further modules of the new base to train; repeatable."),
+    ] = None,
+    n_inputs: Annotated[int | None, typer.Option("--n-inputs", min=8, help="Inputs that the old base makes.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Texts instead of made ones, one a line.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs and order.")] = 0,
+    config: o.Config = None,
+    device: o.Device = "cpu",
+    precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the student's passes.")] = (
+        "no"
+    ),
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
+    ] = False,
+    optimizer: Annotated[str, typer.Option("--optimizer", metavar="adamw|adamw8bit")] = "adamw",
+    threads: o.Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Bring a port the rest of the way: a short distillation on inputs that the old base makes. No data needed."""
+    if old is None or new is None:
+        raise UsageError("--from and --to are both needed: both bases are run")
+    if output is None:
+        raise UsageError("--output is missing", remedy="Give the refined file's name with -o.")
+    check_writable(output, overwrite=overwrite, source=adapter)
+    if format is not None:
+        get_format(format)
+    settings = RefineSettings(
+        objective=o.one_of(objective, "--objective", get_args(Objective)),
+        steps=steps,
+        rate=o.above_zero(rate, "--rate"),
+        retention=o.share(retention, "--retention"),
+        n_inputs=n_inputs,
+        prompts=o.running(None, 0, prompts, None, device, False).prompts,
+        seed=seed,
+        budget=seconds(budget),
+        rank=rank,
+        targets=tuple(targets or ()),
+        config=config,
+        device=device,
+        precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        checkpointing=checkpointing,
+        optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
+    )
+    o.use_hardware(device, "float32", threads)
+    old_base, new_base = open_base(o.runnable(old)), open_base(o.runnable(new))
+    trained = load_adapter(adapter, names=o.names_of(old_base), base_config=o.config_of(old_base))
+    ported = load_adapter(start, names=o.names_of(new_base), base_config=o.config_of(new_base)) if start else None
+    state = state_file(trained, old_base, new_base, ported, settings)
+    if not resume:
+        forget(state)
+    with progress("Refining", quiet=quiet or json) as tick:
+
+        def heard(look: Look) -> None:
+            tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
+
+        result = refine_adapter(
+            trained, old_base, new_base, start=ported, settings=settings, state=state, tick=tick, heard=heard
+        )
+        written = result.save(output, format=format, overwrite=overwrite)
+    forget(state)
+    record = result.report.model_copy(update={"outputs": [str(file) for file in written]})
+    emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
+
+
+def seconds(text: str | None) -> float | None:
+    """``90`` → 90; ``10m`` → 600; ``2h`` → 7200.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"--budget {text!r} is no time", remedy="Give seconds, 10m or 2h.")
+    return float(found[1]) * _UNITS[found[2] or "s"]

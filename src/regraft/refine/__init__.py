@@ -1,0 +1,192 @@
+"""A ported adapter brought the rest of the way by a short distillation, on inputs that the old base makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from regraft._version import __version__
+from regraft.adapter import Adapter
+from regraft.base import Base
+from regraft.errors import InputError
+from regraft.lineage import KEY, dumped, lineage_of
+from regraft.memory import peak_mb
+from regraft.metadata import with_ranks
+from regraft.methods.task import Running
+from regraft.migration import summarise
+from regraft.probes.batches import Batch, Batches, make_batches
+from regraft.refine.aims import aims_of
+from regraft.refine.loop import Course, Heard, Look, train
+from regraft.refine.settings import PULLS, Objective, RefineSettings
+from regraft.refine.starting import Start, start_of
+from regraft.refine.student import Student, student_of
+from regraft.report.refine_schema import Refined, RefineLook, RefineReport
+from regraft.runtime.both import BothModels
+from regraft.runtime.load import quiet_libraries
+from regraft.updates import LowRank
+
+__all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "refine"]
+
+#: Called with (done, in all, what is at work).
+Tick = Callable[[int, int, str], None]
+
+
+def _no_tick(done: int, total: int, what: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """The refined adapter, and what it came to."""
+
+    adapter: Adapter
+    report: RefineReport
+
+    def save(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> list[Path]:
+        """See `Adapter.save`."""
+        return self.adapter.save(path, format=format, overwrite=overwrite)
+
+
+def refine(
+    adapter: Adapter,
+    old: Base,
+    new: Base,
+    *,
+    start: Adapter | None = None,
+    settings: RefineSettings = RefineSettings(),
+    state: Path | None = None,
+    tick: Tick = _no_tick,
+    heard: Heard = lambda look: None,
+) -> RefineResult:
+    """Distil *old base + adapter* into *new base + adapter*.
+
+    Args:
+        adapter: as it was trained on ``old``.
+        old: the old base.
+        new: the base that it is to run on.
+        start: a port to begin from, by the new base's names; by default the one that `auto` makes.
+        settings: objective, steps, budget and the rest.
+        state: a file that the state of the training is kept in, and gone on from.
+        tick: told of what is at work.
+        heard: called after each look at held-out inputs.
+
+    Raises:
+        Refused: the adapter is for another family.
+        InputError: the bases can't be run or compared, the adapter has no effect, or nothing of it can be trained.
+    """
+    began = perf_counter()
+    running = Running(settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device)
+    begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
+    with quiet_libraries():
+        models = BothModels.load(old.path, new.path, settings.config, settings.device)
+        inputs = inputs_of(models, adapter, settings)
+        chosen, why = objective_of(settings.objective)
+        pull = PULLS[chosen]
+        fit = aims_of(models, adapter, inputs.fit, pull, tick=tick)
+        held = aims_of(models, adapter, inputs.held_out, pull, tick=tick)
+        with student_of(
+            models.new, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
+        ) as student:
+            course = train(student, fit, held, settings, heard=heard, state=state)
+            # Where nothing was gained, the very bytes of the start.
+            gained = course.best_look.step > 0 or settings.rank is not None
+            updates = student.updates() if gained else dict(begin.adapter.updates)
+            trained, modules = sum(p.numel() for p in student.parameters()), len(student.layers)
+            untrained = _untrained(student)
+        beside = [
+            Refined(title="none", recovered=0.0),
+            Refined(title=begin.how, recovered=course.looks[0].recovered),
+            Refined(title="refined", recovered=course.best_look.recovered),
+        ]
+    refined = replace(begin.adapter, updates=updates)
+    report = RefineReport(
+        regraft_version=__version__,
+        input=str(adapter.path),
+        outputs=[],
+        start=begin.how,
+        start_reason=begin.reason,
+        objective=chosen,
+        objective_reason=why,
+        inputs=inputs.made,
+        n_inputs=sum(len(batch) for batch in inputs.fit),
+        steps=course.best_look.step,
+        stopped=course.stopped,
+        recovered=course.best_look.recovered,
+        beside=beside,
+        looks=[_row(look) for look in course.looks],
+        summary=_summary(begin, course),
+        trained=trained,
+        modules=modules,
+        untrained=untrained,
+        source=summarise(old),
+        target=summarise(new),
+        seconds=perf_counter() - began,
+        peak_mb=peak_mb(),
+    )
+    metadata = with_ranks(_told(refined, report), updates.values())
+    return RefineResult(replace(refined, metadata=metadata), report)
+
+
+def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:
+    """Inputs from the old base with and without the adapter, and for retention from the new base."""
+    found = make_batches(models, adapter, settings.n_inputs, settings.seed, settings.prompts)
+    if settings.retention <= 0 or all(batch.made_by == "given" for batch in found.fit):
+        return found
+    n = sum(len(batch) for batch in found.fit)
+    more = make_batches(models, None, max(2, n // 2), settings.seed + 1, settings.prompts, held_out=0)
+    kept: list[Batch] = [batch for batch in more.fit if batch.made_by == "new"]
+    made = f"{found.made}; {sum(len(batch) for batch in kept)} more from the new base, for retention"
+    return Batches((*found.fit, *kept), found.held_out, made)
+
+
+def objective_of(asked: Objective) -> tuple[str, str]:
+    """The objective, and why."""
+    if asked != "auto":
+        return asked, "as asked"
+    return "output", "both bases give comparable outputs on the same inputs"
+
+
+def _given(start: Adapter) -> Start:
+    return Start(start, str(start.path), "as given")
+
+
+def _untrained(student: Student) -> dict[str, str]:
+    said = {}
+    for ref, update in student.rest.items():
+        what = "its module is no linear layer or convolution" if isinstance(update, LowRank) else f"a {update.kind}"
+        said[str(ref)] = f"{what}: kept as it was ported"
+    return said
+
+
+def _row(look: Look) -> RefineLook:
+    return RefineLook(step=look.step, recovered=look.recovered, drift=look.kept, seconds=round(look.seconds, 2))
+
+
+def _summary(begin: Start, course: Course) -> str:
+    before, after = course.looks[0], course.best_look
+    if after.step == 0:
+        return f"Nothing gained: the start ({begin.how}) is at {before.recovered:.0%} of what is wanted, and is kept."
+    return (
+        f"From {before.recovered:.0%} ({begin.how}) to {after.recovered:.0%} of what is wanted, in {after.step} steps."
+    )
+
+
+def _told(adapter: Adapter, report: RefineReport) -> dict[str, str]:
+    """The metadata with the refine in the lineage's last port."""
+    lineage = lineage_of(adapter)
+    if lineage is None or not lineage.get("ports"):
+        raise InputError(
+            "has no lineage that tells of its port", file=adapter.path, remedy="Port it with `regraft port`."
+        )
+    refined = {
+        "objective": report.objective,
+        "start": report.start if report.start_reason != "as given" else "given",
+        "steps": report.steps,
+        "inputs": report.n_inputs,
+        "how": report.inputs[:4096],
+        "recovered": round(report.recovered, 4),
+    }
+    ports = [*lineage["ports"][:-1], {**lineage["ports"][-1], "refined": refined}]
+    return {**adapter.metadata, KEY: dumped({**lineage, "ports": ports})}

@@ -1,0 +1,162 @@
+"""What the student is taught: the new base's own outputs, with the change that the adapter made on the old base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regraft.adapter import Adapter
+from regraft.errors import InputError
+from regraft.probes.batches import Batch
+from regraft.runtime.applied import applied
+from regraft.runtime.both import BothModels, Side
+from regraft.runtime.load import Loaded
+
+#: Numbers of an aim that are kept whole; of larger vocabularies the likeliest tokens, and the rest as one.
+MOST_NUMBERS = 1 << 26
+LIKELIEST = 128
+# Below this share of the new base's own outputs, an adapter does nothing that could be taught.
+_NO_EFFECT = 1e-7
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is wanted on one batch.
+
+    Attributes:
+        batch: the inputs.
+        wanted: (rows, k): log-probabilities of k tokens, or of k − 1 and all others together; or any other outputs.
+        tokens: (rows, k − 1), which tokens those are; None for all, in order.
+        language: whether outputs are log-probabilities.
+        size: mean distance of the new base alone from what is wanted.
+        moved: mean distance of the new base alone from what the adapter alone would make of it: its effect.
+        retention: the new base made the inputs: it is to stay itself there.
+    """
+
+    batch: Batch
+    wanted: Tensor
+    tokens: Tensor | None
+    language: bool
+    size: float
+    moved: float
+    retention: bool
+
+    def distance(self, outputs: Tensor) -> Tensor:
+        """Mean over rows of KL(wanted ‖ outputs), or of the squared error.
+
+        Args:
+            outputs: the model's, as `told` gives them.
+        """
+        return _distance(self.wanted.to(outputs.device), outputs, self.language)
+
+    def told(self, outputs: Tensor) -> Tensor:
+        """A model's outputs on the batch, in the form of ``wanted``."""
+        return _told(outputs, self.tokens, self.language, self.batch.rows("new"))
+
+
+@torch.no_grad()
+def aims_of(
+    models: BothModels,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    pull: float,
+    *,
+    stay: float = 0.0,
+    tick: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Aim]:
+    """Aims for every batch: y_t + (y_a − y_s) + μ (y_s − y_t), in logits or in whatever the models give.
+
+    y_s, y_a are the old base's outputs without and with the adapter, y_t the new base's. μ = 1 is *output matching*
+    (the student is to be the old base with its adapter), μ = 0 *effect matching* (the new base keeps its own
+    qualities). On inputs that the new base made itself, μ is 0: it is not pulled back to the old one.
+
+    Args:
+        models: both bases.
+        adapter: for the old one.
+        batches: inputs.
+        pull: μ.
+        stay: on inputs that the new base made, the share of the adapter's effect that is not wanted: 1 keeps the new
+            base as it is there.
+        tick: called with (done, in all, what).
+
+    Raises:
+        InputError: the adapter has no effect on the old base, or outputs can't be compared.
+    """
+    language = models.old.kind == "language"
+    with applied(models.old.components, adapter):
+        with_it = []
+        for i, batch in enumerate(batches):
+            tick(i, 2 * len(batches), "the old base with its adapter")
+            with_it.append(_run(batch, models.old, "old", None, language))
+    aims = []
+    for i, (batch, (y_a, tokens)) in enumerate(zip(batches, with_it, strict=True)):
+        tick(len(batches) + i, 2 * len(batches), "both bases without it")
+        y_s, _ = _run(batch, models.old, "old", tokens, language)
+        y_t, _ = _run(batch, models.new, "new", tokens, language)
+        if y_s.shape != y_t.shape:
+            raise InputError(
+                f"gives outputs of another shape ({tuple(y_t.shape)}) than the old base ({tuple(y_s.shape)})",
+                file=models.new.path,
+            )
+        kept = batch.made_by == "new"
+        effect = _normal(y_t + (y_a - y_s), language)
+        wanted = (
+            _normal(y_t + (1 - stay) * (y_a - y_s), language)
+            if kept
+            else _normal(y_t + (y_a - y_s) + pull * (y_s - y_t), language)
+        )
+        size, moved = (float(_distance(aim, y_t, language)) for aim in (wanted, effect))
+        aims.append(Aim(batch, wanted, tokens, language, size, moved, kept))
+    check_effect(aims, adapter)
+    return aims
+
+
+def check_effect(aims: Sequence[Aim], adapter: Adapter) -> None:
+    """Raises:
+    InputError: the adapter does nothing on the old base.
+    """
+    if not any(aim.moved > _NO_EFFECT for aim in aims):
+        raise InputError(
+            "has no effect on the old base: there is nothing to bring over",
+            file=adapter.path,
+            remedy="Is it the base that it was trained on? `regraft identify` looks for the right one.",
+        )
+
+
+def _run(
+    batch: Batch, model: Loaded, side: Side, tokens: Tensor | None, language: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs (rows, k) on the CPU; and the tokens that were chosen, where the caller has chosen none."""
+    out = batch.run(model, side).float()
+    if language and tokens is None and out.numel() > MOST_NUMBERS // 8 and out.shape[-1] > 2 * LIKELIEST:
+        flat = out.flatten(0, -2)
+        rows = batch.rows(side)
+        tokens = (flat if rows is None else flat[rows]).topk(LIKELIEST, -1).indices
+    return _told(out, tokens, language, batch.rows(side)).cpu(), None if tokens is None else tokens.cpu()
+
+
+def _told(out: Tensor, tokens: Tensor | None, language: bool, rows: Tensor | None) -> Tensor:
+    if not language:
+        return out.float()
+    flat = out.float().flatten(0, -2)
+    flat = flat if rows is None else flat[rows.to(flat.device)]
+    told = F.log_softmax(flat, -1)
+    if tokens is None:
+        return told
+    chosen = told.gather(-1, tokens.to(told.device))
+    rest = torch.log1p(-chosen.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return torch.cat([chosen, rest], -1)
+
+
+def _normal(logits: Tensor, language: bool) -> Tensor:
+    return F.log_softmax(logits, -1) if language else logits
+
+
+def _distance(wanted: Tensor, got: Tensor, language: bool) -> Tensor:
+    if language:
+        return (wanted.exp() * (wanted - got)).sum(-1).mean()
+    return (wanted - got).square().mean()

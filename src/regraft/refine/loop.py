@@ -1,0 +1,283 @@
+"""The training: steps over the aims, looks at held-out inputs, an early stop, and a state to go on from."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.errors import InputError, OutputError, RegraftError, first_line
+from regraft.output import whole
+from regraft.refine.aims import Aim
+from regraft.refine.settings import RefineSettings
+from regraft.refine.student import Student
+from regraft.runtime.load import library
+
+# A start that lacks less than this has nothing left to gain.
+_ALL = 1e-3
+# A look is better by at least this share of what is wanted, or it is no gain.
+_GAIN = 1e-3
+# Of the learning rate: the first steps rise to it, the last fall to this share of it.
+_WARM_UP, _LAST = 10, 0.1
+
+
+@dataclass(frozen=True)
+class Look:
+    """What held-out inputs say after some steps.
+
+    Attributes:
+        step: how many.
+        loss: mean distance from what is wanted, in that of the new base alone: 1 is the new base, 0 all that is wanted.
+        kept: the same on inputs that the new base made, in distances of the adapter's own effect; None without any.
+        seconds: since the start.
+    """
+
+    step: int
+    loss: float
+    kept: float | None
+    seconds: float
+
+    @property
+    def recovered(self) -> float:
+        """The share of what is wanted that is there."""
+        return 1.0 - self.loss
+
+
+#: Called with each look.
+Heard = Callable[[Look], None]
+
+
+@dataclass
+class Course:
+    """A training as far as it has come.
+
+    Attributes:
+        looks: all so far, the first before any step.
+        best: the trained numbers at the best look.
+        stopped: why it ended.
+        unkept: why its state could not be kept on disk.
+    """
+
+    looks: list[Look] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    stopped: str = ""
+    unkept: str = ""
+
+    @property
+    def best_look(self) -> Look:
+        return min(self.looks, key=lambda look: look.loss)
+
+    def without_gain(self) -> int:
+        """How many looks there were since the last one that was clearly better than all before it."""
+        best, since = math.inf, 0
+        for look in self.looks:
+            since = 0 if look.loss < best - _GAIN else since + 1
+            best = best if since else look.loss
+        return since
+
+
+def train(
+    student: Student,
+    fit: Sequence[Aim],
+    held: Sequence[Aim],
+    settings: RefineSettings,
+    *,
+    heard: Heard = lambda look: None,
+    state: Path | None = None,
+) -> Course:
+    """Train a student until held-out inputs say that no more comes of it; it is left at its best.
+
+    Args:
+        student: trained in place.
+        fit: aims to learn from.
+        held: aims to look at.
+        settings: steps, rate, budget and the rest.
+        heard: called after each look.
+        state: a file to keep the state in, and to go on from where it is there.
+
+    Raises:
+        InputError: the loss is no number from the first step on.
+        KeyboardInterrupt: after the state was kept.
+    """
+    run = _Run(student, fit, held, settings, heard)
+    if state is not None and state.is_file():
+        run.resume(state)
+    try:
+        run.go(state)
+    except KeyboardInterrupt:
+        if state is not None:
+            run.save(state)
+        raise
+    student.load(run.course.best)
+    return run.course
+
+
+class _Run:
+    def __init__(
+        self, student: Student, fit: Sequence[Aim], held: Sequence[Aim], settings: RefineSettings, heard: Heard
+    ) -> None:
+        self.student, self.fit, self.held, self.settings, self.heard = student, fit, held, settings, heard
+        accelerate = library("accelerate")
+        self.accelerator: Any = accelerate.Accelerator(
+            mixed_precision=settings.precision, cpu=settings.device == "cpu", device_placement=False
+        )
+        self.optimizer = _optimizer(student, settings)
+        self.step, self.spent = 0, 0.0
+        self.course = Course()
+        tasks = [aim for aim in fit if not aim.retention]
+        # One unit for all: a batch on which the adapter does little counts little.
+        self.size = sum(aim.size for aim in tasks) / len(tasks)
+        self.checkpointing()
+
+    def checkpointing(self) -> None:
+        if not self.settings.checkpointing:
+            return
+        for part in self.student.model.components.values():
+            enable = getattr(
+                part, "gradient_checkpointing_enable", getattr(part, "enable_gradient_checkpointing", None)
+            )
+            if enable is not None:
+                enable()
+                part.train()
+
+    def go(self, state: Path | None) -> None:
+        settings, course = self.settings, self.course
+        began = perf_counter() - self.spent
+        if not course.looks:
+            self.look(began)
+            if course.looks[0].loss < _ALL:
+                course.stopped = "the start has all that is wanted"
+                return
+        while self.step < settings.steps:
+            loss = self.one_step(self.chosen())
+            self.step += 1
+            if not math.isfinite(loss):
+                if self.step == 1:
+                    raise InputError("the loss is not a number", remedy="Lower --rate, or run in float32.")
+                course.stopped = f"the loss was no number at step {self.step}; the last good state is kept"
+                return
+            self.spent = perf_counter() - began
+            over = settings.budget is not None and self.spent > settings.budget
+            if self.step % settings.look == 0 or over or self.step == settings.steps:
+                self.look(began)
+                if state is not None:
+                    self.save(state)
+                since = course.without_gain()
+                if since >= settings.patience:
+                    course.stopped = f"no gain on held-out inputs in {since * settings.look} steps"
+                    return
+            if over:
+                course.stopped = f"the budget of {settings.budget:.0f} s was spent"
+                return
+        course.stopped = f"all {settings.steps} steps were made"
+
+    def chosen(self) -> Aim:
+        """The next step's aim: in the seed's order, every so many of them for retention."""
+        kept = [aim for aim in self.fit if aim.retention]
+        tasks = [aim for aim in self.fit if not aim.retention]
+        share = self.settings.retention if kept else 0.0
+        before, after = (math.floor(share * n) for n in (self.step, self.step + 1))
+        pool, number = (kept, before) if after > before else (tasks, self.step - before)
+        epoch, place = divmod(number, len(pool))
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(self.settings.seed + 7919 * epoch))
+        return pool[int(order[place])]
+
+    def one_step(self, aim: Aim) -> float:
+        rate = self.settings.rate * _schedule(self.step, self.settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.enable_grad(), self.accelerator.autocast():
+            outputs = aim.told(_forward(aim, self.student))
+        with torch.enable_grad():
+            loss = aim.distance(outputs) / self.size
+        self.accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    @torch.no_grad()
+    def look(self, began: float) -> None:
+        sums = {False: [0.0, 0.0], True: [0.0, 0.0]}
+        for aim in self.held:
+            got = float(aim.distance(aim.told(aim.batch.run(self.student.model, "new"))))
+            sums[aim.retention][0] += len(aim.batch) * got
+            sums[aim.retention][1] += len(aim.batch) * aim.size
+        task, kept = ((got / most if most > 0 else None) for got, most in (sums[False], sums[True]))
+        look = Look(self.step, math.inf if task is None else task, kept, perf_counter() - began)
+        if math.isfinite(look.loss) and (not self.course.looks or look.loss < self.course.best_look.loss):
+            self.course.best = self.student.state()
+        self.course.looks.append(look)
+        self.heard(look)
+
+    def save(self, file: Path) -> None:
+        content = {
+            "step": self.step,
+            "spent": self.spent,
+            "now": self.student.state(),
+            "best": self.course.best,
+            "looks": [[look.step, look.loss, look.kept, look.seconds] for look in self.course.looks],
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole(file) as stage:
+                torch.save(content, stage)
+        except (OSError, OutputError, RuntimeError) as error:
+            # A full disk costs the chance to go on later, not the training.
+            self.course.unkept = first_line(error)
+
+    def resume(self, file: Path) -> None:
+        """Go on from a state that `save` kept.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            found = torch.load(file, weights_only=True)
+            self.student.load(found["now"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.step, self.spent = found["step"], found["spent"]
+            self.course = Course([Look(*look) for look in found["looks"]], found["best"])
+        except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"the state of the earlier run can't be read ({first_line(error)})",
+                file=file,
+                remedy="Run without --resume.",
+            ) from error
+
+
+def _forward(aim: Aim, student: Student) -> Tensor:
+    """`Batch.run` with gradients."""
+    run = type(aim.batch).run
+    # Batches run without gradients for everyone else.
+    plain = getattr(run, "__wrapped__", run)
+    outputs: Tensor = plain(aim.batch, student.model, "new")
+    return outputs
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Rises over the first steps, and falls along a cosine to a tenth."""
+    if step < _WARM_UP:
+        return (step + 1) / _WARM_UP
+    done = (step - _WARM_UP) / max(1, steps - _WARM_UP)
+    return _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _optimizer(student: Student, settings: RefineSettings) -> Any:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(student.parameters(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
+    try:
+        bitsandbytes = library("bitsandbytes")
+    except RegraftError as error:
+        raise RegraftError("bitsandbytes is not installed", remedy="Take --optimizer adamw.") from error
+    return bitsandbytes.optim.AdamW8bit(student.parameters(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))

@@ -1,0 +1,59 @@
+"""How an adapter is refined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+#: What is matched: the adapter's effect, the old base's own outputs with it, or something between.
+Objective = Literal["auto", "effect", "output", "mixed"]
+#: Objective → how far its aim is pulled from the new base's own outputs to the old base's.
+PULLS = {"effect": 0.0, "mixed": 0.5, "output": 1.0}
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How an adapter is refined.
+
+    Attributes:
+        objective: see `regraft.refine.aims`; ``auto`` chooses by what the pair shares.
+        steps: at most.
+        rate: AdamW's learning rate at its peak.
+        retention: share of the steps that are spent on inputs that the new base made.
+        patience: looks at held-out inputs without a gain, after which it stops.
+        look: steps from one such look to the next.
+        n_inputs: that the old base and the old base with its adapter make; None for the default.
+        prompts: texts instead of made ones.
+        seed: of inputs, order and padding.
+        budget: seconds; None for no limit.
+        rank: of the result; None for that of the start.
+        targets: patterns of further modules of the new base to train, by name.
+        config: of bare weights files.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        precision: of the student's passes, as accelerate names it.
+        checkpointing: save memory by computing activations twice.
+        optimizer: ``adamw``, or ``adamw8bit`` (bitsandbytes).
+        low_memory: hold one of the two models at a time.
+        cache: folder for the state of a run that may be gone on with; None keeps none.
+    """
+
+    objective: Objective = "auto"
+    steps: int = 240
+    rate: float = 2e-3
+    retention: float = 0.25
+    patience: int = 4
+    look: int = 20
+    n_inputs: int | None = None
+    prompts: tuple[str, ...] | None = None
+    seed: int = 0
+    budget: float | None = None
+    rank: int | None = None
+    targets: tuple[str, ...] = ()
+    config: Path | None = None
+    device: str = "cpu"
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    low_memory: bool = False
+    cache: Path | None = None

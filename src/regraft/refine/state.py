@@ -1,0 +1,45 @@
+"""Where the state of a refine is kept, so that one that was stopped can go on: by content, not by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from regraft.adapter import Adapter
+from regraft.base import Base
+from regraft.cache import cache_folder
+from regraft.refine.settings import RefineSettings
+
+# What may differ between a run and the one that goes on from it.
+_FREE = ("steps", "budget", "patience", "device", "precision", "checkpointing", "cache", "low_memory")
+
+
+def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:
+    """The file for one refine: of this adapter, these bases, and these settings."""
+    asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    content = {
+        "adapter": _content(adapter),
+        "old": str(old.prints),
+        "new": str(new.prints),
+        "start": _content(start) if start is not None else None,
+        "settings": asked,
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return cache_folder() / "refine" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+
+
+def forget(state: Path) -> None:
+    """Remove a state that is no longer wanted."""
+    state.unlink(missing_ok=True)
+
+
+def _content(adapter: Adapter) -> str:
+    """Hash of an adapter's weights."""
+    found = hashlib.sha256()
+    for ref, update in sorted(adapter.updates.items(), key=lambda item: str(item[0])):
+        for name, part in sorted(update.parts().items()):
+            found.update(f"{ref}\t{name}\t{part.shape}\n".encode())
+            found.update(part.load().float().contiguous().numpy().tobytes())
+    return found.hexdigest()

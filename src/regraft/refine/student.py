@@ -1,0 +1,224 @@
+"""The new base with PEFT's layers in it, started from a ported adapter; and the adapter taken out of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.adapter import Adapter, ModuleRef
+from regraft.errors import InputError
+from regraft.names import resolve_names
+from regraft.runtime.applied import applied
+from regraft.runtime.both import twin
+from regraft.runtime.load import Loaded, library
+from regraft.runtime.record import is_conv1d
+from regraft.tensors import InMemory
+from regraft.transport import cut
+from regraft.updates import LowRank, Update
+
+_NAME = "refined"
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A model whose PEFT layers are trained.
+
+    Attributes:
+        model: the new base's tensors, with trainable layers of its own.
+        layers: module of the new base → PEFT's layer in its place.
+        start: the updates that the layers were started from, by the new base's names.
+        rest: updates that are not trained: norms, biases, embeddings. They are merged into the model.
+    """
+
+    model: Loaded
+    layers: Mapping[ModuleRef, Any]
+    start: Mapping[ModuleRef, LowRank]
+    rest: Mapping[ModuleRef, Update]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for part in self.model.components.values() for p in part.parameters() if p.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what is trained, by name."""
+        return {
+            f"{component}.{name}": parameter.detach().cpu().clone()
+            for component, part in self.model.components.items()
+            for name, parameter in part.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `state` gave."""
+        for component, part in self.model.components.items():
+            for name, parameter in part.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(state[f"{component}.{name}"])
+
+    @torch.no_grad()
+    def updates(self) -> dict[ModuleRef, Update]:
+        """The adapter as it is now, by the new base's names: trained updates and the rest."""
+        made: dict[ModuleRef, Update] = dict(self.rest)
+        for ref, layer in self.layers.items():
+            like = self.start[ref]
+            down, up = (getattr(layer, name)[_NAME].weight.detach().float().cpu() for name in ("lora_A", "lora_B"))
+            up, down = up.flatten(1), down.flatten(1)
+            if is_conv1d(layer.base_layer):
+                up, down = down.T, up.T
+            update = like.with_factors(up / like.scale, down)
+            if like.magnitude is not None:
+                trained = layer.lora_magnitude_vector[_NAME].weight.detach().cpu()
+                magnitude = trained.reshape(like.magnitude.shape).to(like.magnitude.dtype)
+                update = replace(update, magnitude=InMemory(magnitude))
+            made[ref] = update
+        return made
+
+
+@contextmanager
+def student_of(
+    base: Loaded,
+    start: Adapter,
+    *,
+    rank: int | None = None,
+    targets: Sequence[str] = (),
+    seed: int = 0,
+) -> Iterator[Student]:
+    """A student on the tensors of a loaded base, which stay as they are.
+
+    Args:
+        base: the new base.
+        start: an adapter by the new base's own names; what is no low-rank update is merged and kept as it is.
+        rank: of every trained update; None for each one's own. Added directions start at zero effect.
+        targets: patterns (``*.q_proj``) of further modules to train, from zero.
+        seed: of added directions.
+
+    Raises:
+        InputError: nothing of the adapter can be trained, or a pattern matches no module.
+    """
+    own = {ref: update for ref, update in start.updates.items() if isinstance(update, LowRank)}
+    model = twin(base)
+    trained, rest = _split(model, own, start)
+    generator = torch.Generator().manual_seed(seed)
+    trained |= _further(model, targets, trained, rank)
+    trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
+    if not trained:
+        raise InputError(
+            "holds no low-rank update that could be trained", file=start.path, remedy="Name modules with --targets."
+        )
+    with ExitStack() as stack:
+        stack.enter_context(applied(model.components, replace(start, updates=rest)))
+        for part in model.components.values():
+            part.requires_grad_(False)
+        layers = {
+            ref: layer
+            for component in {ref.component for ref in trained}
+            for ref, layer in _injected(model, component, trained).items()
+        }
+        yield Student(model, layers, trained, rest)
+
+
+def _split(
+    model: Loaded, own: Mapping[ModuleRef, LowRank], start: Adapter
+) -> tuple[dict[ModuleRef, LowRank], dict[ModuleRef, Update]]:
+    """What PEFT can train, and the rest."""
+    trained: dict[ModuleRef, LowRank] = {}
+    for component in {ref.component for ref in own}:
+        there = dict(_part(model, component).named_modules())
+        names = resolve_names([ref.path for ref in own if ref.component == component], there)
+        for path, name in names.items():
+            module = there.get(name) if name is not None else None
+            if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
+                trained[ModuleRef(component, path)] = own[ModuleRef(component, path)]
+    return trained, {ref: update for ref, update in start.updates.items() if ref not in trained}
+
+
+def _further(
+    model: Loaded, targets: Sequence[str], trained: Mapping[ModuleRef, LowRank], rank: int | None
+) -> dict[ModuleRef, LowRank]:
+    found: dict[ModuleRef, LowRank] = {}
+    ranks = sorted(update.rank for update in trained.values())
+    r = rank or (ranks[len(ranks) // 2] if ranks else 8)
+    for pattern in targets:
+        hits = [
+            (ModuleRef(component, name), module)
+            for component, part in model.components.items()
+            for name, module in part.named_modules()
+            if isinstance(module, nn.Linear) and fnmatchcase(name, pattern)
+        ]
+        if not hits:
+            raise InputError(f"no module of the new base matches {pattern!r}", file=model.path, remedy="See --targets.")
+        for ref, module in hits:
+            if ref not in trained:
+                up, down = torch.zeros(module.out_features, r), torch.zeros(r, module.in_features)
+                found[ref] = LowRank(InMemory(up), InMemory(down), 1.0)
+    return found
+
+
+def _of_rank(update: LowRank, rank: int, generator: torch.Generator) -> LowRank:
+    """An update cut or filled up to a rank; a direction without effect gets a random A, so that it can be trained."""
+    up, down = update.factors()
+    if update.rank > rank:
+        up, down = cut(up, down, rank)
+    silent = up.abs().amax(0) == 0
+    up, down = nn.functional.pad(up, (0, rank - up.shape[1])), nn.functional.pad(down, (0, 0, 0, rank - down.shape[0]))
+    silent = nn.functional.pad(silent, (0, rank - len(silent)), value=True)
+    noise = torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5
+    return update.with_factors(up, torch.where(silent[:, None], noise, down))
+
+
+def _part(model: Loaded, component: str) -> nn.Module:
+    part = model.components.get(component)
+    return next(iter(model.components.values())) if part is None else part
+
+
+def _injected(model: Loaded, component: str, trained: Mapping[ModuleRef, LowRank]) -> dict[ModuleRef, Any]:
+    """PEFT's layers in one component, holding the updates' own numbers."""
+    peft = library("peft")
+    part = _part(model, component)
+    paths = [ref.path for ref in trained if ref.component == component]
+    names = {path: name for path, name in resolve_names(paths, dict(part.named_modules())).items() if name is not None}
+    ranks = {name: trained[ModuleRef(component, path)].rank for path, name in names.items()}
+    dora = {name for path, name in names.items() if trained[ModuleRef(component, path)].magnitude is not None}
+    conv1d = any(is_conv1d(part.get_submodule(name)) for name in ranks)
+    # One configuration is either DoRA or not: each sort is injected under the same name, in a round of its own.
+    for wanted in (False, True):
+        of_it = [name for name in ranks if (name in dora) is wanted]
+        if of_it:
+            config = peft.LoraConfig(
+                r=ranks[of_it[0]],
+                lora_alpha=ranks[of_it[0]],
+                target_modules=of_it,
+                # Whole names, so that a short one is not taken for the end of a long one.
+                rank_pattern={f"^{name}$".replace(".", r"\."): ranks[name] for name in of_it},
+                alpha_pattern={f"^{name}$".replace(".", r"\."): ranks[name] for name in of_it},
+                use_dora=wanted,
+                fan_in_fan_out=conv1d,
+            )
+            peft.inject_adapter_in_model(config, part, adapter_name=_NAME)
+    layers: dict[ModuleRef, Any] = {}
+    for path, name in names.items():
+        ref = ModuleRef(component, path)
+        layers[ref] = part.get_submodule(name)
+        _set(layers[ref], trained[ref])
+    return layers
+
+
+@torch.no_grad()
+def _set(layer: Any, update: LowRank) -> None:
+    up, down = update.factors()
+    up = up * update.scale
+    if is_conv1d(layer.base_layer):
+        up, down = down.T, up.T
+    for name, value in (("lora_A", down), ("lora_B", up)):
+        weight = getattr(layer, name)[_NAME].weight
+        weight.copy_(value.reshape(weight.shape))
+    if update.magnitude is not None:
+        weight = layer.lora_magnitude_vector[_NAME].weight
+        weight.copy_(update.magnitude.load().reshape(weight.shape))

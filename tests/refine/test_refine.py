@@ -1,0 +1,213 @@
+"""A short distillation: more of the adapter than the start has, and the same from the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import Run
+from torch import Tensor
+
+from regraft import Adapter, InputError, load_adapter, open_base
+from regraft.lineage import lineage_of
+from regraft.refine import RefineResult, RefineSettings, refine
+from regraft.refine import loop as loop_module
+from regraft.refine.aims import Aim
+from regraft.runtime import applied, load_model
+from regraft.updates import LowRank
+from verify import tiny
+
+QUICK = RefineSettings(steps=24, look=8, n_inputs=16, rate=5e-3)
+ROLES = ("q_proj", "v_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(scope="module")
+def old(folder: Path) -> Path:
+    return tiny.llama(folder / "old")
+
+
+@pytest.fixture(scope="module")
+def new(folder: Path) -> Path:
+    return tiny.llama(folder / "new", drift=0.4)
+
+
+@pytest.fixture(scope="module")
+def adapter(old: Path, folder: Path) -> Adapter:
+    made = tiny.lora(load_model(old).main, ROLES, size=0.3)
+    made.save(folder / "adapter")
+    return load_adapter(folder / "adapter")
+
+
+def refined(adapter: Adapter, old: Path, new: Path, settings: RefineSettings = QUICK, **more: Any) -> RefineResult:
+    return refine(adapter, open_base(old), open_base(new), settings=settings, **more)
+
+
+def numbers(adapter: Adapter) -> dict[str, Tensor]:
+    return {
+        f"{ref}.{name}": part.load() for ref, update in adapter.updates.items() for name, part in update.parts().items()
+    }
+
+
+def assert_same(one: Adapter, other: Adapter) -> None:
+    mine, theirs = numbers(one), numbers(other)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_it_ends_nearer_to_the_old_base_with_its_adapter_than_it_began(adapter: Adapter, old: Path, new: Path) -> None:
+    result = refined(adapter, old, new)
+    report = result.report
+    assert report.recovered > report.beside[1].recovered + 0.02
+    # On texts that it never saw: the outputs of the old base with its adapter.
+    ids = torch.randint(3, 48, (8, 24), generator=torch.Generator().manual_seed(5))
+
+    def said(base: Path, with_: Adapter) -> Tensor:
+        model = load_model(base)
+        with torch.no_grad(), applied(model.components, with_):
+            return model.main(input_ids=ids).logits.log_softmax(-1)
+
+    wanted = said(old, adapter)
+    start = refined(adapter, old, new, replace(QUICK, steps=1, rate=1e-9)).adapter
+    before, after = (float((wanted.exp() * (wanted - said(new, a))).sum(-1).mean()) for a in (start, result.adapter))
+    assert after < before
+
+
+def test_from_a_base_to_itself_the_bytes_stay(adapter: Adapter, old: Path) -> None:
+    result = refined(adapter, old, old)
+    assert_same(result.adapter, adapter)
+    assert result.report.recovered == pytest.approx(1.0, abs=1e-4)
+    assert result.report.steps == 0
+
+
+def test_the_same_seed_gives_the_same_bytes(adapter: Adapter, old: Path, new: Path) -> None:
+    assert_same(refined(adapter, old, new).adapter, refined(adapter, old, new).adapter)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(
+    adapter: Adapter, old: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, state = refined(adapter, old, new), tmp_path / "state.pt"
+    step = loop_module._Run.one_step
+
+    def stopped(run: loop_module._Run, aim: Aim) -> float:
+        if run.step == 13:
+            raise KeyboardInterrupt
+        return step(run, aim)
+
+    monkeypatch.setattr(loop_module._Run, "one_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        refined(adapter, old, new, state=state)
+    monkeypatch.setattr(loop_module._Run, "one_step", step)
+    heard: list[int] = []
+    again = refined(adapter, old, new, state=state, heard=lambda look: heard.append(look.step))
+    assert heard == [16, 24]
+    assert_same(again.adapter, whole.adapter)
+
+
+def test_a_state_that_is_damaged_is_told(adapter: Adapter, old: Path, new: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    state.write_bytes(b"no state")
+    with pytest.raises(InputError, match="state of the earlier run"):
+        refined(adapter, old, new, state=state)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(
+    adapter: Adapter, old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distance = Aim.distance
+    calls = 0
+
+    def broken(aim: Aim, outputs: Tensor) -> Tensor:
+        nonlocal calls
+        calls += outputs.requires_grad
+        return distance(aim, outputs) * (float("nan") if calls > 10 and outputs.requires_grad else 1.0)
+
+    monkeypatch.setattr(Aim, "distance", broken)
+    result = refined(adapter, old, new)
+    assert "no number at step 11" in result.report.stopped
+    assert result.report.recovered > result.report.beside[1].recovered
+    assert all(torch.isfinite(value).all() for value in numbers(result.adapter).values())
+
+
+def test_it_stops_when_nothing_is_gained(adapter: Adapter, old: Path, new: Path) -> None:
+    result = refined(adapter, old, new, replace(QUICK, steps=400, look=2, patience=3, rate=1e-7))
+    assert "no gain" in result.report.stopped
+    assert result.report.looks[-1].step < 400
+
+
+def test_an_adapter_without_effect_is_told_before_anything_is_trained(adapter: Adapter, old: Path, new: Path) -> None:
+    silent = {
+        ref: update.with_factors(torch.zeros_like(update.factors()[0]), update.factors()[1])
+        for ref, update in adapter.updates.items()
+        if isinstance(update, LowRank)
+    }
+    with pytest.raises(InputError, match=r"no effect|nothing"):
+        refined(replace(adapter, updates=silent), old, new)
+
+
+def test_the_lineage_tells_of_it(adapter: Adapter, old: Path, new: Path, tmp_path: Path) -> None:
+    result = refined(adapter, old, new)
+    result.save(tmp_path / "out")
+    lineage = lineage_of(load_adapter(tmp_path / "out"))
+    assert lineage is not None
+    told = lineage["ports"][-1]["refined"]
+    assert told["objective"] == result.report.objective
+    assert told["steps"] == result.report.steps
+    assert told["recovered"] == pytest.approx(result.report.recovered, abs=1e-3)
+
+
+def test_peft_loads_what_was_refined(adapter: Adapter, old: Path, new: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    result = refined(adapter, old, new)
+    result.save(tmp_path / "out")
+    model, ids = load_model(new), torch.arange(3, 19)[None]
+    with torch.no_grad(), applied(model.components, result.adapter):
+        wanted = model.main(input_ids=ids).logits
+    with torch.no_grad():
+        got = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(new), tmp_path / "out")(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_refines_and_leaves_no_state(
+    run: Run, adapter: Adapter, old: Path, new: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = run(
+        "refine", folder / "adapter", "--from", old, "--to", new, "-o", out, "--steps", 8, "--n-inputs", 16, "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert ran.record["outputs"]
+    assert load_adapter(out).updates.keys() == adapter.updates.keys()
+    again = run("refine", folder / "adapter", "--from", old, "--to", new, "-o", out)
+    assert again.code == 1
+    assert "exists" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--budget", "soon"), "--budget 'soon' is no time"),
+        (("--rate", "0"), "--rate"),
+        (("--retention", "2"), "--retention"),
+        (("--objective", "all"), "--objective 'all'"),
+        (("--optimizer", "sgd"), "--optimizer"),
+    ],
+)
+def test_options_that_are_none_are_told(
+    run: Run, options: tuple[str, str], said: str, old: Path, new: Path, folder: Path, tmp_path: Path
+) -> None:
+    ran = run("refine", folder / "adapter", "--from", old, "--to", new, "-o", tmp_path / "out", *options)
+    assert ran.code == 2
+    assert said in ran.err
+    assert not (tmp_path / "out").exists()

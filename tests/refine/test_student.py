@@ -1,0 +1,113 @@
+"""The student says what the adapter says that it was started from, and gives it back unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from regraft.adapter import MODEL, Adapter, ModuleRef
+from regraft.errors import InputError
+from regraft.refine.student import student_of
+from regraft.runtime import Loaded, applied, load_model
+from regraft.tensors import InMemory
+from regraft.updates import Diff, LowRank
+from verify import tiny
+
+
+def with_magnitudes(adapter: Adapter, model: Loaded) -> Adapter:
+    """The same as DoRA, its magnitudes a tenth above the norms of the base's rows."""
+    updates = {}
+    for ref, update in adapter.updates.items():
+        assert isinstance(update, LowRank)
+        weight = model.main.get_submodule(ref.path).weight.detach()
+        updates[ref] = replace(update, magnitude=InMemory(1.1 * weight.norm(dim=1)))
+    return replace(adapter, updates=updates)
+
+
+def text_output(model: Loaded) -> Tensor:
+    with torch.no_grad():
+        return model.main(input_ids=torch.arange(3, 19)[None]).logits
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_student_says_what_its_start_says_and_leaves_the_base_alone(tmp_path: Path, kind: str) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    start = tiny.lora(model.main, ("q_proj", "down_proj"))
+    if kind == "dora":
+        start = with_magnitudes(start, model)
+    plain = text_output(model)
+    with applied(model.components, start):
+        wanted = text_output(model)
+    with student_of(model, start) as student:
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(text_output(model), plain)
+        back = replace(start, updates=student.updates())
+    with applied(model.components, back):
+        torch.testing.assert_close(text_output(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_are_trained_in_their_own_shape(tmp_path: Path) -> None:
+    model = load_model(tiny.unet(tmp_path / "unet"))
+    start = tiny.lora({"unet": model.main}, ("conv1", "to_q"))
+    with student_of(model, start) as student:
+        assert set(student.layers) == set(start.updates)
+        for ref, update in student.updates().items():
+            torch.testing.assert_close(update.delta(), start.updates[ref].delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_gpt2s_transposed_layers_are_trained_as_they_lie(tmp_path: Path) -> None:
+    model = load_model(tiny.gpt2(tmp_path / "gpt2"))
+    start = tiny.lora(model.main, ("c_attn", "c_fc"))
+    with applied(model.components, start):
+        wanted = text_output(model)
+    with student_of(model, start) as student:
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
+        for ref, update in student.updates().items():
+            torch.testing.assert_close(update.delta(), start.updates[ref].delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_higher_rank_adds_directions_without_effect_that_can_be_trained(tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    start = tiny.lora(model.main, ("q_proj",), rank=2)
+    with student_of(model, start, rank=5) as student:
+        for ref, update in student.updates().items():
+            assert isinstance(update, LowRank)
+            assert update.rank == 5
+            torch.testing.assert_close(update.delta(), start.updates[ref].delta(), rtol=1e-4, atol=1e-6)
+            assert update.down.load()[2:].abs().min() > 0
+
+
+def test_further_modules_begin_at_zero(tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    start = tiny.lora(model.main, ("q_proj",))
+    with student_of(model, start, targets=("*.o_proj",)) as student:
+        added = ModuleRef(MODEL, "model.layers.0.self_attn.o_proj")
+        assert added in student.layers
+        assert not student.updates()[added].delta().any()
+    with pytest.raises(InputError, match="no module of the new base matches"), student_of(model, start, targets=("x",)):
+        pass
+
+
+def test_what_cannot_be_trained_stays_as_it_was_ported(tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    start = tiny.lora(model.main, ("q_proj",))
+    norm = ModuleRef(MODEL, "model.norm.weight")
+    shift = Diff(InMemory(torch.full((16,), 0.5)), "model.norm.diff")
+    start = replace(start, updates={**start.updates, norm: shift})
+    with applied(model.components, start):
+        wanted = text_output(model)
+    with student_of(model, start) as student:
+        assert student.updates()[norm] is shift
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_whole_parameters_alone_has_nothing_to_train(tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    norm = ModuleRef(MODEL, "model.norm.weight")
+    start = Adapter({norm: Diff(InMemory(torch.ones(16)), "model.norm.diff")}, format="peft")
+    with pytest.raises(InputError, match="no low-rank update"), student_of(model, start):
+        pass
