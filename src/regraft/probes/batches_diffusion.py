@@ -55,19 +55,24 @@ class DiffusionBatch:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    @torch.no_grad()
     def run(self, model: Loaded, side: Side) -> Tensor:
         """The prediction for every state, (n, channels, height, width)."""
-        name, x = self.latents
+        with torch.no_grad():
+            return self.predict(model, self.conditions(model))
+
+    @torch.no_grad()
+    def conditions(self, model: Loaded) -> Call:
+        """What the denoiser is handed beside states and timesteps, a row for each state."""
         distinct = list(dict.fromkeys(self.prompts))
         which = torch.tensor([distinct.index(prompt) for prompt in self.prompts])
-        call = {
-            **_taken(_conditions(model, distinct, x, self.seed), which, len(distinct)),
-            name: x.to(model.device, model.main.dtype),
-            "timestep": self.timesteps.to(model.device),
-            "return_dict": False,
-        }
-        prediction: Tensor = model.main(**call)[0]
+        call: Call = _taken(_conditions(model, distinct, self.latents[1], self.seed), which, len(distinct))
+        return call
+
+    def predict(self, model: Loaded, conditions: Call) -> Tensor:
+        """The prediction under conditions that `conditions` gave, with gradients where they are on."""
+        name, x = self.latents
+        states = {name: x.to(model.device, model.main.dtype), "timestep": self.timesteps.to(model.device)}
+        prediction: Tensor = model.main(**{**conditions, **states, "return_dict": False})[0]
         return prediction
 
     def rows(self, side: Side) -> Tensor | None:

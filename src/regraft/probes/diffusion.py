@@ -185,20 +185,23 @@ def recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Ite
         handle.remove()
 
 
-def sample_latents(model: Loaded, prompt: str | list[str], seed: int, **settings: Any) -> None:
-    """Run a pipeline on a prompt (or several together) and leave its latents; settings that are None are left out."""
+def sample_latents(model: Loaded, prompt: str | list[str], seed: int, **settings: Any) -> Any:
+    """Latents for a prompt, or several together, as the pipeline gives them; settings that are None are left out."""
     accepted = inspect.signature(model.pipeline.__call__).parameters
     settings = {"prompt": prompt, "num_inference_steps": STEPS, "output_type": "latent", **settings}
     several = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt))] if isinstance(prompt, list) else []
     generator = several or torch.Generator().manual_seed(seed)
     try:
-        model.pipeline(generator=generator, **{k: v for k, v in settings.items() if k in accepted and v is not None})
+        made = model.pipeline(
+            generator=generator, **{k: v for k, v in settings.items() if k in accepted and v is not None}
+        )
     except (Enough, RegraftError):
         raise
     except Exception as error:
         raise InputError(
             f"{type(model.pipeline).__name__} can't be run on a prompt alone ({first_line(error)})", file=model.path
         ) from error
+    return getattr(made, "images", made)
 
 
 def _state(model: Loaded, call: Call) -> Call:

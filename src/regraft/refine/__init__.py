@@ -19,6 +19,7 @@ from regraft.migration import summarise
 from regraft.probes.batches import Batch, Batches, make_batches
 from regraft.refine.aims import aims_of
 from regraft.refine.loop import Course, Heard, Look, train
+from regraft.refine.pictures import picture_inputs
 from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import Start, start_of
 from regraft.refine.student import Student, student_of
@@ -131,6 +132,10 @@ def refine(
 
 def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:
     """Inputs from the old base with and without the adapter, and for retention from the new base."""
+    if models.old.kind == "denoiser" and models.old.pipeline is not None:
+        return picture_inputs(
+            models, adapter, settings.n_inputs, settings.seed, settings.prompts, kept=settings.retention > 0
+        )
     found = make_batches(models, adapter, settings.n_inputs, settings.seed, settings.prompts)
     if settings.retention <= 0 or all(batch.made_by == "given" for batch in found.fit):
         return found

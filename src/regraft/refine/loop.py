@@ -16,6 +16,7 @@ from torch import Tensor
 from regraft.errors import InputError, OutputError, RegraftError, first_line
 from regraft.output import whole
 from regraft.refine.aims import Aim
+from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import RefineSettings
 from regraft.refine.student import Student
 from regraft.runtime.load import library
@@ -109,12 +110,18 @@ def train(
     run = _Run(student, fit, held, settings, heard)
     if state is not None and state.is_file():
         run.resume(state)
+    prepared = [aim.batch for aim in (*fit, *held) if isinstance(aim.batch, PreparedBatch)]
+    for batch in prepared:
+        batch.prepare(student.model)
     try:
         run.go(state)
     except KeyboardInterrupt:
         if state is not None:
             run.save(state)
         raise
+    finally:
+        for batch in prepared:
+            batch.forget(student.model)
     student.load(run.course.best)
     return run.course
 
@@ -258,10 +265,12 @@ class _Run:
 
 def _forward(aim: Aim, student: Student) -> Tensor:
     """`Batch.run` with gradients."""
-    run = type(aim.batch).run
+    batch, model = aim.batch, student.model
+    if isinstance(batch, PreparedBatch):
+        return batch.predict(model, batch.known[id(model.main)])
+    run = type(batch).run
     # Batches run without gradients for everyone else.
-    plain = getattr(run, "__wrapped__", run)
-    outputs: Tensor = plain(aim.batch, student.model, "new")
+    outputs: Tensor = getattr(run, "__wrapped__", run)(batch, model, "new")
     return outputs
 
 

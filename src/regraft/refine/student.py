@@ -130,6 +130,9 @@ def _split(
     """What PEFT can train, and the rest."""
     trained: dict[ModuleRef, LowRank] = {}
     for component in {ref.component for ref in own}:
+        if model.kind == "denoiser" and len(model.components) > 1 and _part(model, component) is not model.main:
+            # A pipeline encodes its prompts without gradients.
+            continue
         there = dict(_part(model, component).named_modules())
         names = resolve_names([ref.path for ref in own if ref.component == component], there)
         for path, name in names.items():

@@ -1,0 +1,134 @@
+"""Inputs for denoisers: pictures that the old base draws with its adapter, under noise of every level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import Adapter
+from regraft.probes.batches import Batch, Batches, Maker
+from regraft.probes.batches_diffusion import DiffusionBatch, diffusion_batches
+from regraft.probes.diffusion import Call, reads_prompts, sample_latents
+from regraft.probes.sentences import PICTURE_PROMPTS
+from regraft.runtime.applied import applied
+from regraft.runtime.both import BothModels, Side
+from regraft.runtime.load import Loaded
+
+#: Pictures to learn from, noise levels of each, and states that are run together.
+N_PICTURES, LEVELS, TOGETHER = 64, 6, 16
+#: Of the pictures, those that the old base draws without its adapter: there the adapter acts, too.
+_PLAIN = 0.25
+# Pictures that are drawn together, and the steps that they take.
+_DRAWN, _STEPS = 16, 20
+
+
+@dataclass(frozen=True)
+class PreparedBatch(DiffusionBatch):
+    """States whose conditioning is computed once for a model whose text encoders are not trained."""
+
+    known: dict[int, Call] = field(default_factory=dict, compare=False)
+
+    def prepare(self, model: Loaded) -> None:
+        """Compute the conditioning for a model that stays as it is."""
+        self.known[id(model.main)] = self.conditions(model)
+
+    def forget(self, model: Loaded) -> None:
+        """Let go of it."""
+        self.known.pop(id(model.main), None)
+
+    def run(self, model: Loaded, side: Side) -> Tensor:
+        known = self.known.get(id(model.main))
+        return super().run(model, side) if known is None else self.predict(model, known)
+
+
+def picture_inputs(
+    models: BothModels, adapter: Adapter, n: int | None, seed: int, prompts: Sequence[str] | None, *, kept: bool
+) -> Batches:
+    """Noisy states of pictures by the old base with its adapter, by the old base, and by the new one.
+
+    Args:
+        models: both bases; they share a space of latents.
+        adapter: for the old one.
+        n: states to fit on.
+        seed: same seed, same inputs.
+        prompts: in place of general ones.
+        kept: the new base's own pictures are among those to fit on, for retention.
+    """
+    old, new = models.old, models.new
+    if not _renoised(old) or not _renoised(new):
+        # States on the way to a picture are all that can be had of pipelines whose noise is another.
+        found = diffusion_batches(models, adapter, n or N_PICTURES * LEVELS, seed, prompts, max(4, (n or 96) // 4))
+        return replace(found, fit=_prepared(found.fit), held_out=_prepared(found.held_out))
+    pictures = max(4, -(-n // LEVELS)) if n else N_PICTURES
+    given = list(prompts if prompts is not None else PICTURE_PROMPTS) if reads_prompts(old) else [""]
+    plain = max(1, round(_PLAIN * pictures))
+    fit: list[Batch] = []
+    held: list[Batch] = []
+    makers: list[tuple[Maker, int]] = [("adapter", pictures - plain), ("old", plain)]
+    makers += [("new", max(1, pictures // 4))] if kept else []
+    for number, (maker, count) in enumerate(makers):
+        model = new if maker == "new" else old
+        apart = max(1, count // 6)
+        texts = _texts(given, count + apart, seed + number)
+        with applied(model.components, adapter if maker == "adapter" else None):
+            drawn = _drawn(model, texts, seed + 10_000 * number)
+        fit += _noised(model, texts[:count], drawn[:count], maker, seed + number)
+        held += _noised(model, texts[count:], drawn[count:], maker, seed + 100 + number)
+    made = (
+        f"{pictures} pictures that the old base drew in {_STEPS} steps, {pictures - plain} of them with its adapter"
+        f"{f', {makers[-1][1]} by the new base' if kept else ''}; {LEVELS} noise levels of each, seed {seed}"
+    )
+    return Batches(tuple(fit), tuple(held), made)
+
+
+def _renoised(model: Loaded) -> bool:
+    """Whether noise can be added to finished pictures by what the pipeline says of itself."""
+    scheduler = getattr(model.pipeline, "scheduler", None)
+    return hasattr(scheduler, "alphas_cumprod") and getattr(model.pipeline, "vae", None) is not None
+
+
+def _prepared(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    return tuple(
+        PreparedBatch(batch.latents, batch.timesteps, batch.prompts, batch.made_by, batch.seed)
+        if isinstance(batch, DiffusionBatch)
+        else batch
+        for batch in batches
+    )
+
+
+def _texts(given: Sequence[str], count: int, seed: int) -> list[str]:
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [given[order[i % len(given)]] for i in range(count)]
+
+
+@torch.no_grad()
+def _drawn(model: Loaded, texts: Sequence[str], seed: int) -> Tensor:
+    """Latents of finished pictures, (n, channels, height, width)."""
+    parts = [
+        sample_latents(model, list(texts[i : i + _DRAWN]), seed + i, num_inference_steps=_STEPS)
+        for i in range(0, len(texts), _DRAWN)
+    ]
+    return torch.cat(parts).float().cpu()
+
+
+def _noised(model: Loaded, texts: Sequence[str], clean: Tensor, maker: Maker, seed: int) -> list[Batch]:
+    """Every picture at `LEVELS` noise levels, spread over all; a fifth without a prompt, as guidance runs the model."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(texts) * LEVELS
+    which = torch.arange(len(texts)).repeat_interleave(LEVELS)
+    kept = model.pipeline.scheduler.alphas_cumprod.float().cpu()
+    spread = torch.arange(LEVELS).repeat(len(texts)) + torch.rand(n, generator=generator)
+    times = (spread / LEVELS * len(kept)).long().clamp(1, len(kept) - 1)
+    alpha, sigma = kept[times].sqrt()[:, None, None, None], (1 - kept[times]).sqrt()[:, None, None, None]
+    states = alpha * clean[which] + sigma * torch.randn(n, *clean.shape[1:], generator=generator)
+    without = torch.rand(n, generator=generator) < 0.2
+    prompts = ["" if without[i] else texts[int(which[i])] for i in range(n)]
+    # Mixed, so that a step sees several pictures.
+    order = torch.randperm(n, generator=generator)
+    return [
+        PreparedBatch(("sample", states[part]), times[part], tuple(prompts[int(i)] for i in part), maker, seed)
+        for part in torch.split(order, TOGETHER)
+    ]
