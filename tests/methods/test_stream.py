@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft import Adapter, InputError, ModuleRef, load_adapter, open_base
 from regraft.carry import Settings
 from regraft.forecast.probing import activation_figures
-from regraft.methods._stream_text import TextSettings, Wanted, applied_twin, logs
+from regraft.methods._stream_text import Readout, TextSettings, Wanted, applied_twin, logs
 from regraft.methods.stream import stream
 from regraft.methods.task import AdapterTask, Rank, Running
 from regraft.pairing import pair_bases
@@ -199,6 +199,18 @@ def test_a_probe_compares_no_outputs_of_other_tokens(numbered: tuple[Path, Path]
     paired = {ref: ref for ref in task.adapter.updates}
     figures = activation_figures(task.models, task.adapter, task.adapter, paired, task.running)
     assert set(figures) == {"inputs moved"}
+
+
+def test_a_norms_gain_is_read_beside_its_bias() -> None:
+    torch.manual_seed(0)
+    norm, head = nn.LayerNorm(6), nn.Linear(6, 9, bias=False)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        h = torch.randn(50, 6) + 2
+        lin = head.weight * norm.weight
+        got = Readout(norm, head, centred=True).matrix(h, norm(h))
+    torch.testing.assert_close(got, lin - lin.mean(-1, keepdim=True), rtol=1e-3, atol=1e-3)
 
 
 def test_models_that_give_hidden_states_alone_are_an_error(folder: Path) -> None:

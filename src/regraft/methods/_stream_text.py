@@ -236,6 +236,9 @@ class Readout:
     def matrix(self, h: Tensor, y: Tensor) -> Tensor:
         """``lin`` (vocabulary, width); the norm's own gain is measured, since some families store it less 1."""
         h = (h - h.mean(-1, keepdim=True) if self.centred else h) / self.size(h)
+        if isinstance(getattr(self.norm, "bias", None), Tensor):
+            # y = gain · h + bias: the slope, whatever the intercept.
+            h, y = h - h.mean(0), y - y.mean(0)
         gain = (y * h).mean(0) / h.square().mean(0).clamp_min(1e-12)
         weight = self.head.weight
         assert isinstance(weight, Tensor)
