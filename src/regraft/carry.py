@@ -80,7 +80,7 @@ class Carrier:
         self, adapter: Adapter, ready: Preparation, settings: Settings, old: Base | None, new: Base | None
     ) -> None:
         self.adapter, self.ready, self.settings, self.old, self.new = adapter, ready, settings, old, new
-        # Modules of the new base, by its own names, whose update `adopt` has taken.
+        # Modules and whole parameters of the new base, by its own names, whose update `adopt` has taken.
         self.answered: set[ModuleRef] = set()
 
     def carry(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
@@ -216,6 +216,9 @@ class Carrier:
                 None,
             )
         if whole or ref in ready.left_out or ref in ready.located.missing or str(ref) in ready.problems:
+            place = ready.wholes[ref].place if ref in ready.wholes else None
+            if place is not None:
+                self.answered.add(place)
             return self.carry(ref, update)
         home = ready.located.modules[ref]
         entry = ready.migration.entries[home]
@@ -250,7 +253,7 @@ class Carrier:
         for name, update in made.updates.items():
             ref = ModuleRef(spelt.get(name.component, name.component), name.path)
             module = ModuleRef(name.component, name.path.removesuffix(".weight"))
-            if module in self.answered or str(ref) in used:
+            if module in self.answered or name in self.answered or str(ref) in used:
                 continue
             row = PortedModule(
                 name=str(ref),

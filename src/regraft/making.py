@@ -86,12 +86,19 @@ def _copy(adapter: Adapter, ready: Preparation, old: Base, new: Base) -> Adapter
         _, target, moved = carrier.carry(ref, update)
         if target is None or moved is None:
             continue
-        home = ready.located.modules.get(ref)
-        entry = ready.migration.entries.get(home) if home is not None else None
-        landed.setdefault(entry.target if entry is not None and entry.target is not None else target, []).append(moved)
+        landed.setdefault(_place(ref, ready) or target, []).append(moved)
     # Whole: what meets is not cut before the method has seen it.
     carried, _ = joined(landed, [], 1.0, adapter.path)
     return replace(adapter, updates=_by_base(carried, new))
+
+
+def _place(ref: ModuleRef, ready: Preparation) -> ModuleRef | None:
+    """What a module or whole parameter of the adapter answers to in the new base, by its own component and name."""
+    if ref in ready.wholes:
+        return ready.wholes[ref].place
+    home = ready.located.modules.get(ref)
+    entry = ready.migration.entries.get(home) if home is not None else None
+    return entry.target if entry is not None else None
 
 
 def _by_base(updates: dict[ModuleRef, Update], new: Base) -> dict[ModuleRef, Update]:

@@ -31,6 +31,7 @@ class Whole:
         before: the old base's value, for a change.
         after: the new base's value, for a change.
         move: what takes the change to the new base; None where it is copied.
+        place: ``target`` as the new base itself spells names; None where no base has it.
     """
 
     fate: Literal["own", "change", "skip", "problem"]
@@ -39,6 +40,7 @@ class Whole:
     before: TensorRef | None = None
     after: TensorRef | None = None
     move: Move | None = None
+    place: ModuleRef | None = None
 
 
 def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> dict[ModuleRef, Whole]:
@@ -129,7 +131,7 @@ def _change(
     if longer:
         turned = move is not None and move.transport is not None
         reason += f"; {rows - before.shape[0]} added rows {'by the map of the width' if turned else 'as they are'}"
-    return Whole("change", reason, respelled(ref, target), before, after, move)
+    return Whole("change", reason, respelled(ref, target), before, after, move, target)
 
 
 def _difference(
@@ -162,7 +164,7 @@ def _difference(
         return Whole("problem", f"changes {list(moved)}, a base's parameter is {list(after.shape)}")
     reason = "its change, as it is" if move is None else move.reason
     reason += "; the inputs that the new base added stay its own" if wide else ""
-    return Whole("change", reason, respelled(ref, target), before, after, move)
+    return Whole("change", reason, respelled(ref, target), before, after, move, target)
 
 
 def _target(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from regraft import open_base, port
 from regraft.carry import Settings
+from regraft.methods import casa
 from regraft.methods.casa import arbitrated
 from test_removed import module
 from toys import deltas, drifted, llama, lora, relative_error, save_base
@@ -56,3 +58,10 @@ def test_every_entry_is_the_update_or_the_update_less_the_upgrade_or_the_larger_
 def test_the_result_has_the_adapters_rank(tmp_path: Path) -> None:
     adapter = ported(0.2, tmp_path).adapter
     assert adapter.updates[module(0, "mlp.down_proj")].rank == 4
+
+
+def test_a_layer_of_more_than_16_million_entries_is_arbitrated_likewise() -> None:
+    scores = torch.zeros(2**24 + 8)
+    scores[:4] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert float(casa._quantile(scores, 1 - 1.5 / (len(scores) - 1))) == pytest.approx(2.5, abs=1e-4)
+    assert torch.equal(casa._quantile(scores[:9], 0.9), torch.quantile(scores[:9], 0.9))

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft import Adapter, InputError, ModuleRef, load_adapter, open_base
 from regraft.carry import Settings
+from regraft.forecast.probing import activation_figures
+from regraft.methods._stream_text import Readout, TextSettings, Wanted, applied_twin, logs
 from regraft.methods.stream import stream
 from regraft.methods.task import AdapterTask, Rank, Running
 from regraft.pairing import pair_bases
 from regraft.port import PortResult, port
+from regraft.probes.batches import make_batches
 from regraft.probes.batches_diffusion import DiffusionBatch
 from regraft.runtime import applied, load_model
 from regraft.runtime.both import BothModels
@@ -146,6 +149,68 @@ def test_what_was_saved_is_what_was_measured(old: Path, wider: Path, tmp_path: P
 def test_its_time_is_told_beside_that_of_one_pass(old: Path, wider: Path) -> None:
     figures = ported(lora(old), old, wider).report.figures
     assert 0 < figures["seconds_one_pass"] < figures["seconds"]
+
+
+WORDS = [f"w{i}" for i in range(45)]
+ORDER = torch.randperm(45, generator=torch.Generator().manual_seed(2)).tolist()
+
+
+@pytest.fixture(scope="module")
+def numbered(old: Path, folder: Path) -> tuple[Path, Path]:
+    """One model twice: the words of the second have other ids."""
+    first, second = folder / "numbered", folder / "renumbered"
+    for place, words in ((first, WORDS), (second, [WORDS[i] for i in ORDER])):
+        model = load_model(old).main
+        rows = torch.tensor([0, 1, 2, *(3 + WORDS.index(word) for word in words)])
+        for part in (model.model.embed_tokens, model.lm_head):
+            part.weight.data = part.weight.data[rows]
+        model.save_pretrained(place)
+        tiny.write_tokenizer(place, words)
+    return first, second
+
+
+def task_of(adapter: Adapter, old: Path, new: Path) -> AdapterTask:
+    bases = open_base(old), open_base(new)
+    return AdapterTask(adapter, *bases, pair_bases(*bases), adapter.updates, lambda: adapter, Running(n_inputs=8))
+
+
+def test_where_tokens_have_other_ids_what_is_wanted_of_a_word_is_what_the_teacher_says_of_it(
+    numbered: tuple[Path, Path],
+) -> None:
+    task = task_of(lora(numbered[0]), *numbered)
+    batches = make_batches(task.models, task.adapter, 4)
+    new = torch.tensor([0, 1, 2, *(3 + ORDER.index(i) for i in range(45))])
+    with applied_twin(task) as teacher:
+        wanted = Wanted(task, teacher, TextSettings(1.0, 1.0, 0.1, 1, True, 0))
+        for batch in batches.fit:
+            said = logs(batch.run(teacher, "old"), batch, "old")
+            torch.testing.assert_close(wanted.of(batch)[:, new], said, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_which_few_are_in_both_vocabularies_are_an_error(numbered: tuple[Path, Path], folder: Path) -> None:
+    other = tiny.llama(folder / "foreign")
+    tiny.write_tokenizer(other, [f"x{i}" for i in range(30)] + WORDS[:15])
+    with pytest.raises(InputError, match="18 are in the other"):
+        stream(task_of(lora(numbered[0]), numbered[0], other))
+
+
+def test_a_probe_compares_no_outputs_of_other_tokens(numbered: tuple[Path, Path]) -> None:
+    task = task_of(lora(numbered[0]), *numbered)
+    paired = {ref: ref for ref in task.adapter.updates}
+    figures = activation_figures(task.models, task.adapter, task.adapter, paired, task.running)
+    assert set(figures) == {"inputs moved"}
+
+
+def test_a_norms_gain_is_read_beside_its_bias() -> None:
+    torch.manual_seed(0)
+    norm, head = nn.LayerNorm(6), nn.Linear(6, 9, bias=False)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        h = torch.randn(50, 6) + 2
+        lin = head.weight * norm.weight
+        got = Readout(norm, head, centred=True).matrix(h, norm(h))
+    torch.testing.assert_close(got, lin - lin.mean(-1, keepdim=True), rtol=1e-3, atol=1e-3)
 
 
 def test_models_that_give_hidden_states_alone_are_an_error(folder: Path) -> None:

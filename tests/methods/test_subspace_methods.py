@@ -150,6 +150,16 @@ def test_a_transport_plan_is_optimal_and_keeps_both_margins() -> None:
     assert float((plan * cost).sum()) == pytest.approx(best, abs=0.02)
 
 
+def test_rows_and_columns_where_nothing_may_go_leave_the_plan_of_the_others_as_it_is() -> None:
+    cost = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    wider = torch.full((4, 6), float("inf"))
+    wider[:3, 1:5] = cost
+    plan = transport_plan(wider)
+    assert torch.equal(plan[:3, 1:5], transport_plan(cost))
+    assert float(plan.sum()) == pytest.approx(1.0)
+    assert not transport_plan(torch.full((2, 3), float("inf"))).any()
+
+
 def test_a_role_is_the_path_behind_its_block() -> None:
     assert role_of(module(3, "mlp.down_proj"))[1] == "mlp.down_proj"
 

@@ -118,6 +118,10 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 
 @torch.no_grad()
 def _cosines(models: BothModels, adapter: Adapter, copied: Adapter, batches: Sequence[Batch]) -> list[float]:
+    if any(batch.rows("old") is not None for batch in batches):
+        # Other tokens: what one column of the logits stands for is another word in the other model.
+        return []
+
     def outputs(side: Side, update: Adapter | None) -> list[Tensor]:
         model = models.side(side)
         with applied(model.components, update) if update is not None else nullcontext():

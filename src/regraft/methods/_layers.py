@@ -92,9 +92,15 @@ def transport_plan(cost: Tensor, *, sharpness: float = 0.02) -> Tensor:
         sharpness: of the entropy that is added, as a share of the largest finite cost: small is exact.
 
     Returns:
-        (n, m), rows summing to 1 / n and columns to 1 / m.
+        (n, m), rows summing to 1 / n and columns to 1 / m. Rows and columns without a finite cost take no part: they
+        are zeros, and n and m count the others.
     """
     cost = cost.double()
+    rows, columns = cost.isfinite().any(dim=1), cost.isfinite().any(dim=0)
+    whole = torch.zeros_like(cost)
+    if not rows.any():
+        return whole
+    cost = cost[rows][:, columns]
     scale = float(cost[cost.isfinite()].abs().max().clamp_min(1e-12)) * sharpness
     logits = torch.where(cost.isfinite(), -cost / scale, float("-inf"))
     n, m = cost.shape
@@ -102,5 +108,5 @@ def transport_plan(cost: Tensor, *, sharpness: float = 0.02) -> Tensor:
     for _ in range(_SINKHORN_STEPS):
         row = -torch.log(torch.tensor(float(n))) - torch.logsumexp(logits + column, dim=1)
         column = -torch.log(torch.tensor(float(m))) - torch.logsumexp(logits + row[:, None], dim=0)
-    plan: Tensor = (logits + row[:, None] + column).exp()
-    return plan
+    whole[rows.nonzero(), columns.nonzero()[:, 0]] = (logits + row[:, None] + column).exp()
+    return whole

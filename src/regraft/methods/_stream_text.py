@@ -25,6 +25,8 @@ from regraft.spaces import named_sides
 # Wanted log-probabilities of so many tokens in all are kept; beyond that the old base runs again for every write.
 _MOST_VALUES = 200_000_000
 _STEPS = (2.0, 1.0, 0.5, 0.25)
+# Of the smaller vocabulary's tokens, so many must be in the larger for their probabilities to say what is wanted.
+_SHARED = 0.5
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,15 @@ def applied_twin(task: AdapterTask) -> Iterator[Loaded]:
 class Wanted:
     """The distribution that is wanted of the new base at every position.
 
-    log q = log p_new + (log p_old+adapter − log p_old) + μ (log p_old − log p_new), up to a constant.
+    log q = log p_new + (log p_old+adapter − log p_old) + μ (log p_old − log p_new), up to a constant; for the tokens
+    that both bases have. Those of the new base alone keep log p_new.
     """
 
     def __init__(self, task: AdapterTask, with_adapter: Loaded, settings: TextSettings) -> None:
         self.old, self.new, self.adapted = task.models.old, task.models.new, with_adapter
         self.settings, self.left = settings, _MOST_VALUES
         self.kept: dict[int, Tensor] = {}
+        self._columns: tuple[Tensor, Tensor] | None = None
 
     def of(self, batch: Batch) -> Tensor:
         """log q, (rows, vocabulary)."""
@@ -128,16 +132,25 @@ class Wanted:
             return self.kept[id(batch)]
         before, after = self._olds(batch)
         new = logs(batch.run(self.new, "new"), batch, "new")
-        vocabulary = min(before.shape[-1], new.shape[-1])
-        before, after = before[:, :vocabulary], after[:, :vocabulary]
+        ours, theirs = self._shared(batch, before.shape[-1], new.shape[-1])
+        before, after = before[:, ours], after[:, ours]
         pull = self.settings.pull if batch.made_by in ("adapter", "given") else self.settings.keep
-        # Rows that only the new base's vocabulary has stay as they are.
-        new[:, :vocabulary] += (after - before) + pull * (before - new[:, :vocabulary])
+        new[:, theirs] += (after - before) + pull * (before - new[:, theirs])
         wanted = new.log_softmax(-1)
         if wanted.numel() <= self.left:
             self.left -= wanted.numel()
             self.kept[id(batch)] = wanted
         return wanted
+
+    def _shared(self, batch: Batch, old: int, new: int) -> tuple[slice | Tensor, slice | Tensor]:
+        """The columns of the tokens that both bases have, in the old one's logits and in the new one's."""
+        if batch.rows("old") is None:
+            # Both read the same ids.
+            same = slice(min(old, new))
+            return same, same
+        if self._columns is None:
+            self._columns = shared_tokens(self.old, self.new, old, new)
+        return self._columns
 
     def changes(self, batch: Batch) -> bool:
         """Whether the adapter changes anything in the old base."""
@@ -146,6 +159,32 @@ class Wanted:
     def _olds(self, batch: Batch) -> tuple[Tensor, Tensor]:
         before, after = (logs(batch.run(model, "old"), batch, "old") for model in (self.old, self.adapted))
         return before, after
+
+
+def shared_tokens(old: Loaded, new: Loaded, most_old: int, most_new: int) -> tuple[Tensor, Tensor]:
+    """The ids of the tokens that two tokenizers spell alike, in each of them.
+
+    Args:
+        old: with a tokenizer.
+        new: likewise.
+        most_old: ids of the old one from here on have no logits.
+        most_new: likewise of the new one.
+
+    Raises:
+        InputError: there are too few of them to say what is wanted of the new base's outputs.
+    """
+    ours, theirs = old.tokenizer.get_vocab(), new.tokenizer.get_vocab()
+    both = [(i, theirs[t]) for t, i in ours.items() if i < most_old and theirs.get(t, most_new) < most_new]
+    least = min(len(ours), len(theirs))
+    if len(both) < max(1.0, _SHARED * least):
+        raise InputError(
+            f"its outputs can't be compared with the old base's: of the {least} tokens of the smaller vocabulary, "
+            f"{len(both)} are in the other, too",
+            file=new.path,
+            remedy="Take effect, which goes by the layers' outputs, or refine.",
+        )
+    ids = torch.tensor(sorted(both))
+    return ids[:, 0], ids[:, 1]
 
 
 def logs(logits: Tensor, batch: Batch, side: Any) -> Tensor:
@@ -197,6 +236,9 @@ class Readout:
     def matrix(self, h: Tensor, y: Tensor) -> Tensor:
         """``lin`` (vocabulary, width); the norm's own gain is measured, since some families store it less 1."""
         h = (h - h.mean(-1, keepdim=True) if self.centred else h) / self.size(h)
+        if isinstance(getattr(self.norm, "bias", None), Tensor):
+            # y = gain · h + bias: the slope, whatever the intercept.
+            h, y = h - h.mean(0), y - y.mean(0)
         gain = (y * h).mean(0) / h.square().mean(0).clamp_min(1e-12)
         weight = self.head.weight
         assert isinstance(weight, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
@@ -15,6 +16,8 @@ from regraft.updates import Update
 
 # Of the old weight's ‖W‖², held by the directions that are clustered (square weights; all directions of others).
 _TOP = 0.9
+# `torch.quantile` takes no more values.
+_MOST_SORTED = 2**24
 
 
 @method(
@@ -87,7 +90,7 @@ def arbitrated(delta: Tensor, old: Tensor, new: Tensor, rotation: float, density
     result = torch.where(high, update, update - upgrade)
     both = high & (update.sign() == upgrade.sign())
     if both.any():
-        loud = both & (score > torch.quantile(score[both], arbitrate))
+        loud = both & (score > _quantile(score[both], arbitrate))
         larger = torch.where(update.abs() > upgrade.abs(), update, upgrade)
         result = torch.where(loud, larger - upgrade, result)
     made: Tensor = u @ result @ vh
@@ -111,6 +114,14 @@ def _protected(member: Tensor, upgrade: Tensor, density: float, shape: tuple[int
         chosen = (dense >= torch.quantile(dense, density)).float() @ member > 0
         masks.append(torch.nn.functional.pad(chosen, (0, length - len(chosen))))
     return masks[0][:, None] | masks[1][None, :]
+
+
+def _quantile(x: Tensor, share: float) -> Tensor:
+    """`torch.quantile` of a vector, and of one that has more values than that takes: large models' layers have."""
+    if len(x) <= _MOST_SORTED:
+        return torch.quantile(x, share)
+    # As an array, the share is not rounded to float32, in which such places can't be told apart.
+    return torch.as_tensor(np.quantile(x.numpy(), np.asarray(share)))
 
 
 def _agreement(member: Tensor, update: Tensor, upgrade: Tensor) -> Tensor:

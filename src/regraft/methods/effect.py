@@ -150,12 +150,14 @@ class Layers:
         copies: new module → the copy's ΔW (out, in), where it has one.
         why_not: old module → why it is left to the copy.
         folded: old module → modules of removed blocks whose writes to the stream are wanted from it too.
+        biases: new module → the copy's change of its bias (out,), where it has one: that is kept as it is.
     """
 
     order: Mapping[ModuleRef, ModuleRef]
     copies: Mapping[ModuleRef, Tensor]
     why_not: Mapping[ModuleRef, str]
     folded: Mapping[ModuleRef, tuple[ModuleRef, ...]] = field(default_factory=dict)
+    biases: Mapping[ModuleRef, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, task: AdapterTask, batch: Batch) -> Layers:
@@ -180,7 +182,8 @@ class Layers:
                 why_not[ref] = "the models don't run it once, as a matrix of the same outputs"
         copied = task.copied().updates
         copies = {target: _matrix(there[target], copied[target]) for target in order.values() if target in copied}
-        return cls(order, copies, why_not, removed_writes(task.pairing, order))
+        biases = {target: bias for ref, target in order.items() if (bias := task.bias(ref)) is not None}
+        return cls(order, copies, why_not, removed_writes(task.pairing, order), biases)
 
 
 def _matrix(module: nn.Module, update: Update) -> Tensor:
@@ -229,7 +232,7 @@ class _Streams:
             stack.enter_context(applied(model.components, rest))
         self.new = modules_of(new, layers.order.values())
         self.places = [modules_of(model, layers.order.values()) for model in self.ported]
-        self.folded = layers.folded
+        self.folded, self.biases = layers.folded, layers.biases
         gone = [ref for refs in layers.folded.values() for ref in refs]
         olds, news = [*layers.order, *gone], list(layers.order.values())
         self.walks = [
@@ -263,6 +266,8 @@ class _Streams:
                 now = _chosen(output_rows(module, module.forward(stop[0])), self.rows[i][1])
                 x = _chosen(input_rows(module, stop[0]), self.rows[i][1])
                 change = wanted - now
+                if target in self.biases:
+                    change = change - self.biases[target].to(change)
                 moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
         return moments
 
@@ -281,6 +286,10 @@ class _Streams:
         assert isinstance(weight, Tensor)
         changed = weight.detach() + shaped_as(module, delta.to(weight))
         module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
+        if target in self.biases:
+            old, more = module._parameters.get("bias"), self.biases[target].to(weight)
+            both = more if old is None else old.detach() + more
+            module._parameters["bias"] = nn.Parameter(both, requires_grad=False)
 
 
 def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:

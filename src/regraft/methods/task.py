@@ -127,9 +127,20 @@ class AdapterTask:
         return self.pairing[module].module
 
     def delta(self, module: ModuleRef) -> Tensor:
-        """ΔW on the old base as a float32 matrix (out, in · kh · kw), DoRA's magnitude and multiplications included."""
+        """ΔW on the old base as a float32 matrix (out, in · kh · kw), DoRA's magnitude and multiplications included.
+
+        What the update does to the layer's bias is not in it: see `bias`.
+        """
         weight = self.old.weight(module).float()
         return (self.modules[module].merged(weight).reshape(weight.shape) - weight).flatten(1)
+
+    def bias(self, module: ModuleRef) -> Tensor | None:
+        """The copy's change of the new module's bias (PEFT's ``lora_bias``), (out',) float32; None without one."""
+        own, target = self.modules.get(module), self.target(module)
+        if not isinstance(own, LowRank) or own.bias is None or target is None:
+            return None
+        copy = self.copied().updates.get(target)
+        return copy.scale * copy.bias.load().float() if isinstance(copy, LowRank) and copy.bias is not None else None
 
     def rank_of(self, module: ModuleRef) -> int | float | None:
         """The wanted rank of one of the old base's modules; None for a dense result."""
@@ -139,7 +150,7 @@ class AdapterTask:
         return self.rank if self.rank is not None else own
 
     def made(self, module: ModuleRef, up: Tensor, down: Tensor) -> LowRank:
-        """A `LowRank` of new factors, in the dtype, scale and spelling of the adapter's own update.
+        """A `LowRank` of new factors, in dtype, scale and spelling of the adapter's own update, with the copy's bias.
 
         Args:
             module: of the old base.
@@ -156,7 +167,9 @@ class AdapterTask:
         up = up / scale
         if len(like.shape) == 2 and len(shape) > 2 and prod(shape[2:]) == 1:
             shape = shape[:2]
-        return replace(like, magnitude=None, bias=None, scale=scale).with_factors(up, down, shape)
+        change = self.bias(module)
+        bias = None if change is None else InMemory((change / scale).to(like.up.dtype))
+        return replace(like, magnitude=None, bias=bias, scale=scale).with_factors(up, down, shape)
 
     def dense(self, module: ModuleRef, delta: Tensor) -> tuple[ModuleRef, Update]:
         """A whole ΔW (out', in' · kh · kw) as the format can hold it, by its name on the new base.
