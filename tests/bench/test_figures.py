@@ -79,6 +79,32 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     assert found.low == pytest.approx(0.4, abs=0.03)
 
 
+def test_adapters_are_drawn_apart() -> None:
+    # With the same draws for both, what one's seeds lose the other's would win: an interval of no width.
+    strata = [
+        [rows(none=0.0, native=1.0, ported=part) for part in parts] for parts in ((0.4, 0.6, 0.8), (0.8, 0.6, 0.4))
+    ]
+    found = figures.over(strata, "ported", figures.recovery, "")
+    assert found.mean == pytest.approx(0.6)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0.55
+    assert found.high > 0.65
+
+
+def test_rows_of_one_adapter_share_its_draws() -> None:
+    generator = np.random.default_rng(3)
+    strata = []
+    for _ in range(2):
+        gain = generator.normal(2.0, 0.5, size=64)
+        same = scores(0.5 * gain + generator.normal(0.0, 0.4, size=64))
+        strata.append([{"none": scores(np.zeros(64)), "native": scores(gain), "copy": same, "ported": same}])
+    found = figures.over(strata, "ported", figures.versus_copy, "")
+    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    one, two = (figures.over(strata, row, figures.recovery, "") for row in ("copy", "ported"))
+    assert one == two
+
+
 def test_each_adapter_counts_alike_whatever_its_unit() -> None:
     strata = [[rows(none=0.0, native=1.0, ported=1.0)], [rows(none=0.0, native=100.0, ported=0.0)]]
     assert figures.over(strata, "ported", figures.recovery, "").mean == 0.5

@@ -59,6 +59,41 @@ def test_what_was_forced_stands_in_brackets_and_what_failed_is_crossed(toy_recor
     assert line(toy_record, "copy")[2] == "×"
 
 
+def test_a_mean_over_some_of_the_adapters_says_over_how_many(toy_record: BenchReport) -> None:
+    row = with_difference(0.1, 0.2)
+    some = row.recovery.model_copy(update={"reason": "defined on 4 of 8 adapters"})
+    assert table.recovery(row) == "0.50 ▲"
+    assert table.recovery(row.model_copy(update={"recovery": some})) == "0.50 ▲ (4 of 8)"
+    assert table.recovery(row.model_copy(update={"recovery": some, "refused": True})) == "(0.50 ▲) (4 of 8)"
+    assert "(4 of 8)" not in table.legend(toy_record)
+
+
+def test_an_error_names_the_adapters_that_it_came_up_on(toy_record: BenchReport) -> None:
+    near = toy_record.pairs[0]
+    broken = [row.model_copy(update={"errors": ["no module is left"]}) for row in near.rows]
+    one = near.adapters[0].model_copy(update={"rows": broken})
+    pair = near.model_copy(update={"rows": broken, "adapters": [one, *near.adapters[1:]]})
+    assert "- auto: no module is left (one)" in table.page(toy_record.model_copy(update={"pairs": [pair]}))
+    # All of the adapters need no naming.
+    assert "- copy: no module is left to carry\n" in table.page(toy_record)
+
+
+def test_one_seed_is_said_to_leave_the_training_out(toy_record: BenchReport) -> None:
+    said = "marks rest on the inputs alone"
+    assert f"Where adapters have one seed: intervals and {said}" in table.legend(toy_record)
+    two = toy_record.model_copy(update={"pairs": toy_record.pairs[:1]})
+    assert said not in table.legend(two)
+
+
+def test_a_page_for_makers_says_what_the_columns_are_and_leaves_the_trivial_out(toy_record: BenchReport) -> None:
+    text = table.block(toy_record)
+    assert "1 = as a LoRA trained anew on the new base" in text
+    assert "*LM*: language models; *near*: the base was trained on a little" in text
+    assert "| native |" in text
+    assert "| empty |" not in text
+    assert "| empty |" in table.page(toy_record)
+
+
 def test_no_figure_reads_minus_zero() -> None:
     row = with_difference(-0.1, 0.1).model_copy(update={"recovery": Interval(mean=-0.001, low=-0.01, high=0.01)})
     assert table.recovery(row) == "0.00"
@@ -90,9 +125,18 @@ def test_a_readme_is_changed_between_its_marks_alone(toy_record: BenchReport) ->
 
 def test_goals_are_told_by_figures_or_not_at_all(toy_record: BenchReport) -> None:
     found = {goal.claim: goal.held for goal in goals(toy_record)}
-    assert found["auto is never below the copy, beyond noise"] is True
+    assert found["auto is never below the copy, beyond noise, in the mean over a pair's adapters"] is True
     assert found["far: maps of weights are refused before any model is run"] is True
     assert found["pruned: auto recovers at least 0.85"] is None
+
+
+def test_a_goal_rests_on_no_pair_whose_figure_is_not_defined(toy_record: BenchReport) -> None:
+    near = toy_record.pairs[0]
+    rows = [row.model_copy(update={"versus_copy": NULL}) if row.name == "auto" else row for row in near.rows]
+    record = toy_record.model_copy(update={"pairs": [near.model_copy(update={"rows": rows})]})
+    (found,) = (goal for goal in goals(record) if goal.claim.startswith("near:"))
+    assert (found.held, found.figures) == (None, "")
+    assert "within 0.005" in found.claim
 
 
 def test_the_html_page_is_whole_loads_nothing_and_shows_every_pair(toy_record: BenchReport) -> None:
@@ -104,6 +148,7 @@ def test_the_html_page_is_whole_loads_nothing_and_shows_every_pair(toy_record: B
     assert tags.count("svg") > len(toy_record.pairs)
     assert not {"script", "link", "iframe", "img"} & {*tags}
     assert "loses to the copy" in page.words
+    assert "`" not in page.words.split("What the controls are")[0]
 
 
 def test_a_chart_has_a_row_for_each_method_best_first(toy_record: BenchReport) -> None:

@@ -18,7 +18,7 @@ CONTROLS = {
         "the copy at the one strength that is best on the other half of the test inputs, each half scored with the "
         "strength that the other chose: what scaling alone can do, labels given"
     ),
-    "random": "random updates of the copy's ranks and norms",
+    "random": "random updates of the copy's ranks and norms (the native's, where nothing can be copied)",
     "empty": "an adapter without an update: equal to none, or the measurement is wrong",
     "reverted": "the old base with its LoRA in the new one's place: the teacher, and what undoing the upgrade brings",
     "native": "an adapter trained on the new base with the same budget",

@@ -3,7 +3,8 @@
 Each figure is a ratio of two means over inputs: a gain over a gain. Of several seeds the means are pooled before the
 ratio is taken; of several adapters the ratios are averaged, since each adapter has its own unit. The bootstrap (Efron
 1979, percentiles) draws inputs with replacement, the same ones for every seed where there are as many, and seeds with
-replacement. Adapters and pairs are not drawn: the figures are about these.
+replacement; each adapter has draws of its own, which all rows share. Adapters and pairs are not drawn: the figures are
+about these.
 """
 
 from __future__ import annotations
@@ -63,31 +64,37 @@ class Draws:
     defined: bool
 
 
-def draws_of(fractions: Sequence[Fraction]) -> Draws:
-    """The pooled ratio over seeds, and its resamples; not defined where the gain below the line may be none."""
-    tops, bottoms = (_resampled([pair[i] for pair in fractions]) for i in (0, 1))
+def draws_of(fractions: Sequence[Fraction], stratum: int = 0) -> Draws:
+    """The pooled ratio over seeds, and its resamples; not defined where the gain below the line may be none.
+
+    Args:
+        fractions: one per seed.
+        stratum: the adapter's place: adapters are drawn from apart.
+    """
+    tops, bottoms = (_resampled([pair[i] for pair in fractions], stratum) for i in (0, 1))
     above, below = (float(np.mean([pair[i].mean() for pair in fractions])) for i in (0, 1))
     if not (below > 0 and float(np.quantile(bottoms, _LOW)) > 0):
         return Draws(0.0, np.zeros(0), False)
     return Draws(above / below, tops / bottoms, True)
 
 
-def _resampled(values: Sequence[Array]) -> Array:
+def _resampled(values: Sequence[Array], stratum: int = 0) -> Array:
     """Means over drawn seeds of the means over drawn inputs, (resamples,); ``values`` are one array per seed."""
-    inputs, seeds = _indices(tuple(len(value) for value in values))
+    inputs, seeds = _indices(tuple(len(value) for value in values), stratum)
     means = np.stack([value[chosen].mean(1) for value, chosen in zip(values, inputs, strict=True)])
     drawn: Array = np.take_along_axis(means, seeds, 0).mean(0)
     return drawn
 
 
-@lru_cache(maxsize=32)
-def _indices(sizes: tuple[int, ...]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+@lru_cache(maxsize=64)
+def _indices(sizes: tuple[int, ...], stratum: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
     """Which inputs each resample draws for each seed, (resamples, inputs), and which seeds, (seeds, resamples).
 
     The same inputs for every seed with as many, since those are the same inputs; the same draws for every row, so that
-    rows differ by what they are alone.
+    rows differ by what they are alone. Others for each adapter: with common ones, what one adapter's seeds gain would
+    cancel what another's lose, and their mean would look surer than it is.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng([0, stratum])
     common = {n: generator.integers(n, size=(RESAMPLES, n)) for n in sorted(set(sizes))}
     return [common[n] for n in sizes], generator.integers(len(sizes), size=(len(sizes), RESAMPLES))
 
@@ -103,11 +110,11 @@ def over(strata: Sequence[Sequence[Rows]], row: str, fraction: FractionOf, undef
     """
     found: list[Draws] = []
     scored = 0
-    for seeds in strata:
+    for stratum, seeds in enumerate(strata):
         fractions = [f for rows in seeds if (f := fraction(rows, row)) is not None and len(f[0])]
         if fractions:
             scored += 1
-            found.append(draws_of(fractions))
+            found.append(draws_of(fractions, stratum))
     defined = [one for one in found if one.defined]
     if not defined:
         return Interval(mean=None, low=None, high=None, reason=undefined if scored else "not scored")

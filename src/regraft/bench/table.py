@@ -16,17 +16,22 @@ from regraft.report.schema import Interval
 #: Where a page's generated part begins and ends.
 BEGIN, END = "<!-- benchmark: written by `regraft bench table` -->", "<!-- /benchmark -->"
 
-#: Said under each table.
-LEGEND = (
-    "Recovery: share of a native adapter's gain, signed; 0 is the new base alone, 1 the native adapter. "
-    "▼ loses to the copy and ▲ beats it, each with the whole 95 % interval of the difference on the same inputs. "
-    "(In brackets) `port` refuses this; what is shown was forced. × could not be carried at all."
-)
 _HEADS = {
     "language models": "LM",
     "diffusion": "diffusion",
     "real encoders": "encoders",
 }
+_IN_FULL = {"LM": "language models", "encoders": "sentence and protein encoders", "diffusion": "text to image"}
+#: What a goal's word says of the new base.
+_KINDS = {
+    "near": "the base was trained on a little",
+    "strong": "it was trained on until its weights moved far",
+    "pruned": "blocks were taken out of it",
+    "grown": "it was made wider or deeper",
+    "far": "another base, trained apart",
+}
+#: Known without measuring: left out where room is short.
+_TRIVIAL = ("none", "empty")
 
 
 def mark(row: BenchRow) -> str:
@@ -42,7 +47,32 @@ def recovery(row: BenchRow) -> str:
     if row.recovery.mean is None:
         return "×" if row.missing else "–"
     figure = f"{_signed(row.recovery.mean)}{mark(row)}"
-    return f"({figure})" if row.refused else figure
+    return (f"({figure})" if row.refused else figure) + some_of(row)
+
+
+def some_of(row: BenchRow) -> str:
+    """How many adapters a mean rests on, where it isn't all: it can't be held against one over the others."""
+    reason = row.recovery.reason or ""
+    if not reason.startswith("defined on "):
+        return ""
+    return f" ({reason.removeprefix('defined on ').removesuffix(' adapters')})"
+
+
+def legend(record: BenchReport) -> str:
+    """What is said under each table."""
+    seeds = [len(adapter.seeds) for pair in record.pairs for adapter in pair.adapters]
+    text = (
+        "Recovery: share of a native adapter's gain, signed; 0 is the new base alone, 1 the native adapter. "
+        "▼ loses to the copy and ▲ beats it, each with the whole 95 % interval of the difference on the same inputs; "
+        "where nothing could be copied, it is held against the new base alone. "
+        "(In brackets) `port` refuses this; what is shown was forced. × could not be carried at all."
+    )
+    if any(some_of(row) for group in record.groups for row in group.rows):
+        text += " (4 of 8): the mean over those adapters alone that it could be measured on."
+    if 1 in seeds:
+        where = "Each adapter was trained with one seed" if set(seeds) == {1} else "Where adapters have one seed"
+        text += f" {where}: intervals and marks rest on the inputs alone, and don't tell what another training brings."
+    return text
 
 
 def _signed(value: float, digits: int = 2) -> str:
@@ -70,14 +100,14 @@ def rows_of(record: BenchReport) -> list[str]:
     return list(dict.fromkeys(row.name for group in record.groups for row in group.rows))
 
 
-def summary(record: BenchReport) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of methods by groups of pairs."""
+def summary(record: BenchReport, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of methods by groups of pairs, some rows left out."""
     head = ["method"]
     for group in record.groups:
         many = f", {len(group.pairs)} pairs" if len(group.pairs) > 1 else ""
         head.append(f"{_HEADS.get(WORLDS.get(group.world, ''), group.world)}: {group.expects}{many}")
     lines = []
-    for name in rows_of(record):
+    for name in (name for name in rows_of(record) if name not in without):
         cells = [next((row for row in group.rows if row.name == name), None) for group in record.groups]
         lines.append([name, *("" if row is None else recovery(row) for row in cells)])
     return head, lines
@@ -92,13 +122,23 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def made(record: BenchReport) -> str:
     """The command and date that a table stands under."""
     versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
-    hours = f"{record.seconds / 3600:.1f} h of processor time, training left out"
+    hours = f"{record.seconds / 3600:.1f} h of processor time for ports and their scores, all else left out"
     return f"```\n{record.command}\n```\n\n{record.date}; {versions}; one thread a process; {hours}."
 
 
 def block(record: BenchReport) -> str:
-    """The summary for a page of other text, such as the README."""
-    return "\n\n".join((markdown(*summary(record)), LEGEND, made(record)))
+    """The summary for a page of other text, such as the README, whose readers bring a LoRA."""
+    return "\n\n".join((markdown(*summary(record, _TRIVIAL)), _for_makers(record), legend(record), made(record)))
+
+
+def _for_makers(record: BenchReport) -> str:
+    """The table in words for who has a LoRA, and not read of the benchmark."""
+    worlds = [_HEADS.get(WORLDS.get(group.world, ""), group.world) for group in record.groups]
+    kinds = [group.expects for group in record.groups]
+    words = [f"*{name}*: {_IN_FULL[name]}" for name in dict.fromkeys(worlds) if name in _IN_FULL]
+    words += [f"*{name}*: {_KINDS[name]}" for name in dict.fromkeys(kinds) if name in _KINDS]
+    words += [f"*{name}*: {CONTROLS[name]}" for name in ("reverted", "native") if name in rows_of(record)]
+    return f"0 = as without a LoRA, 1 = as a LoRA trained anew on the new base. {'; '.join(words)}."
 
 
 def between(text: str, record: BenchReport) -> str:
@@ -114,13 +154,16 @@ def page(record: BenchReport) -> str:
     """docs/benchmark.md, whole."""
     parts = [
         "# The benchmark",
-        "Made by `regraft bench table` from `results/bench.json`. Each adapter was trained on the old base and ported "
-        "to the new one by every method; the same adapter was trained on the new base with the same budget (*native*). "
-        "Test inputs that nothing was trained on are scored under each of them.",
+        "Made by `regraft bench table results/bench.json --markdown docs/benchmark.md`. Each adapter was trained on "
+        "the old base and ported to the new one by every method; the same adapter was trained on the new base with the "
+        "same budget (*native*). Test inputs that nothing was trained on are scored under each of them.",
         _meanings(),
         "## Methods by kind of pair",
-        block(record),
-        "## What was asked for",
+        markdown(*summary(record)),
+        _for_makers(record),
+        legend(record),
+        made(record),
+        "## Goals",
         _goals(record),
         "## Pair by pair",
         *(part for pair in record.pairs for part in _pair(pair)),
@@ -133,7 +176,7 @@ def _meanings() -> str:
     figures = [
         "- **Recovery**: (score(ported) − score(none)) / (score(native) − score(none)) on the new base. Over several "
         "adapters, the mean of their recoveries, each adapter counting alike. Intervals: bootstrap over inputs and "
-        "seeds, 95 %.",
+        "seeds, 95 %; over inputs alone where there is one seed.",
         "- **Share of the teacher**: (score(ported) − score(none)) / (score(old base + LoRA) − score(none)).",
         "- **Retention**: of what the new base does better than the old one without any adapter, the share that is "
         "left under the ported one. It falls below 0 where the adapter costs more there than the upgrade brought, as "
@@ -166,9 +209,16 @@ def _pair(pair: BenchPair) -> Iterator[str]:
     head = ["method", "recovery", "less the copy's", "share of the teacher", "retention", "effect cosine", "norm ratio"]
     extra = list(dict.fromkeys(name for row in pair.rows for name in row.extra))
     yield markdown([*head, *extra, "energy kept", "seconds", "MB"], [_line(row, extra) for row in pair.rows])
-    errors = {row.name: row.errors for row in pair.rows if row.errors}
+    errors = {row.name: _errors(pair, row) for row in pair.rows if row.errors}
     if errors:
         yield "\n".join(f"- {name}: {'; '.join(texts)}" for name, texts in errors.items())
+
+
+def _errors(pair: BenchPair, row: BenchRow) -> Iterator[str]:
+    """A row's errors, each with the adapters that it came up on, unless it was all of them."""
+    for text in row.errors:
+        names = [a.name for a in pair.adapters if any(text in r.errors for r in a.rows if r.name == row.name)]
+        yield text if len(names) == len(pair.adapters) else f"{text} ({', '.join(names)})"
 
 
 def _line(row: BenchRow, extra: Sequence[str]) -> list[str]:
@@ -178,7 +228,7 @@ def _line(row: BenchRow, extra: Sequence[str]) -> list[str]:
         return [name, "×", *["–"] * (8 + len(extra))]
     return [
         f"{name}{chosen}",
-        f"{_spread(row.recovery)}{mark(row)}",
+        f"{_spread(row.recovery)}{mark(row)}{some_of(row)}",
         _figure(row.versus_copy, 3),
         _figure(row.teacher_share),
         _figure(row.retention),
@@ -202,6 +252,6 @@ def print_table(record: BenchReport, console: Console) -> None:
         table.add_row(*line)
     console.print(table)
     console.print()
-    console.print(LEGEND, markup=False)
+    console.print(legend(record), markup=False)
     if record.missing:
         console.print(f"{record.missing} cells are missing; --resume makes them.", markup=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
+import re
+
+from markupsafe import Markup, escape
 
 from regraft.bench.controls import CONTROLS
 from regraft.bench.goals import goals
 from regraft.bench.results import WORLDS
-from regraft.bench.table import LEGEND, made, recovery, rows_of, summary
+from regraft.bench.table import legend, made, recovery, rows_of, summary
 from regraft.report.bench_chart import draw_pair, tone
 from regraft.report.bench_schema import BenchReport
 from regraft.report.html import environment
@@ -33,8 +35,13 @@ def render_bench(record: BenchReport) -> str:
             charts={pair.name: Markup(draw_pair(pair)) for pair in record.pairs},
             worlds=WORLDS,
             controls_said=CONTROLS,
-            legend=LEGEND,
+            legend=_with_code(legend(record)),
             made=made(record).split("```")[-1].strip(),
             adapters=sum(len(pair.adapters) for pair in record.pairs),
         )
     )
+
+
+def _with_code(text: str) -> Markup:
+    """Markdown's backticks as HTML has them."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))

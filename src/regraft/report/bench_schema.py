@@ -106,7 +106,9 @@ class BenchReport(VersionedRecord):
     command: str
     date: str
     versions: dict[str, str]
-    seconds: float = Field(description="processor time of all cells, training left out")
+    seconds: float = Field(
+        description="processor time of the ports and of their scores; training, loading and effects left out"
+    )
     methods: list[BenchMethod]
     groups: list[BenchGroup]
     pairs: list[BenchPair]
