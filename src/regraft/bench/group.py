@@ -20,11 +20,11 @@ from regraft.base import Base, open_base
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
 from regraft.bench.memory import Peak
-from regraft.bench.same import content_of
 from regraft.bench.variants import Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
 from regraft.check import check
+from regraft.content import content_of
 from regraft.errors import InputError, RegraftError
 from regraft.formats import load_adapter
 from regraft.port import PortResult, port

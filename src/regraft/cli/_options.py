@@ -34,6 +34,7 @@ From = Annotated[
     ),
 ]
 To = Annotated[Path | None, typer.Option("--to", metavar="NEW", help="The base that it is to run on.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="See `regraft methods`.")]
 SubspaceRank = Annotated[
     str | None, typer.Option("--subspace-rank", metavar="N|SHARE", help="lora-x, prolora: rank of the subspaces.")
@@ -151,12 +152,16 @@ def running(
     n_inputs: int | None, seed: int, prompts: Path | None, config: Path | None, device: str, weights_only: bool
 ) -> Running:
     """How both models are to be run."""
-    texts = None
-    if prompts is not None:
-        from regraft.probes import read_prompts
+    return Running(n_inputs, seed, texts(prompts), config, device, weights_only)
 
-        texts = tuple(read_prompts(prompts))
-    return Running(n_inputs, seed, texts, config, device, weights_only)
+
+def texts(prompts: Path | None) -> tuple[str, ...] | None:
+    """The lines of a file of prompts."""
+    if prompts is None:
+        return None
+    from regraft.probes import read_prompts
+
+    return tuple(read_prompts(prompts))
 
 
 def number_or_word(text: str | None, option: str, word: str) -> float | str | None:

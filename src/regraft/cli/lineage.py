@@ -22,8 +22,6 @@ from regraft.report.schema import Record
 
 app = typer.Typer(help="Show, check or write what an adapter belongs to.", no_args_is_help=True)
 
-_Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")]
-
 
 class Checked(Record):
     """One file of ``lineage validate --json`` or ``migration validate --json``."""
@@ -93,7 +91,7 @@ def stamp_(
     exact: Annotated[
         bool, typer.Option("--exact", help="Also hash every byte of the base, not a fixed sample alone.")
     ] = False,
-    output: _Output = None,
+    output: o.Output = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace the adapter's own file.")] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,

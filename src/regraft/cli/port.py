@@ -37,9 +37,7 @@ def port(
     adapter: o.AdapterArgument,
     old: o.From = None,
     new: o.To = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")
-    ] = None,
+    output: o.Output = None,
     method: o.MethodOption = "auto",
     subspace_rank: o.SubspaceRank = None,
     energy: o.Energy = None,

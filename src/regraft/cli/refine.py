@@ -18,7 +18,7 @@ from regraft.refine import Look, RefineSettings
 from regraft.refine import refine as refine_adapter
 from regraft.refine.settings import Objective
 from regraft.refine.state import forget, state_file
-from regraft.report.refine_table import refine_table
+from regraft.report.tables import refine_table
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -27,9 +27,7 @@ def refine(
     adapter: o.AdapterArgument,
     old: o.From = None,
     new: o.To = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.")
-    ] = None,
+    output: o.Output = None,
     start: Annotated[
         Path | None,
         typer.Option("--start", metavar="PORTED", help="A port to begin from; by default the one that auto makes."),
@@ -52,9 +50,7 @@ def refine(
         typer.Option("--targets", metavar="GLOB", help="Further modules of the new base to train; repeatable."),
     ] = None,
     n_inputs: Annotated[int | None, typer.Option("--n-inputs", min=8, help="Inputs that the old base makes.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Texts instead of made ones, one a line.")
-    ] = None,
+    prompts: o.Prompts = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs and order.")] = 0,
     config: o.Config = None,
     device: o.Device = "cpu",
@@ -86,7 +82,7 @@ def refine(
         rate=o.above_zero(rate, "--rate"),
         retention=o.share(retention, "--retention"),
         n_inputs=n_inputs,
-        prompts=o.running(None, 0, prompts, None, device, False).prompts,
+        prompts=o.texts(prompts),
         seed=seed,
         budget=seconds(budget),
         rank=rank,

@@ -84,9 +84,8 @@ def refine(
         models = BothModels.load(old.path, new.path, settings.config, settings.device)
         inputs = inputs_of(models, adapter, settings)
         chosen, why = objective_of(settings.objective)
-        pull = PULLS[chosen]
-        fit = aims_of(models, adapter, inputs.fit, pull, tick=tick)
-        held = aims_of(models, adapter, inputs.held_out, pull, tick=tick)
+        aims = aims_of(models, adapter, (*inputs.fit, *inputs.held_out), PULLS[chosen], tick=tick)
+        fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
         with student_of(
             models.new, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
         ) as student:
@@ -114,6 +113,7 @@ def refine(
         n_inputs=sum(len(batch) for batch in inputs.fit),
         steps=course.best_look.step,
         stopped=course.stopped,
+        unkept=course.unkept,
         recovered=course.best_look.recovered,
         beside=beside,
         looks=[_row(look) for look in course.looks],

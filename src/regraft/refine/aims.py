@@ -19,7 +19,7 @@ from regraft.runtime.load import Loaded
 #: Numbers of an aim that are kept whole; of larger vocabularies the likeliest tokens, and the rest as one.
 MOST_NUMBERS = 1 << 26
 LIKELIEST = 128
-# Below this share of the new base's own outputs, an adapter does nothing that could be taught.
+# An adapter that moves the outputs of no batch further than this does nothing that could be taught.
 _NO_EFFECT = 1e-7
 
 
@@ -33,7 +33,6 @@ class Aim:
         tokens: (rows, k − 1), which tokens those are; None for all, in order.
         language: whether outputs are log-probabilities.
         size: mean distance of the new base alone from what is wanted.
-        moved: mean distance of the new base alone from what the adapter alone would make of it: its effect.
         retention: the new base made the inputs: it is to stay itself there.
     """
 
@@ -42,7 +41,6 @@ class Aim:
     tokens: Tensor | None
     language: bool
     size: float
-    moved: float
     retention: bool
 
     def distance(self, outputs: Tensor) -> Tensor:
@@ -51,7 +49,7 @@ class Aim:
         Args:
             outputs: the model's, as `told` gives them.
         """
-        return _distance(self.wanted.to(outputs.device), outputs, self.language)
+        return distance(self.wanted.to(outputs.device), outputs, self.language)
 
     def told(self, outputs: Tensor) -> Tensor:
         """A model's outputs on the batch, in the form of ``wanted``."""
@@ -65,7 +63,6 @@ def aims_of(
     batches: Sequence[Batch],
     pull: float,
     *,
-    stay: float = 0.0,
     tick: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Aim]:
     """Aims for every batch: y_t + (y_a − y_s) + μ (y_s − y_t), in logits or in whatever the models give.
@@ -79,8 +76,6 @@ def aims_of(
         adapter: for the old one.
         batches: inputs.
         pull: μ.
-        stay: on inputs that the new base made, the share of the adapter's effect that is not wanted: 1 keeps the new
-            base as it is there.
         tick: called with (done, in all, what).
 
     Raises:
@@ -92,7 +87,7 @@ def aims_of(
         for i, batch in enumerate(batches):
             tick(i, 2 * len(batches), "the old base with its adapter")
             with_it.append(_run(batch, models.old, "old", None, language))
-    aims = []
+    aims, moved = [], 0.0
     for i, (batch, (y_a, tokens)) in enumerate(zip(batches, with_it, strict=True)):
         tick(len(batches) + i, 2 * len(batches), "both bases without it")
         y_s, _ = _run(batch, models.old, "old", tokens, language)
@@ -104,27 +99,16 @@ def aims_of(
             )
         kept = batch.made_by == "new"
         effect = _normal(y_t + (y_a - y_s), language)
-        wanted = (
-            _normal(y_t + (1 - stay) * (y_a - y_s), language)
-            if kept
-            else _normal(y_t + (y_a - y_s) + pull * (y_s - y_t), language)
-        )
-        size, moved = (float(_distance(aim, y_t, language)) for aim in (wanted, effect))
-        aims.append(Aim(batch, wanted, tokens, language, size, moved, kept))
-    check_effect(aims, adapter)
-    return aims
-
-
-def check_effect(aims: Sequence[Aim], adapter: Adapter) -> None:
-    """Raises:
-    InputError: the adapter does nothing on the old base.
-    """
-    if not any(aim.moved > _NO_EFFECT for aim in aims):
+        wanted = effect if kept else _normal(y_t + (y_a - y_s) + pull * (y_s - y_t), language)
+        moved = max(moved, float(distance(effect, y_t, language)))
+        aims.append(Aim(batch, wanted, tokens, language, float(distance(wanted, y_t, language)), kept))
+    if moved <= _NO_EFFECT:
         raise InputError(
             "has no effect on the old base: there is nothing to bring over",
             file=adapter.path,
             remedy="Is it the base that it was trained on? `regraft identify` looks for the right one.",
         )
+    return aims
 
 
 def _run(
@@ -156,7 +140,8 @@ def _normal(logits: Tensor, language: bool) -> Tensor:
     return F.log_softmax(logits, -1) if language else logits
 
 
-def _distance(wanted: Tensor, got: Tensor, language: bool) -> Tensor:
+def distance(wanted: Tensor, got: Tensor, language: bool) -> Tensor:
+    """Mean over rows of KL(wanted ‖ got) of log-probabilities (rows, k); of other outputs, the mean squared error."""
     if language:
-        return (wanted.exp() * (wanted - got)).sum(-1).mean()
-    return (wanted - got).square().mean()
+        return F.kl_div(got, wanted, reduction="batchmean", log_target=True)
+    return F.mse_loss(got, wanted)

@@ -130,7 +130,9 @@ class _Run:
     def __init__(
         self, student: Student, fit: Sequence[Aim], held: Sequence[Aim], settings: RefineSettings, heard: Heard
     ) -> None:
-        self.student, self.fit, self.held, self.settings, self.heard = student, fit, held, settings, heard
+        self.student, self.held, self.settings, self.heard = student, held, settings, heard
+        self.tasks = [aim for aim in fit if not aim.retention]
+        self.kept = [aim for aim in fit if aim.retention]
         accelerate = library("accelerate")
         self.accelerator: Any = accelerate.Accelerator(
             mixed_precision=settings.precision, cpu=settings.device == "cpu", device_placement=False
@@ -138,9 +140,8 @@ class _Run:
         self.optimizer = _optimizer(student, settings)
         self.step, self.spent = 0, 0.0
         self.course = Course()
-        tasks = [aim for aim in fit if not aim.retention]
         # One unit for all: a batch on which the adapter does little counts little.
-        self.size = sum(aim.size for aim in tasks) / len(tasks)
+        self.size = sum(aim.size for aim in self.tasks) / len(self.tasks)
         self.checkpointing()
 
     def checkpointing(self) -> None:
@@ -187,11 +188,9 @@ class _Run:
 
     def chosen(self) -> Aim:
         """The next step's aim: in the seed's order, every so many of them for retention."""
-        kept = [aim for aim in self.fit if aim.retention]
-        tasks = [aim for aim in self.fit if not aim.retention]
-        share = self.settings.retention if kept else 0.0
+        share = self.settings.retention if self.kept else 0.0
         before, after = (math.floor(share * n) for n in (self.step, self.step + 1))
-        pool, number = (kept, before) if after > before else (tasks, self.step - before)
+        pool, number = (self.kept, before) if after > before else (self.tasks, self.step - before)
         epoch, place = divmod(number, len(pool))
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(self.settings.seed + 7919 * epoch))
         return pool[int(order[place])]

@@ -34,8 +34,6 @@ class RefineSettings:
         precision: of the student's passes, as accelerate names it.
         checkpointing: save memory by computing activations twice.
         optimizer: ``adamw``, or ``adamw8bit`` (bitsandbytes).
-        low_memory: hold one of the two models at a time.
-        cache: folder for the state of a run that may be gone on with; None keeps none.
     """
 
     objective: Objective = "auto"
@@ -55,5 +53,3 @@ class RefineSettings:
     precision: Literal["no", "fp16", "bf16"] = "no"
     checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    low_memory: bool = False
-    cache: Path | None = None

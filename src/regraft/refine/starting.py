@@ -54,9 +54,7 @@ def start_of(adapter: Adapter, old: Base, new: Base, running: Running, tick: Tic
     settings = Settings(allow_partial=True, running=running)
     try:
         result = port(adapter, old, new, "auto", settings=settings, tick=tick)
-    except Refused as refused:
-        return _from_afar(adapter, old, new, settings, refused.what)
-    except InputError as error:
+    except (Refused, InputError) as error:
         return _from_afar(adapter, old, new, settings, error.what)
     return Start(_fully_named(result.adapter, adapter, old, new), result.report.method, result.report.method_reason)
 

@@ -10,20 +10,21 @@ from pathlib import Path
 from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.cache import cache_folder
+from regraft.content import content_of
 from regraft.refine.settings import RefineSettings
 
 # What may differ between a run and the one that goes on from it.
-_FREE = ("steps", "budget", "patience", "device", "precision", "checkpointing", "cache", "low_memory")
+_FREE = ("steps", "budget", "patience", "device", "precision", "checkpointing")
 
 
 def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:
     """The file for one refine: of this adapter, these bases, and these settings."""
     asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     content = {
-        "adapter": _content(adapter),
+        "adapter": content_of(adapter),
         "old": str(old.prints),
         "new": str(new.prints),
-        "start": _content(start) if start is not None else None,
+        "start": content_of(start) if start is not None else None,
         "settings": asked,
     }
     text = json.dumps(content, sort_keys=True, default=str)
@@ -33,13 +34,3 @@ def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | None, se
 def forget(state: Path) -> None:
     """Remove a state that is no longer wanted."""
     state.unlink(missing_ok=True)
-
-
-def _content(adapter: Adapter) -> str:
-    """Hash of an adapter's weights."""
-    found = hashlib.sha256()
-    for ref, update in sorted(adapter.updates.items(), key=lambda item: str(item[0])):
-        for name, part in sorted(update.parts().items()):
-            found.update(f"{ref}\t{name}\t{part.shape}\n".encode())
-            found.update(part.load().float().contiguous().numpy().tobytes())
-    return found.hexdigest()

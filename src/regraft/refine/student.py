@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
-from regraft.names import resolve_names
 from regraft.runtime.applied import applied
-from regraft.runtime.both import twin
+from regraft.runtime.both import modules_of, twin
 from regraft.runtime.load import Loaded, library
 from regraft.runtime.record import is_conv1d
 from regraft.tensors import InMemory
@@ -104,7 +104,8 @@ def student_of(
     """
     own = {ref: update for ref, update in start.updates.items() if isinstance(update, LowRank)}
     model = twin(base)
-    trained, rest = _split(model, own, start)
+    trained = {ref: own[ref] for ref, module in modules_of(model, own).items() if _trainable(model, ref, module)}
+    rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
     trained |= _further(model, targets, trained, rank)
     trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
@@ -116,30 +117,14 @@ def student_of(
         stack.enter_context(applied(model.components, replace(start, updates=rest)))
         for part in model.components.values():
             part.requires_grad_(False)
-        layers = {
-            ref: layer
-            for component in {ref.component for ref in trained}
-            for ref, layer in _injected(model, component, trained).items()
-        }
-        yield Student(model, layers, trained, rest)
+        yield Student(model, _injected(model, trained), trained, rest)
 
 
-def _split(
-    model: Loaded, own: Mapping[ModuleRef, LowRank], start: Adapter
-) -> tuple[dict[ModuleRef, LowRank], dict[ModuleRef, Update]]:
-    """What PEFT can train, and the rest."""
-    trained: dict[ModuleRef, LowRank] = {}
-    for component in {ref.component for ref in own}:
-        if model.kind == "denoiser" and len(model.components) > 1 and _part(model, component) is not model.main:
-            # A pipeline encodes its prompts without gradients.
-            continue
-        there = dict(_part(model, component).named_modules())
-        names = resolve_names([ref.path for ref in own if ref.component == component], there)
-        for path, name in names.items():
-            module = there.get(name) if name is not None else None
-            if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
-                trained[ModuleRef(component, path)] = own[ModuleRef(component, path)]
-    return trained, {ref: update for ref, update in start.updates.items() if ref not in trained}
+def _trainable(model: Loaded, ref: ModuleRef, module: nn.Module) -> bool:
+    """Whether PEFT can train a LoRA there."""
+    # A pipeline encodes its prompts without gradients.
+    reached = model.pipeline is None or ref.component == model.main_name
+    return reached and (isinstance(module, nn.Linear | nn.Conv2d) or is_conv1d(module))
 
 
 def _further(
@@ -176,41 +161,40 @@ def _of_rank(update: LowRank, rank: int, generator: torch.Generator) -> LowRank:
     return update.with_factors(up, torch.where(silent[:, None], noise, down))
 
 
-def _part(model: Loaded, component: str) -> nn.Module:
-    part = model.components.get(component)
-    return next(iter(model.components.values())) if part is None else part
-
-
-def _injected(model: Loaded, component: str, trained: Mapping[ModuleRef, LowRank]) -> dict[ModuleRef, Any]:
-    """PEFT's layers in one component, holding the updates' own numbers."""
-    peft = library("peft")
-    part = _part(model, component)
-    paths = [ref.path for ref in trained if ref.component == component]
-    names = {path: name for path, name in resolve_names(paths, dict(part.named_modules())).items() if name is not None}
-    ranks = {name: trained[ModuleRef(component, path)].rank for path, name in names.items()}
-    dora = {name for path, name in names.items() if trained[ModuleRef(component, path)].magnitude is not None}
-    conv1d = any(is_conv1d(part.get_submodule(name)) for name in ranks)
-    # One configuration is either DoRA or not: each sort is injected under the same name, in a round of its own.
-    for wanted in (False, True):
-        of_it = [name for name in ranks if (name in dora) is wanted]
-        if of_it:
-            config = peft.LoraConfig(
-                r=ranks[of_it[0]],
-                lora_alpha=ranks[of_it[0]],
-                target_modules=of_it,
-                # Whole names, so that a short one is not taken for the end of a long one.
-                rank_pattern={f"^{name}$".replace(".", r"\."): ranks[name] for name in of_it},
-                alpha_pattern={f"^{name}$".replace(".", r"\."): ranks[name] for name in of_it},
-                use_dora=wanted,
-                fan_in_fan_out=conv1d,
-            )
-            peft.inject_adapter_in_model(config, part, adapter_name=_NAME)
+def _injected(model: Loaded, trained: Mapping[ModuleRef, LowRank]) -> dict[ModuleRef, Any]:
+    """PEFT's layers, holding the updates' own numbers."""
+    modules = modules_of(model, trained)
     layers: dict[ModuleRef, Any] = {}
-    for path, name in names.items():
-        ref = ModuleRef(component, path)
-        layers[ref] = part.get_submodule(name)
-        _set(layers[ref], trained[ref])
+    for part in model.components.values():
+        named = {module: name for name, module in part.named_modules()}
+        names = {ref: named[module] for ref, module in modules.items() if module in named}
+        # One configuration is either DoRA or not: each sort is injected under the same name, in a round of its own.
+        for dora in (False, True):
+            _inject(part, {n: trained[r] for r, n in names.items() if (trained[r].magnitude is not None) is dora}, dora)
+        layers |= {ref: part.get_submodule(name) for ref, name in names.items()}
+    for ref, layer in layers.items():
+        _set(layer, trained[ref])
     return layers
+
+
+def _inject(part: nn.Module, updates: Mapping[str, LowRank], dora: bool) -> None:
+    """Put layers of the updates' ranks in the place of the modules of these names."""
+    if not updates:
+        return
+    peft = library("peft")
+    # Whole names, so that a short one is not taken for the end of a long one.
+    ranks = {f"^{re.escape(name)}$": update.rank for name, update in updates.items()}
+    first = next(iter(ranks.values()))
+    config = peft.LoraConfig(
+        r=first,
+        lora_alpha=first,
+        target_modules=list(updates),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        use_dora=dora,
+        fan_in_fan_out=any(is_conv1d(part.get_submodule(name)) for name in updates),
+    )
+    peft.inject_adapter_in_model(config, part, adapter_name=_NAME)
 
 
 @torch.no_grad()

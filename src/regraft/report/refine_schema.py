@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from regraft.report.schema import BaseSummary, Effect, Record, VersionedRecord
+from regraft.report.schema import BaseSummary, Record, VersionedRecord
 
 
 class RefineLook(Record):
@@ -38,9 +38,9 @@ class RefineReport(VersionedRecord):
     n_inputs: int
     steps: int = Field(description="the step that was best on held-out inputs, and was kept")
     stopped: str
+    unkept: str = Field(default="", description="why the state of the training could not be kept on disk")
     recovered: float = Field(description="on held-out self-made inputs, of what is wanted")
     beside: list[Refined] = Field(description="none, copy and the start, on the same inputs")
-    effects: dict[str, Effect] = Field(default_factory=dict)
     looks: list[RefineLook]
     summary: str
     trained: int = Field(description="numbers that were trained")

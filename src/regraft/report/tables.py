@@ -28,6 +28,7 @@ from regraft.report.depth import (
     total,
     whole_percent,
 )
+from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import (
     BaseSummary,
     CheckReport,
@@ -41,6 +42,7 @@ from regraft.report.schema import (
 
 #: Rows of the module table: what a person reads; ``--json`` has every module.
 ROW_LIMIT = 24
+_UNTRAINED_LIMIT = 8
 
 _STYLE = {"survives": "bold green", "refine": "bold yellow", "refused": "bold red"}
 
@@ -125,6 +127,29 @@ def verify_table(report: VerifyReport, console: Console) -> None:
     notes = dict.fromkeys(e.effect_cosine.reason for e in effects.values() if e.effect_cosine.mean is not None)
     _reasons(console, [note for note in notes if note])
     console.print("[dim]cosine 1: the same direction; ratio 1: as strong. 95 % intervals over inputs.[/]")
+
+
+def refine_table(report: RefineReport, console: Console) -> None:
+    """Print where a refine began, where it came to, and what it took."""
+    _head(console, "REFINED", "bold cyan", report.summary)
+    why = f" ({report.start_reason})" if report.start_reason else ""
+    rows = [
+        ("start", f"{report.start}{why}"),
+        ("objective", f"{report.objective} ({report.objective_reason})"),
+        ("inputs", report.inputs),
+        ("trained", f"{report.trained:,} numbers in {report.modules} modules"),
+        ("stopped", report.stopped),
+        *([("not kept", f"the state to go on from: {report.unkept}")] if report.unkept else []),
+        ("took", f"{report.seconds:.0f} s, {report.peak_mb:.0f} MB at most"),
+        *(("written", output) for output in report.outputs),
+    ]
+    _facts(console, [(name, escape(value)) for name, value in rows])
+    table = _table("on held-out inputs", "of what is wanted")
+    for row in report.beside:
+        table.add_row(escape(row.title), f"{row.recovered:.1%}")
+    console.print(table)
+    for name, reason in list(report.untrained.items())[:_UNTRAINED_LIMIT]:
+        console.print(f"[dim]not trained: {escape(name)}: {escape(reason)}[/]", soft_wrap=True)
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Whether two adapters change a base alike: `auto` gives what another method gave, and need not be scored twice."""
+"""Whether two adapters change a base alike, by their content: names and formats aside."""
 
 from __future__ import annotations
 

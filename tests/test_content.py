@@ -9,7 +9,7 @@ import torch
 
 import toys
 from regraft.adapter import Adapter
-from regraft.bench.same import content_of
+from regraft.content import content_of
 from regraft.tensors import InMemory
 from regraft.updates import LowRank
 
