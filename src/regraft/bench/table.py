@@ -10,7 +10,7 @@ from rich.table import Table
 from regraft.bench.controls import CONTROLS
 from regraft.bench.goals import goals
 from regraft.bench.results import WORLDS
-from regraft.report.bench_schema import BenchPair, BenchReport, BenchRow
+from regraft.report.bench_schema import BenchGroup, BenchPair, BenchReport, BenchRow
 from regraft.report.schema import Interval
 
 #: Where a page's generated part begins and ends.
@@ -100,12 +100,17 @@ def rows_of(record: BenchReport) -> list[str]:
     return list(dict.fromkeys(row.name for group in record.groups for row in group.rows))
 
 
+def _world(group: BenchGroup) -> str:
+    """A group's world in a word."""
+    return _HEADS.get(WORLDS.get(group.world, ""), group.world)
+
+
 def summary(record: BenchReport, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of methods by groups of pairs, some rows left out."""
     head = ["method"]
     for group in record.groups:
         many = f", {len(group.pairs)} pairs" if len(group.pairs) > 1 else ""
-        head.append(f"{_HEADS.get(WORLDS.get(group.world, ''), group.world)}: {group.expects}{many}")
+        head.append(f"{_world(group)}: {group.expects}{many}")
     lines = []
     for name in (name for name in rows_of(record) if name not in without):
         cells = [next((row for row in group.rows if row.name == name), None) for group in record.groups]
@@ -128,12 +133,17 @@ def made(record: BenchReport) -> str:
 
 def block(record: BenchReport) -> str:
     """The summary for a page of other text, such as the README, whose readers bring a LoRA."""
-    return "\n\n".join((markdown(*summary(record, _TRIVIAL)), _for_makers(record), legend(record), made(record)))
+    return "\n\n".join(_told(record, _TRIVIAL))
+
+
+def _told(record: BenchReport, without: Sequence[str] = ()) -> tuple[str, ...]:
+    """The summary and what it takes to read it."""
+    return markdown(*summary(record, without)), _for_makers(record), legend(record), made(record)
 
 
 def _for_makers(record: BenchReport) -> str:
     """The table in words for who has a LoRA, and not read of the benchmark."""
-    worlds = [_HEADS.get(WORLDS.get(group.world, ""), group.world) for group in record.groups]
+    worlds = [_world(group) for group in record.groups]
     kinds = [group.expects for group in record.groups]
     words = [f"*{name}*: {_IN_FULL[name]}" for name in dict.fromkeys(worlds) if name in _IN_FULL]
     words += [f"*{name}*: {_KINDS[name]}" for name in dict.fromkeys(kinds) if name in _KINDS]
@@ -159,10 +169,7 @@ def page(record: BenchReport) -> str:
         "same budget (*native*). Test inputs that nothing was trained on are scored under each of them.",
         _meanings(),
         "## Methods by kind of pair",
-        markdown(*summary(record)),
-        _for_makers(record),
-        legend(record),
-        made(record),
+        *_told(record),
         "## Goals",
         _goals(record),
         "## Pair by pair",
