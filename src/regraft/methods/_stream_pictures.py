@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from regraft.adapter import ModuleRef
 from regraft.errors import InputError
 from regraft.methods._stream_solve import Sums, Write, rank_of
-from regraft.methods._stream_states import Latents, States, check_pipelines, make_states, same_space
+from regraft.methods._stream_states import States, check_pipelines, make_states, same_space
 from regraft.methods._stream_text import applied_twin
 from regraft.methods.task import AdapterTask
 from regraft.runtime.both import Side, modules_of, twin
+from regraft.runtime.latents import Latents
 from regraft.runtime.load import Loaded
 from regraft.runtime.record import input_rows, output_rows
 

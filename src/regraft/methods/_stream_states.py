@@ -4,69 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft.errors import InputError, first_line
+from regraft.errors import InputError
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches_diffusion import DiffusionBatch
-from regraft.probes.diffusion import STEPS, reads_prompts
+from regraft.probes.diffusion import STEPS, noise_plan, prompts_for, reads_prompts, sample_latents
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.runtime.applied import applied
-from regraft.runtime.load import Loaded
+from regraft.runtime.latents import Latents
 
 # Pictures that are made, and run, together; noise levels of each; every so many pictures, one that is held out.
 TOGETHER, LEVELS, HELD = 16, 4, 6
-
-
-@dataclass(frozen=True)
-class Latents:
-    """How a pipeline reads and writes pictures, and what its denoiser predicts of a noisy state z = α x + σ ε."""
-
-    model: Loaded
-
-    @property
-    def _scale(self) -> tuple[float, float]:
-        config = self.model.pipeline.vae.config
-        return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (n, 3, h, w), from −1 to 1."""
-        factor, shift = self._scale
-        vae = self.model.pipeline.vae
-        picture: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / factor + shift).sample
-        return picture.float().clamp(-1, 1)
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        factor, shift = self._scale
-        vae = self.model.pipeline.vae
-        mode: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
-        return ((mode - shift) * factor).float()
-
-    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ, (n, 1, 1, 1)."""
-        kept = self.model.pipeline.scheduler.alphas_cumprod[times].float()[:, None, None, None]
-        return kept.sqrt(), (1 - kept).sqrt()
-
-    def clean(self, prediction: Tensor, z: Tensor, times: Tensor) -> Tensor:
-        """The picture's latents in a prediction."""
-        alpha, sigma = self.levels(times)
-        if self._predicts == "v_prediction":
-            return alpha * z - sigma * prediction
-        return prediction if self._predicts == "sample" else (z - sigma * prediction) / alpha.clamp_min(0.02)
-
-    def prediction(self, clean: Tensor, z: Tensor, times: Tensor) -> Tensor:
-        """The inverse of `clean`."""
-        alpha, sigma = self.levels(times)
-        if self._predicts == "v_prediction":
-            return (alpha * z - clean) / sigma.clamp_min(0.05)
-        return clean if self._predicts == "sample" else (z - alpha * clean) / sigma.clamp_min(0.05)
-
-    @property
-    def _predicts(self) -> str:
-        return str(self.model.pipeline.scheduler.config.prediction_type)
 
 
 @dataclass(frozen=True)
@@ -115,8 +66,7 @@ def make_states(task: AdapterTask, n: int, seed: int) -> tuple[list[States], lis
     pictures = max(2, -(-n // LEVELS))
     held = max(1, pictures // HELD)
     given = list(task.prompts if task.prompts is not None else PICTURE_PROMPTS)
-    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
-    texts = [given[order[i % len(given)]] for i in range(pictures + held)]
+    texts = prompts_for(given, pictures + held, seed)
     parts = (texts[:pictures], texts[pictures:])
     fit, rest = ([*_batches(task, part, seed + 10_000 * i)] for i, part in enumerate(parts))
     made = (
@@ -144,16 +94,7 @@ def _drawn(task: AdapterTask, texts: Sequence[str], seed: int) -> tuple[tuple[Te
     same = same_space(task)
 
     def draw() -> tuple[Tensor, Tensor]:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-        try:
-            made: Any = old.pipeline(
-                prompt=list(texts), num_inference_steps=STEPS, generator=generators, output_type="latent"
-            )
-        except Exception as error:
-            raise InputError(
-                f"{old.name} can't be run on prompts alone ({first_line(error)})", file=old.path
-            ) from error
-        latents = made.images.float().cpu()
+        latents = sample_latents(old, list(texts), seed).float().cpu()
         return latents, latents if same else there.encode(here.decode(latents)).cpu()
 
     plain = draw()
@@ -183,14 +124,9 @@ def _noised(
     turn: Tensor | None,
     generator: torch.Generator,
 ) -> States:
-    n = len(texts) * LEVELS
-    which = torch.arange(len(texts)).repeat_interleave(LEVELS)
-    spread = torch.arange(LEVELS).repeat(len(texts)) + torch.rand(n, generator=generator)
     steps = len(task.models.old.pipeline.scheduler.alphas_cumprod)
-    times = (spread / LEVELS * steps).long().clamp(1, steps - 1)
-    # A fifth without a prompt, as guidance runs the model.
-    without = torch.rand(n, generator=generator) < 0.2
-    prompts = tuple("" if without[i] else texts[int(which[i])] for i in range(n))
+    which, times, prompts = noise_plan(texts, LEVELS, steps, generator)
+    n = len(which)
     noise = torch.randn(n, *plain[0].shape[1:], generator=generator)
     if plain[0] is plain[1]:
         other = noise

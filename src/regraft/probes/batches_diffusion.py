@@ -20,6 +20,7 @@ from regraft.probes.diffusion import (
     first_call,
     made_up,
     noise_states,
+    prompts_for,
     reads,
     reads_prompts,
     recording,
@@ -132,11 +133,8 @@ def _states(model: Loaded, count: int, seed: int, prompts: Sequence[str] | None,
         return [_pure_noise(model, count, seed, maker)]
     pictures = -(-count // STATES)
     given = list(prompts if prompts is not None else PICTURE_PROMPTS) if reads_prompts(model) else [""]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(given), generator=generator).tolist()
-    texts = [given[order[i % len(given)]] for i in range(pictures)]
     # A fifth without a prompt, as guidance runs the model.
-    texts = ["" if i % 5 == 4 and reads_prompts(model) else text for i, text in enumerate(texts)]
+    texts = ["" if i % 5 == 4 and reads_prompts(model) else t for i, t in enumerate(prompts_for(given, pictures, seed))]
     batches: list[Batch] = []
     left = count
     for i in range(0, pictures, _TOGETHER):

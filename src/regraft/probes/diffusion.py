@@ -125,6 +125,34 @@ def diffusion_probe(
     return DiffusionProbe(tuple(texts), tuple(own[i] for i in range(n)), made, distinct, reads(model), seed)
 
 
+def prompts_for(given: Sequence[str], count: int, seed: int) -> list[str]:
+    """So many prompts, in an order of the seed; from the start again where there are too few."""
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [given[order[i % len(given)]] for i in range(count)]
+
+
+def noise_plan(
+    texts: Sequence[str], levels: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Noise levels of pictures, spread over a schedule's; a fifth without a prompt, as guidance runs the model.
+
+    Args:
+        texts: one per picture.
+        levels: of each.
+        steps: of the schedule.
+        generator: the levels are drawn first, then who goes without a prompt.
+
+    Returns:
+        Which picture (n,), its timestep (n,), and its prompt, for n = pictures · levels.
+    """
+    n = len(texts) * levels
+    which = torch.arange(len(texts)).repeat_interleave(levels)
+    spread = torch.arange(levels).repeat(len(texts)) + torch.rand(n, generator=generator)
+    times = (spread / levels * steps).long().clamp(1, steps - 1)
+    without = torch.rand(n, generator=generator) < 0.2
+    return which, times, tuple("" if without[i] else texts[int(which[i])] for i in range(n))
+
+
 def reads_prompts(model: Loaded) -> bool:
     """Whether it is a pipeline that takes prompts."""
     return model.pipeline is not None and "prompt" in inspect.signature(model.pipeline.__call__).parameters

@@ -11,10 +11,11 @@ from torch import Tensor
 from regraft.adapter import Adapter
 from regraft.probes.batches import Batch, Batches, Maker
 from regraft.probes.batches_diffusion import DiffusionBatch, diffusion_batches
-from regraft.probes.diffusion import Call, reads_prompts, sample_latents
+from regraft.probes.diffusion import Call, noise_plan, prompts_for, reads_prompts, sample_latents
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
+from regraft.runtime.latents import Latents
 from regraft.runtime.load import Loaded
 
 #: Pictures to learn from, noise levels of each, and states that are run together.
@@ -72,7 +73,7 @@ def picture_inputs(
     for number, (maker, count) in enumerate(makers):
         model = new if maker == "new" else old
         apart = max(1, count // 6)
-        texts = _texts(given, count + apart, seed + number)
+        texts = prompts_for(given, count + apart, seed + number)
         with applied(model.components, adapter if maker == "adapter" else None):
             drawn = _drawn(model, texts, seed + 10_000 * number)
         fit += _noised(model, texts[:count], drawn[:count], maker, seed + number)
@@ -99,11 +100,6 @@ def _prepared(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     )
 
 
-def _texts(given: Sequence[str], count: int, seed: int) -> list[str]:
-    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [given[order[i % len(given)]] for i in range(count)]
-
-
 @torch.no_grad()
 def _drawn(model: Loaded, texts: Sequence[str], seed: int) -> Tensor:
     """Latents of finished pictures, (n, channels, height, width)."""
@@ -115,17 +111,13 @@ def _drawn(model: Loaded, texts: Sequence[str], seed: int) -> Tensor:
 
 
 def _noised(model: Loaded, texts: Sequence[str], clean: Tensor, maker: Maker, seed: int) -> list[Batch]:
-    """Every picture at `LEVELS` noise levels, spread over all; a fifth without a prompt, as guidance runs the model."""
+    """Every picture at `LEVELS` noise levels (see `regraft.probes.diffusion.noise_plan`)."""
     generator = torch.Generator().manual_seed(seed)
-    n = len(texts) * LEVELS
-    which = torch.arange(len(texts)).repeat_interleave(LEVELS)
-    kept = model.pipeline.scheduler.alphas_cumprod.float().cpu()
-    spread = torch.arange(LEVELS).repeat(len(texts)) + torch.rand(n, generator=generator)
-    times = (spread / LEVELS * len(kept)).long().clamp(1, len(kept) - 1)
-    alpha, sigma = kept[times].sqrt()[:, None, None, None], (1 - kept[times]).sqrt()[:, None, None, None]
+    steps = len(model.pipeline.scheduler.alphas_cumprod)
+    which, times, prompts = noise_plan(texts, LEVELS, steps, generator)
+    n = len(which)
+    alpha, sigma = Latents(model).levels(times)
     states = alpha * clean[which] + sigma * torch.randn(n, *clean.shape[1:], generator=generator)
-    without = torch.rand(n, generator=generator) < 0.2
-    prompts = ["" if without[i] else texts[int(which[i])] for i in range(n)]
     # Mixed, so that a step sees several pictures.
     order = torch.randperm(n, generator=generator)
     return [

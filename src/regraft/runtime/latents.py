@@ -1,0 +1,57 @@
+"""A pipeline's latents: pictures in and out of them, and its denoiser's predictions of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regraft.runtime.load import Loaded
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How a pipeline reads and writes pictures, and what its denoiser predicts of a noisy state z = α x + σ ε."""
+
+    model: Loaded
+
+    @property
+    def _scale(self) -> tuple[float, float]:
+        config = self.model.pipeline.vae.config
+        return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (n, 3, h, w), from −1 to 1."""
+        factor, shift = self._scale
+        vae = self.model.pipeline.vae
+        picture: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / factor + shift).sample
+        return picture.float().clamp(-1, 1)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        factor, shift = self._scale
+        vae = self.model.pipeline.vae
+        mode: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
+        return ((mode - shift) * factor).float()
+
+    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """α and σ, (n, 1, 1, 1)."""
+        kept = self.model.pipeline.scheduler.alphas_cumprod[times].float()[:, None, None, None]
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def clean(self, prediction: Tensor, z: Tensor, times: Tensor) -> Tensor:
+        """The picture's latents in a prediction."""
+        alpha, sigma = self.levels(times)
+        if self._predicts == "v_prediction":
+            return alpha * z - sigma * prediction
+        return prediction if self._predicts == "sample" else (z - sigma * prediction) / alpha.clamp_min(0.02)
+
+    def prediction(self, clean: Tensor, z: Tensor, times: Tensor) -> Tensor:
+        """The inverse of `clean`."""
+        alpha, sigma = self.levels(times)
+        if self._predicts == "v_prediction":
+            return (alpha * z - clean) / sigma.clamp_min(0.05)
+        return clean if self._predicts == "sample" else (z - alpha * clean) / sigma.clamp_min(0.05)
+
+    @property
+    def _predicts(self) -> str:
+        return str(self.model.pipeline.scheduler.config.prediction_type)
