@@ -18,16 +18,6 @@ FEW = Running(n_inputs=24)
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("bases") / "old")
-
-
-@pytest.fixture(scope="module")
-def drifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("bases") / "drifted", drift=0.3)
-
-
-@pytest.fixture(scope="module")
 def adapter(old: Path) -> Adapter:
     return tiny.lora(load_model(old).main, ("q_proj", "v_proj", "down_proj"), size=0.3)
 

@@ -27,21 +27,6 @@ FEW = Running(n_inputs=12)
 ROLES = ("q_proj", "v_proj", "down_proj")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bases")
-
-
-@pytest.fixture(scope="module")
-def old(folder: Path) -> Path:
-    return tiny.llama(folder / "old")
-
-
-@pytest.fixture(scope="module")
-def drifted(folder: Path) -> Path:
-    return tiny.llama(folder / "drifted", drift=0.3)
-
-
 def adapter_for(base: Path, roles: tuple[str, ...] = ROLES, **settings: Any) -> Adapter:
     return tiny.lora(load_model(base).main, roles, **settings)
 

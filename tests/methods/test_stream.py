@@ -30,16 +30,6 @@ from verify import tiny
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bases")
-
-
-@pytest.fixture(scope="module")
-def old(folder: Path) -> Path:
-    return tiny.llama(folder / "old")
-
-
-@pytest.fixture(scope="module")
 def wider(folder: Path) -> Path:
     return tiny.llama(folder / "wider", seed=5, width=24)
 

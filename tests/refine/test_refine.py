@@ -25,16 +25,6 @@ ROLES = ("q_proj", "v_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bases")
-
-
-@pytest.fixture(scope="module")
-def old(folder: Path) -> Path:
-    return tiny.llama(folder / "old")
-
-
-@pytest.fixture(scope="module")
 def new(folder: Path) -> Path:
     return tiny.llama(folder / "new", drift=0.4)
 
