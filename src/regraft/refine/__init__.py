@@ -22,9 +22,9 @@ from regraft.refine.loop import Course, Heard, Look, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import Start, start_of
-from regraft.refine.student import Student, student_of
+from regraft.refine.student import Student, student_of, why_not
 from regraft.report.refine_schema import Refined, RefineLook, RefineReport
-from regraft.runtime.both import BothModels
+from regraft.runtime.both import BothModels, modules_of
 from regraft.runtime.load import quiet_libraries
 from regraft.updates import LowRank
 
@@ -159,8 +159,10 @@ def _given(start: Adapter) -> Start:
 
 def _untrained(student: Student) -> dict[str, str]:
     said = {}
+    modules = modules_of(student.model, student.rest)
     for ref, update in student.rest.items():
-        what = "its module is no linear layer or convolution" if isinstance(update, LowRank) else f"a {update.kind}"
+        low_rank = isinstance(update, LowRank)
+        what = why_not(student.model, ref, modules.get(ref)) if low_rank else f"a {update.kind}"
         said[str(ref)] = f"{what}: kept as it was ported"
     return said
 

@@ -104,7 +104,7 @@ def student_of(
     """
     own = {ref: update for ref, update in start.updates.items() if isinstance(update, LowRank)}
     model = twin(base)
-    trained = {ref: own[ref] for ref, module in modules_of(model, own).items() if _trainable(model, ref, module)}
+    trained = {ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module)}
     rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
     trained |= _further(model, targets, trained, rank)
@@ -120,11 +120,13 @@ def student_of(
         yield Student(model, _injected(model, trained), trained, rest)
 
 
-def _trainable(model: Loaded, ref: ModuleRef, module: nn.Module) -> bool:
-    """Whether PEFT can train a LoRA there."""
-    # A pipeline encodes its prompts without gradients.
-    reached = model.pipeline is None or ref.component == model.main_name
-    return reached and (isinstance(module, nn.Linear | nn.Conv2d) or is_conv1d(module))
+def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None) -> str:
+    """Why no LoRA can be trained there; empty where one can."""
+    if model.pipeline is not None and ref.component != model.main_name:
+        return "a pipeline encodes its prompts without gradients"
+    if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
+        return ""
+    return "its module is no linear layer or convolution"
 
 
 def _further(
