@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.probes.batches import TextBatch, make_batches
 from regraft.probes.batches_aligned import align
+from regraft.probes.text import same_tokens
 from regraft.runtime import applied, load_model
 from regraft.runtime.both import BothModels, twin
 from regraft.runtime.record import calls_of, record, statistics
@@ -66,9 +69,30 @@ class Splitter:
         return {"input_ids": [3 + start % 30 for start, _ in spans], "offset_mapping": spans}
 
 
+def merged_pairs(merges: list[tuple[str, str]]) -> Any:
+    """A tokenizer of the letters, and of these pairs after them."""
+    letters = [chr(code) for code in range(32, 127)]
+    vocab = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges)])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, merges)))
+
+
+def test_tokens_are_other_ones_where_text_is_split_otherwise_though_old_ids_stay() -> None:
+    letters, pairs = merged_pairs([]), merged_pairs([("t", "h"), ("th", "e")])
+    assert not same_tokens(letters, pairs)
+    assert not same_tokens(pairs, letters)
+    assert same_tokens(pairs, merged_pairs([("t", "h"), ("th", "e")]))
+
+
+def test_tokens_are_the_same_where_some_were_added() -> None:
+    letters, more = merged_pairs([]), merged_pairs([])
+    more.add_tokens(["<|tool|>"], special_tokens=True)
+    assert same_tokens(letters, more)
+    assert same_tokens(more, letters)
+
+
 def test_positions_answer_to_each_other_where_both_have_read_the_same_characters(both: BothModels) -> None:
-    models = BothModels(replace(both.old, tokenizer=Splitter(2)), replace(both.new, tokenizer=Splitter(3)))
-    found = align(["abcdefgh", "abcdef"], models)
+    both = BothModels(replace(both.old, tokenizer=Splitter(2)), replace(both.new, tokenizer=Splitter(3)))
+    found = align(["abcdefgh", "abcdef"], both)
     assert found.ids["old"].shape == (2, 4)
     assert found.ids["new"].shape == (2, 3)
     # Ends of "abcdefgh": 2 4 6 8 and 3 6 8; of "abcdef": 2 4 6 and 3 6.

@@ -17,7 +17,7 @@ from regraft.adapter import Adapter
 from regraft.errors import InputError
 from regraft.probes.batches_aligned import align
 from regraft.probes.sentences import SENTENCES
-from regraft.probes.text import encode, longest, same_ids, sample_texts, sentence, vocabulary_of
+from regraft.probes.text import encode, longest, same_tokens, sample_texts, sentence, vocabulary_of
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded, quiet_libraries
@@ -190,7 +190,7 @@ def _other_tokens(old: Loaded, new: Loaded) -> bool:
     """
     ours, theirs = old.tokenizer, new.tokenizer
     if ours is not None and theirs is not None:
-        return not same_ids(ours, theirs)
+        return not same_tokens(ours, theirs)
     if vocabulary_of(old) != vocabulary_of(new):
         sizes = f"{vocabulary_of(old)} and {vocabulary_of(new)}"
         raise InputError(

@@ -63,7 +63,7 @@ class TextProbe:
         if (model.kind == "language") is not self.logits:
             return shared, "one of the two is a language model and the other is not"
         if self.tokenizer is not None and model.tokenizer is not None:
-            if same_ids(self.tokenizer, model.tokenizer):
+            if same_tokens(self.tokenizer, model.tokenizer):
                 return shared, None
             texts = self.prompts or self.tokenizer.batch_decode([row[0] for row in self.rows], skip_special_tokens=True)
             rows = tuple(encode(model, text or ".") for text in texts)
@@ -170,8 +170,16 @@ def _cut(rows: Sequence[Tensor], model: Loaded) -> tuple[Tensor, ...]:
     return tuple(row[:, :length] for row in rows)
 
 
-def same_ids(old: Any, new: Any) -> bool:
-    """Whether every token that both know has one id, and the smaller vocabulary lies in the larger."""
+def same_tokens(old: Any, new: Any) -> bool:
+    """Whether two tokenizers make the same ids of a text, up to tokens that one of them has beside the other's.
+
+    Every token that both know has one id, the smaller vocabulary lies in the larger, and plain text is split alike.
+    Ids alone don't tell: more merges, numbered on, leave all older ids in place and yet split every word otherwise.
+    """
     ours, theirs = old.get_vocab(), new.get_vocab()
     fewer, more = (ours, theirs) if len(ours) <= len(theirs) else (theirs, ours)
-    return all(more.get(token) == number for token, number in fewer.items())
+    if any(more.get(token) != number for token, number in fewer.items()):
+        return False
+    texts = list(SENTENCES[:8])
+    split = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (old, new)]
+    return [list(ids) for ids in split[0]] == [list(ids) for ids in split[1]]
