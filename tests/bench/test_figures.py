@@ -8,6 +8,7 @@ import pytest
 from regraft.bench import figures
 from regraft.bench.controls import crossed
 from regraft.bench.worlds import Scores
+from regraft.report.schema import Interval
 
 
 def scores(task: object, retention: object = (0.0,)) -> Scores:
@@ -20,35 +21,35 @@ def rows(**named: float) -> dict[str, Scores]:
 
 
 def test_recovery_is_the_share_of_the_native_gain() -> None:
-    found = figures.over([[rows(none=1.0, native=3.0, ported=2.5)]], "ported", figures.recovery, "")
+    found = figures.of_one([rows(none=1.0, native=3.0, ported=2.5)], "ported", figures.recovery, "")
     assert (found.mean, found.low, found.high) == (0.75, 0.75, 0.75)
 
 
 def test_recovery_is_signed() -> None:
-    assert figures.over([[rows(none=1.0, native=3.0, ported=0.0)]], "ported", figures.recovery, "").mean == -0.5
+    assert figures.of_one([rows(none=1.0, native=3.0, ported=0.0)], "ported", figures.recovery, "").mean == -0.5
 
 
 def test_share_of_the_teacher_counts_from_the_new_base_alone() -> None:
-    found = figures.over([[rows(none=1.0, reverted=5.0, ported=2.0)]], "ported", figures.teacher_share, "")
+    found = figures.of_one([rows(none=1.0, reverted=5.0, ported=2.0)], "ported", figures.teacher_share, "")
     assert found.mean == 0.25
 
 
 def test_a_port_that_makes_the_new_base_the_old_one_retains_nothing() -> None:
     table = rows(none=3.0, old=1.0, reverted=1.0, ported=2.0)
-    assert figures.over([[table]], "reverted", figures.retention, "").mean == 0.0
-    assert figures.over([[table]], "ported", figures.retention, "").mean == 0.5
-    assert figures.over([[table]], "none", figures.retention, "").mean == 1.0
+    assert figures.of_one([table], "reverted", figures.retention, "").mean == 0.0
+    assert figures.of_one([table], "ported", figures.retention, "").mean == 0.5
+    assert figures.of_one([table], "none", figures.retention, "").mean == 1.0
 
 
 def test_where_nothing_can_be_copied_the_copy_is_the_base_alone() -> None:
     table: dict[str, Scores | None] = {**rows(none=1.0, native=3.0, ported=2.0), "copy": None}
-    assert figures.over([[table]], "ported", figures.versus_copy, "").mean == 0.5
+    assert figures.of_one([table], "ported", figures.versus_copy, "").mean == 0.5
 
 
 def test_a_native_adapter_that_gains_nothing_leaves_recovery_undefined() -> None:
     noise = np.random.default_rng(0).normal(size=32)
     table = {"none": scores(np.zeros(32)), "native": scores(noise - noise.mean()), "ported": scores(np.ones(32))}
-    found = figures.over([[table]], "ported", figures.recovery, "no gain")
+    found = figures.of_one([table], "ported", figures.recovery, "no gain")
     assert found.mean is None
     assert found.reason == "no gain"
 
@@ -59,7 +60,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         gain = generator.normal(2.0, 0.5, size=64)
         ported = 0.6 * gain + generator.normal(0.0, 0.4, size=64)
         table = {"none": scores(np.zeros(64)), "native": scores(gain), "ported": scores(ported)}
-        found = figures.over([[table]], "ported", figures.recovery, "")
+        found = figures.of_one([table], "ported", figures.recovery, "")
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 0.6 <= found.high
@@ -73,18 +74,19 @@ def test_seeds_that_differ_widen_the_interval() -> None:
         {"none": scores(np.zeros(64)), "native": scores(gain), "ported": scores(part * gain)}
         for part in (0.4, 0.6, 0.8)
     ]
-    found = figures.over([seeds], "ported", figures.recovery, "")
+    found = figures.of_one(seeds, "ported", figures.recovery, "")
     assert found.mean == pytest.approx(0.6, abs=0.01)
     assert found.low is not None
     assert found.low == pytest.approx(0.4, abs=0.03)
 
 
-def test_adapters_are_drawn_apart() -> None:
+def test_an_adapters_seeds_do_not_make_up_for_anothers() -> None:
     # With the same draws for both, what one's seeds lose the other's would win: an interval of no width.
-    strata = [
-        [rows(none=0.0, native=1.0, ported=part) for part in parts] for parts in ((0.4, 0.6, 0.8), (0.8, 0.6, 0.4))
+    each = [
+        figures.of_one([rows(none=0.0, native=1.0, ported=part) for part in parts], "ported", figures.recovery, "")
+        for parts in ((0.4, 0.6, 0.8), (0.8, 0.6, 0.4))
     ]
-    found = figures.over(strata, "ported", figures.recovery, "")
+    found = figures.over_adapters(each, 2)
     assert found.mean == pytest.approx(0.6)
     assert found.low is not None
     assert found.high is not None
@@ -92,22 +94,38 @@ def test_adapters_are_drawn_apart() -> None:
     assert found.high > 0.65
 
 
+def test_the_mean_over_adapters_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator, covered = np.random.default_rng(4), 0
+    for _ in range(200):
+        each = []
+        for true in (0.3, 0.6, 0.9):
+            gain = generator.normal(2.0, 0.5, size=64)
+            ported = true * gain + generator.normal(0.0, 0.4, size=64)
+            table = {"none": scores(np.zeros(64)), "native": scores(gain), "ported": scores(ported)}
+            each.append(figures.of_one([table], "ported", figures.recovery, ""))
+        found = figures.over_adapters(each, 3)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.6 <= found.high
+    assert 180 <= covered < 200
+
+
 def test_rows_of_one_adapter_share_its_draws() -> None:
     generator = np.random.default_rng(3)
-    strata = []
-    for _ in range(2):
-        gain = generator.normal(2.0, 0.5, size=64)
-        same = scores(0.5 * gain + generator.normal(0.0, 0.4, size=64))
-        strata.append([{"none": scores(np.zeros(64)), "native": scores(gain), "copy": same, "ported": same}])
-    found = figures.over(strata, "ported", figures.versus_copy, "")
+    gain = generator.normal(2.0, 0.5, size=64)
+    same = scores(0.5 * gain + generator.normal(0.0, 0.4, size=64))
+    table = {"none": scores(np.zeros(64)), "native": scores(gain), "copy": same, "ported": same}
+    found = figures.of_one([table], "ported", figures.versus_copy, "")
     assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
-    one, two = (figures.over(strata, row, figures.recovery, "") for row in ("copy", "ported"))
+    one, two = (figures.of_one([table], row, figures.recovery, "") for row in ("copy", "ported"))
     assert one == two
 
 
-def test_each_adapter_counts_alike_whatever_its_unit() -> None:
-    strata = [[rows(none=0.0, native=1.0, ported=1.0)], [rows(none=0.0, native=100.0, ported=0.0)]]
-    assert figures.over(strata, "ported", figures.recovery, "").mean == 0.5
+def test_each_adapter_counts_alike_and_those_without_a_figure_are_told() -> None:
+    each = [Interval(mean=1.0, low=0.9, high=1.1), Interval(mean=0.0, low=-0.1, high=0.1)]
+    assert figures.over_adapters(each, 2).mean == 0.5
+    found = figures.over_adapters([*each, Interval(mean=None, low=None, high=None, reason="no gain")], 3)
+    assert (found.mean, found.reason) == (0.5, "defined on 2 of 3 adapters")
 
 
 def test_the_best_copys_strength_is_chosen_on_the_other_half() -> None:

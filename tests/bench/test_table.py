@@ -101,8 +101,8 @@ def test_no_figure_reads_minus_zero() -> None:
 
 def test_the_page_carries_command_date_and_every_row(toy_record: BenchReport) -> None:
     text = table.page(toy_record)
-    assert toy_record.command in text
-    assert toy_record.date in text
+    assert toy_record.runs[0].command in text
+    assert toy_record.runs[0].date in text
     for name in table.rows_of(toy_record):
         assert f"| {name} |" in text
     assert "no module is left to carry" in text
@@ -180,12 +180,31 @@ def test_the_verb_measures_writes_and_shows_again(
     assert "▼" in ran.out
     record = load(out)
     assert record.missing == 0
-    assert record.command.startswith("regraft bench --pairs toy-near --methods auto,procrustes")
+    assert record.runs[0].command.startswith("regraft bench --pairs toy-near --methods auto,procrustes")
     assert str(tmp_path) not in out.read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8").count("<svg") > 1
     again = run("bench", "table", out, "--markdown", tmp_path / "benchmark.md", "--json")
-    assert json.loads(again.out)["date"] == record.date
+    assert json.loads(again.out)["runs"][0]["date"] == record.runs[0].date
     assert (tmp_path / "benchmark.md").read_text(encoding="utf-8") == table.page(record)
+
+    # A run of another pair leaves the first one's figures where they are.
+    assert run("bench", "--pairs", "toy-far", *methods, "--resume", "--out", out, "--keep").code == 0
+    both = load(out)
+    assert [pair.name for pair in both.pairs] == ["toy-near", "toy-far"]
+    assert both.pairs[0] == record.pairs[0]
+    assert [run.pairs for run in both.runs] == [["toy-near"], ["toy-far"]]
+    assert {name for group in both.groups for name in group.pairs} == {"toy-near", "toy-far"}
+    assert "toy-far: " in table.page(both)
+    # Measured again, it takes its own place, and the run that it was kept from is gone.
+    assert run("bench", "--pairs", "toy-near", *methods, "--resume", "--out", out, "--keep").code == 0
+    assert [run.pairs for run in load(out).runs] == [["toy-far"], ["toy-near"]]
+    assert [pair.name for pair in load(out).pairs] == ["toy-near", "toy-far"]
+
+
+def test_nothing_can_be_kept_without_a_file(run: Run, tmp_path: Path) -> None:
+    ran = run("bench", "--keep", "--cache", tmp_path)
+    assert ran.code == 2
+    assert "--keep needs --out" in ran.err
 
 
 def test_unknown_pairs_and_seeds_are_errors_of_use(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 Each figure is a ratio of two means over inputs: a gain over a gain. Of several seeds the means are pooled before the
 ratio is taken; of several adapters the ratios are averaged, since each adapter has its own unit. The bootstrap (Efron
 1979, percentiles) draws inputs with replacement, the same ones for every seed where there are as many, and seeds with
-replacement; each adapter has draws of its own, which all rows share. Adapters and pairs are not drawn: the figures are
-about these.
+replacement; all rows of an adapter share its draws. Adapters and pairs are not drawn: the figures are about these, and
+the interval of a mean over them comes from their own, as independent ones.
 """
 
 from __future__ import annotations
@@ -64,71 +64,74 @@ class Draws:
     defined: bool
 
 
-def draws_of(fractions: Sequence[Fraction], stratum: int = 0) -> Draws:
+def draws_of(fractions: Sequence[Fraction]) -> Draws:
     """The pooled ratio over seeds, and its resamples; not defined where the gain below the line may be none.
 
     Args:
         fractions: one per seed.
-        stratum: the adapter's place: adapters are drawn from apart.
     """
-    tops, bottoms = (_resampled([pair[i] for pair in fractions], stratum) for i in (0, 1))
+    tops, bottoms = (_resampled([pair[i] for pair in fractions]) for i in (0, 1))
     above, below = (float(np.mean([pair[i].mean() for pair in fractions])) for i in (0, 1))
     if not (below > 0 and float(np.quantile(bottoms, _LOW)) > 0):
         return Draws(0.0, np.zeros(0), False)
     return Draws(above / below, tops / bottoms, True)
 
 
-def _resampled(values: Sequence[Array], stratum: int = 0) -> Array:
+def _resampled(values: Sequence[Array]) -> Array:
     """Means over drawn seeds of the means over drawn inputs, (resamples,); ``values`` are one array per seed."""
-    inputs, seeds = _indices(tuple(len(value) for value in values), stratum)
+    inputs, seeds = _indices(tuple(len(value) for value in values))
     means = np.stack([value[chosen].mean(1) for value, chosen in zip(values, inputs, strict=True)])
     drawn: Array = np.take_along_axis(means, seeds, 0).mean(0)
     return drawn
 
 
 @lru_cache(maxsize=64)
-def _indices(sizes: tuple[int, ...], stratum: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+def _indices(sizes: tuple[int, ...]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
     """Which inputs each resample draws for each seed, (resamples, inputs), and which seeds, (seeds, resamples).
 
     The same inputs for every seed with as many, since those are the same inputs; the same draws for every row, so that
-    rows differ by what they are alone. Others for each adapter: with common ones, what one adapter's seeds gain would
-    cancel what another's lose, and their mean would look surer than it is.
+    rows differ by what they are alone.
     """
-    generator = np.random.default_rng([0, stratum])
+    generator = np.random.default_rng(0)
     common = {n: generator.integers(n, size=(RESAMPLES, n)) for n in sorted(set(sizes))}
     return [common[n] for n in sizes], generator.integers(len(sizes), size=(len(sizes), RESAMPLES))
 
 
-def over(strata: Sequence[Sequence[Rows]], row: str, fraction: FractionOf, undefined: str) -> Interval:
-    """A row's figure with its interval, over adapters (each of one or more seeds).
+def of_one(seeds: Sequence[Rows], row: str, fraction: FractionOf, undefined: str) -> Interval:
+    """A row's figure with its interval, of one adapter of one or more seeds.
 
     Args:
-        strata: adapter → seed → rows.
+        seeds: seed → rows.
         row: whose figure.
         fraction: which figure.
-        undefined: the reason to give where it is defined for no adapter.
+        undefined: the reason to give where it is not defined.
     """
-    found: list[Draws] = []
-    scored = 0
-    for stratum, seeds in enumerate(strata):
-        fractions = [f for rows in seeds if (f := fraction(rows, row)) is not None and len(f[0])]
-        if fractions:
-            scored += 1
-            found.append(draws_of(fractions, stratum))
-    defined = [one for one in found if one.defined]
-    if not defined:
-        return Interval(mean=None, low=None, high=None, reason=undefined if scored else "not scored")
-    spread = np.mean(np.stack([one.draws for one in defined]), axis=0)
-    low, high = np.quantile(spread, [_LOW, _HIGH])
-    note = None
-    if len(defined) < len(strata):
-        note = f"defined on {len(defined)} of {len(strata)} adapters"
-    return Interval(
-        mean=_round(float(np.mean([one.value for one in defined]))),
-        low=_round(float(low)),
-        high=_round(float(high)),
-        reason=note,
-    )
+    fractions = [f for rows in seeds if (f := fraction(rows, row)) is not None and len(f[0])]
+    found = draws_of(fractions) if fractions else None
+    if found is None or not found.defined:
+        return Interval(mean=None, low=None, high=None, reason=undefined if found is not None else "not scored")
+    low, high = np.quantile(found.draws, [_LOW, _HIGH])
+    return Interval(mean=_round(found.value), low=_round(float(low)), high=_round(float(high)))
+
+
+def over_adapters(each: Sequence[Interval | None], adapters: int) -> Interval:
+    """The mean of a figure over adapters, each counting alike, with its interval.
+
+    Adapters are measured apart: the half-widths add up as those of independent figures, √(Σ hᵢ²) / n.
+
+    Args:
+        each: the figure of each adapter that the row was measured on.
+        adapters: how many there are.
+    """
+    known = [i for i in each if i is not None and i.mean is not None and i.low is not None and i.high is not None]
+    if not known:
+        reason = next((i.reason for i in each if i is not None and i.reason), "not scored")
+        return Interval(mean=None, low=None, high=None, reason=reason)
+    means, lows, highs = (np.array([getattr(i, end) for i in known]) for end in ("mean", "low", "high"))
+    mean = float(means.mean())
+    below, above = (float(np.sqrt(np.square(half).sum())) / len(known) for half in (means - lows, highs - means))
+    note = None if len(known) == adapters else f"defined on {len(known)} of {adapters} adapters"
+    return Interval(mean=_round(mean), low=_round(mean - below), high=_round(mean + above), reason=note)
 
 
 def difference(seeds: Sequence[Rows], row: str, base: str, part: str = "task") -> Interval:

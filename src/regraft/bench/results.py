@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,12 +28,14 @@ from regraft.report.bench_schema import (
     BenchPair,
     BenchReport,
     BenchRow,
+    BenchRun,
 )
 from regraft.report.json_schema import parse
 from regraft.report.schema import Forecast, Forecasts
 
 #: World → as tables call it.
 WORLDS = {"language": "language models", "diffusion": "diffusion", "encoder": "real encoders"}
+T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "diffusers", "peft")
 _NO_GAIN = "the native adapter's own gain may be none"
 _NO_TEACHER = "the old base with its LoRA is no better than the new base alone"
@@ -80,10 +82,10 @@ def assemble(
     rows = [(row, None) for row in CONTROLS] + [(variant.name, variant) for variant in variants]
     columns: dict[tuple[str, str], list[Seed]] = {}
     first: dict[tuple[str, str], Target] = {}
-    missing = 0
+    missing: dict[str, int] = {}
     for target in wanted:
         cells, check = _read(target, rows, cache)
-        missing += len(rows) - len(cells)
+        missing[target.spec.name] = missing.get(target.spec.name, 0) + len(rows) - len(cells)
         if cells:
             key = target.spec.name, target.adapter
             columns.setdefault(key, []).append(Seed(target.seed, cells, check))
@@ -92,31 +94,50 @@ def assemble(
     specs = {target.spec.name: target.spec for target in wanted}
     order = {name: i for i, name in enumerate(_in_order(wanted))}
     found.sort(key=lambda c: (order[c.target.spec.name], _place(c.target.spec.adapters, c.target.adapter)))
-    pairs = [
-        BenchPair(
-            name=name,
-            world=specs[name].world,
-            relation=specs[name].relation,
-            expects=specs[name].expects,
-            about=specs[name].about,
-            adapters=[_adapter(column, rows) for column in mine],
-            rows=[_row(mine, row, variant) for row, variant in rows if row != "old"],
-        )
-        for name in order
-        if (mine := [column for column in found if column.target.spec.name == name])
-    ]
+    pairs = []
+    for name in order:
+        adapters = [_adapter(column, rows) for column in found if column.target.spec.name == name]
+        spec = specs[name]
+        facts = {fact: getattr(spec, fact) for fact in ("name", "world", "relation", "expects", "about")}
+        pairs.append(BenchPair(**facts, adapters=adapters, rows=mean_rows(adapters), missing=missing[name]))
     every = [cell for column in found for seed in column.seeds for cell in seed.cells.values()]
-    return BenchReport(
-        regraft_version=__version__,
+    run = BenchRun(
         command=command,
         date=date,
         versions=dict(_versions()),
         seconds=round(sum((cell.seconds or 0.0) + (cell.scored_in or 0.0) for cell in every)),
-        methods=[BenchMethod(name=v.name, method=v.method, options=v.asked) for v in variants],
-        groups=_groups(found, pairs, rows),
-        pairs=pairs,
-        missing=missing,
+        pairs=[pair.name for pair in pairs],
     )
+    return BenchReport(
+        regraft_version=__version__,
+        runs=[run],
+        methods=[BenchMethod(name=v.name, method=v.method, options=v.asked) for v in variants],
+        groups=_groups(pairs),
+        pairs=pairs,
+    )
+
+
+def kept(record: BenchReport, earlier: BenchReport, order: Sequence[str] = ()) -> BenchReport:
+    """A record, with the pairs of an earlier one that it has not measured itself.
+
+    Args:
+        record: the newer one.
+        earlier: its other pairs are kept as they are.
+        order: of pairs; those that are not in it come last.
+    """
+    mine = {pair.name for pair in record.pairs if pair.adapters}
+    left = [pair for pair in earlier.pairs if pair.name not in mine]
+    measured = [pair for pair in record.pairs if pair.name not in {other.name for other in left}]
+    runs = [run.model_copy(update={"pairs": [name for name in run.pairs if name not in mine]}) for run in earlier.runs]
+    methods = {method.name: method for method in [*record.methods, *earlier.methods]}
+    pairs = sorted([*measured, *left], key=lambda pair: _place(order, pair.name))
+    update = {
+        "runs": [*(run for run in runs if run.pairs), *record.runs],
+        "methods": list(methods.values()),
+        "groups": _groups(pairs),
+        "pairs": pairs,
+    }
+    return record.model_copy(update=update)
 
 
 def _read(
@@ -138,62 +159,86 @@ def _place(names: Sequence[str], name: str) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def _groups(
-    found: Sequence[Column], pairs: Sequence[BenchPair], rows: Sequence[tuple[str, Variant | None]]
-) -> list[BenchGroup]:
-    kinds = dict.fromkeys((pair.world, pair.expects) for pair in pairs)
+def _groups(pairs: Sequence[BenchPair]) -> list[BenchGroup]:
     groups = []
-    for world, expects in kinds:
-        mine = [c for c in found if (c.target.spec.world, c.target.spec.expects) == (world, expects)]
+    for world, expects in dict.fromkeys((pair.world, pair.expects) for pair in pairs):
+        mine = [pair for pair in pairs if (pair.world, pair.expects) == (world, expects)]
         groups.append(
             BenchGroup(
                 name=f"{WORLDS.get(world, world)}, {expects}",
                 world=world,
                 expects=expects,
-                pairs=[pair.name for pair in pairs if (pair.world, pair.expects) == (world, expects)],
-                rows=[_row(mine, row, variant) for row, variant in rows if row != "old"],
+                pairs=[pair.name for pair in mine],
+                rows=mean_rows([adapter for pair in mine for adapter in pair.adapters]),
             )
         )
     return groups
 
 
 def _adapter(column: Column, rows: Sequence[tuple[str, Variant | None]]) -> BenchAdapter:
-    made = [_row([column], row, variant, by_seed=len(column.seeds) > 1) for row, variant in rows if row != "old"]
     return BenchAdapter(
         name=column.target.adapter,
         seeds=[seed.seed for seed in column.seeds],
         native_gain=figures.difference(column.scores, "native", "none"),
         teacher=figures.difference(column.scores, "reverted", "none"),
         check=_check([seed.check for seed in column.seeds if seed.check is not None]),
-        rows=made,
+        rows=[_row(column, row, variant) for row, variant in rows if row != "old"],
     )
 
 
-def _row(columns: Sequence[Column], row: str, variant: Variant | None, *, by_seed: bool = False) -> BenchRow:
-    """A row's figures over some adapters."""
-    strata = [column.scores for column in columns]
-    cells = [seed.cells[row] for column in columns for seed in column.seeds if row in seed.cells]
-    each = [figures.over([[rows]], row, figures.recovery, _NO_GAIN).mean for rows in strata[0]] if by_seed else []
-    one = len(columns) == 1
+def _row(column: Column, row: str, variant: Variant | None) -> BenchRow:
+    """A row's figures over the seeds of one adapter."""
+    scores = column.scores
+    cells = [seed.cells[row] for seed in column.seeds if row in seed.cells]
+    each = [figures.of_one([rows], row, figures.recovery, _NO_GAIN).mean for rows in scores] if len(scores) > 1 else []
     return BenchRow(
         name=row,
         kind="control" if variant is None else "method",
-        recovery=figures.over(strata, row, figures.recovery, _NO_GAIN),
-        versus_copy=figures.over(strata, row, figures.versus_copy, _NO_GAIN),
-        teacher_share=figures.over(strata, row, figures.teacher_share, _NO_TEACHER),
-        retention=figures.over(strata, row, figures.retention, _NO_LEAD),
+        recovery=figures.of_one(scores, row, figures.recovery, _NO_GAIN),
+        versus_copy=figures.of_one(scores, row, figures.versus_copy, _NO_GAIN),
+        teacher_share=figures.of_one(scores, row, figures.teacher_share, _NO_TEACHER),
+        retention=figures.of_one(scores, row, figures.retention, _NO_LEAD),
         effect_cosine=figures.mean_of([cell.effect_cosine for cell in cells]),
         effect_norm_ratio=figures.mean_of([cell.effect_norm_ratio for cell in cells]),
         energy_kept=_mean(cells, lambda cell: cell.energy_kept, 4),
         by_seed=each,
         extra=_means([cell.extra for cell in cells]),
-        # What methods measure on different adapters has different units.
-        figures=_means([cell.figures for cell in cells]) if one else {},
+        figures=_means([cell.figures for cell in cells]),
         seconds=_mean(cells, lambda cell: cell.seconds, 2),
         peak_mb=_mean(cells, lambda cell: cell.peak_mb, 1),
         used=", ".join(sorted({cell.used for cell in cells if cell.used})) if variant is not None else "",
         refused=any(cell.refused for cell in cells) and variant is not None,
         errors=sorted({cell.error for cell in cells if cell.error}),
+    )
+
+
+def mean_rows(adapters: Sequence[BenchAdapter]) -> list[BenchRow]:
+    """Every row's mean over some adapters, each counting alike."""
+    by_name: dict[str, list[BenchRow]] = {}
+    for adapter in adapters:
+        for row in adapter.rows:
+            by_name.setdefault(row.name, []).append(row)
+    return [_mean_row(rows, len(adapters)) for rows in by_name.values()]
+
+
+def _mean_row(rows: Sequence[BenchRow], adapters: int) -> BenchRow:
+    # What methods measure on different adapters has different units: figures are left out.
+    return BenchRow(
+        name=rows[0].name,
+        kind=rows[0].kind,
+        recovery=figures.over_adapters([row.recovery for row in rows], adapters),
+        versus_copy=figures.over_adapters([row.versus_copy for row in rows], adapters),
+        teacher_share=figures.over_adapters([row.teacher_share for row in rows], adapters),
+        retention=figures.over_adapters([row.retention for row in rows], adapters),
+        effect_cosine=figures.mean_of([row.effect_cosine for row in rows]),
+        effect_norm_ratio=figures.mean_of([row.effect_norm_ratio for row in rows]),
+        energy_kept=_mean(rows, lambda row: row.energy_kept, 4),
+        extra=_means([row.extra for row in rows]),
+        seconds=_mean(rows, lambda row: row.seconds, 2),
+        peak_mb=_mean(rows, lambda row: row.peak_mb, 1),
+        used=", ".join(sorted({name for row in rows for name in row.used.split(", ") if name})),
+        refused=any(row.refused for row in rows),
+        errors=sorted({error for row in rows for error in row.errors}),
     )
 
 
@@ -218,8 +263,8 @@ def _check(checks: Sequence[BenchCheck]) -> BenchCheck:
 _ENDS = ("recovery", "low", "high")
 
 
-def _mean(cells: Iterable[Cell], value: Callable[[Cell], float | None], digits: int) -> float | None:
-    known = [found for cell in cells if (found := value(cell)) is not None]
+def _mean(of: Iterable[T], value: Callable[[T], float | None], digits: int) -> float | None:
+    known = [found for one in of if (found := value(one)) is not None]
     return round(float(np.mean(known)), digits) if known else None
 
 

@@ -124,11 +124,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def made(record: BenchReport) -> str:
-    """The command and date that a table stands under."""
-    versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
-    hours = f"{record.seconds / 3600:.1f} h of processor time for ports and their scores, all else left out"
-    return f"```\n{record.command}\n```\n\n{record.date}; {versions}; one thread a process; {hours}."
+def made(record: BenchReport) -> list[str]:
+    """Of each run: its pairs, where there are several runs, its date, versions and hours."""
+    told = []
+    for run in record.runs:
+        versions = ", ".join(f"{name} {number}" for name, number in run.versions.items())
+        hours = f"{run.seconds / 3600:.1f} h of processor time for ports and their scores, all else left out"
+        which = f"{', '.join(run.pairs)}: " if len(record.runs) > 1 else ""
+        told.append(f"{which}{run.date}; {versions}; one thread a process; {hours}.")
+    return told
 
 
 def block(record: BenchReport) -> str:
@@ -138,7 +142,8 @@ def block(record: BenchReport) -> str:
 
 def _told(record: BenchReport, without: Sequence[str] = ()) -> tuple[str, ...]:
     """The summary and what it takes to read it."""
-    return markdown(*summary(record, without)), _for_makers(record), legend(record), made(record)
+    runs = [f"```\n{run.command}\n```\n\n{when}" for run, when in zip(record.runs, made(record), strict=True)]
+    return markdown(*summary(record, without)), _for_makers(record), legend(record), *runs
 
 
 def _for_makers(record: BenchReport) -> str:

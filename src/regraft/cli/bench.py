@@ -61,6 +61,10 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write the record, as results/bench.json is.")
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep what the --out file says of other pairs than those measured now."),
+    ] = False,
     report: o.Report = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -68,13 +72,16 @@ def bench(
     """Measure every method on pairs of bases, beside controls: recovery, retention, time."""
     if context.invoked_subcommand is not None:
         return
-    from regraft.bench.results import assemble, save
-    from regraft.bench.run import run_grid, targets
+    from regraft.bench.results import assemble, kept, load, save
+    from regraft.bench.run import known_pairs, run_grid, targets
     from regraft.bench.table import print_table
     from regraft.bench.variants import default_variants, parse_variants
 
     for file in filter(None, (out, report)):
         check_writable(file, overwrite=True)
+    if keep and out is None:
+        raise UsageError("--keep needs --out", remedy="Name the record whose other pairs are to be kept.")
+    earlier = load(out) if keep and out is not None and out.exists() else None
     folder = _folder(cache)
     wanted = targets(folder, _split(pairs), _split(adapters), _numbers(seeds))
     variants = parse_variants(_split(methods)) if methods else default_variants()
@@ -83,9 +90,11 @@ def bench(
     given = {"--pairs": pairs, "--methods": methods, "--adapters": adapters, "--seeds": seeds}
     words = [word for name, values in given.items() for value in values or () for word in (name, value)]
     command = shlex.join(["regraft", "bench", *words, "--jobs", str(jobs), "--resume", "--cache", "DIR"])
-    command += f" --out {out.name if out.is_absolute() else out}" if out is not None else ""
+    command += f" --out {out.name if out.is_absolute() else out}{' --keep' * keep}" if out is not None else ""
     today = datetime.now(timezone.utc).date().isoformat()
     record = assemble(wanted, variants, folder, command=command, date=today)
+    if earlier is not None:
+        record = kept(record, earlier, [pair.name for pair in known_pairs(folder)])
     if out is not None:
         save(record, out)
     _write_page(record, report)

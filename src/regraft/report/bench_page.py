@@ -36,7 +36,7 @@ def render_bench(record: BenchReport) -> str:
             worlds=WORLDS,
             controls_said=CONTROLS,
             legend=_with_code(legend(record)),
-            made=made(record).split("```")[-1].strip(),
+            runs=list(zip(record.runs, made(record), strict=True)),
             adapters=sum(len(pair.adapters) for pair in record.pairs),
         )
     )

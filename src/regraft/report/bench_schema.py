@@ -80,6 +80,7 @@ class BenchPair(Record):
     about: str
     adapters: list[BenchAdapter]
     rows: list[BenchRow]
+    missing: int = Field(default=0, description="cells that were asked for and are not in the cache")
 
 
 class BenchGroup(Record):
@@ -100,8 +101,8 @@ class BenchMethod(Record):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class BenchReport(VersionedRecord):
-    """``regraft bench --json``."""
+class BenchRun(Record):
+    """One run of the benchmark, and the pairs whose figures are its."""
 
     command: str
     date: str
@@ -109,7 +110,18 @@ class BenchReport(VersionedRecord):
     seconds: float = Field(
         description="processor time of the ports and of their scores; training, loading and effects left out"
     )
+    pairs: list[str]
+
+
+class BenchReport(VersionedRecord):
+    """``regraft bench --json``."""
+
+    runs: list[BenchRun] = Field(description="oldest first; more than one where pairs were kept from an earlier record")
     methods: list[BenchMethod]
     groups: list[BenchGroup]
     pairs: list[BenchPair]
-    missing: int = Field(default=0, description="cells that were asked for and are not in the cache")
+
+    @property
+    def missing(self) -> int:
+        """Cells that were asked for and are not there."""
+        return sum(pair.missing for pair in self.pairs)
