@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ class Workshop:
         return folder / "-".join(parts)
 
 
+def mixed() -> AbstractContextManager[Any]:
+    """bfloat16 where the processor has it: elsewhere it is emulated, many times slower than float32."""
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=has)
+
+
 def train_base(name: str, shop: Workshop) -> Path:
     """Make base ``name`` from v1, train it, and write its folder."""
     recipe, start = BASES[name], shop.base("v1")
@@ -92,7 +99,7 @@ def train_base(name: str, shop: Workshop) -> Path:
     teaching = _Teaching(teacher, unet) if recipe.distil else None
     for step in _steps(shop.work("base", name), trained, recipe.steps, recipe.rate, decay=0.01):
         batch = training_batch(sets[step.index % len(sets)], schedule, recipe.seed, step.index, BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             said = text(ids[batch.prompts])[0] if recipe.text else words[batch.prompts]
             found = unet(batch.states, batch.times, said).sample.float()
             loss = mse_loss(found, batch.aims)
@@ -172,7 +179,7 @@ def train_adapter(base: str, name: str, seed: int, shop: Workshop) -> Path:
     lesson = _styled(base, recipe, shop, schedule, random) if recipe.look else _few(base, shop, schedule, random)
     for step in _steps(shop.work("adapter", base, name, str(seed)), trained, recipe.steps, recipe.rate):
         states, times, aims, prompts = lesson(step.index)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             found = unet(states, times, words[prompts]).sample.float()
         step.learn(mse_loss(found, aims))
     file = shop.adapter_file(base, name, seed)
@@ -238,7 +245,7 @@ def trajectories(base: str, shop: Workshop, count: int, seed: int) -> dict[str, 
         prompts = torch.randperm(len(PROMPTS) * (1 + count // len(PROMPTS)), generator=drawn)[:count] % len(PROMPTS)
         parts = []
         for rows in torch.split(torch.arange(count), 32):
-            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            with mixed(), torch.no_grad():
                 states = ddim(
                     lambda x, t, w: unet(x, t, w).sample.float(),
                     schedule, noise[rows], words[prompts[rows]], words[EMPTY:], TEACHER_STEPS,
