@@ -199,6 +199,28 @@ def test_the_verb_measures_writes_and_shows_again(
     assert run("bench", "--pairs", "toy-near", *methods, "--resume", "--out", out, "--keep").code == 0
     assert [run.pairs for run in load(out).runs] == [["toy-far"], ["toy-near"]]
     assert [pair.name for pair in load(out).pairs] == ["toy-near", "toy-far"]
+    # One seed of one adapter, in place of the same.
+    ones = ("--pairs", "toy-near", "--adapters", "one", "--seeds", "1")
+    assert run("bench", *ones, *methods, "--resume", "--out", out, "--keep").code == 0
+    assert load(out).pairs == both.pairs
+    assert [run.pairs for run in load(out).runs] == [["toy-far"], ["toy-near"], ["toy-near"]]
+
+
+def test_what_was_not_measured_yet_is_counted_and_comes_seed_by_seed(
+    tmp_path: Path, toy_cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "WORLDS", toyworld.FACTORY)
+    grid = bench_run.run_grid
+    monkeypatch.setattr(bench_run, "run_grid", lambda *args, **kwargs: grid(*args, **{**kwargs, "jobs": 0}))
+    monkeypatch.setenv("REGRAFT_BENCH_CACHE", str(toy_cache))
+    out, whole = tmp_path / "bench.json", tmp_path / "whole.json"
+    asked = ("bench", "--pairs", "toy-near", "--methods", "procrustes", "--resume", "--keep", "--out")
+    assert run(*asked, whole).code == 0
+    for seed in (0, 1):
+        assert run(*asked, out, "--seeds", str(seed)).code == 0
+        # Eight controls and a method less "old", of two adapters.
+        assert load(out).pairs[0].missing == (0 if seed else 2 * 8)
+    assert load(out).pairs == load(whole).pairs
 
 
 def test_nothing_can_be_kept_without_a_file(run: Run, tmp_path: Path) -> None:
@@ -241,4 +263,4 @@ def test_the_committed_pages_are_those_of_the_committed_record() -> None:
 def test_the_record_is_saved_a_row_a_line(toy_record: BenchReport, tmp_path: Path) -> None:
     save(toy_record, tmp_path / "bench.json")
     text = (tmp_path / "bench.json").read_text(encoding="utf-8")
-    assert sum('"name": "procrustes"' in one for one in text.splitlines()) == 1 + 2 + 2 + 3
+    assert sum('"name": "procrustes"' in one for one in text.splitlines()) == 1 + 2 + 2 + 3 + 4

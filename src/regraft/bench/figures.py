@@ -1,16 +1,13 @@
 """Recovery, retention and share of the teacher, with bootstrap intervals over inputs and seeds.
 
-Each figure is a ratio of two means over inputs: a gain over a gain. Of several seeds the means are pooled before the
-ratio is taken; of several adapters the ratios are averaged, since each adapter has its own unit. The bootstrap (Efron
-1979, percentiles) draws inputs with replacement, the same ones for every seed where there are as many, and seeds with
-replacement; all rows of an adapter share its draws. Adapters and pairs are not drawn: the figures are about these, and
-the interval of a mean over them comes from their own, as independent ones.
+Each figure is a ratio of two means over inputs: a gain over a gain. Its interval is the bootstrap's (Efron 1979,
+percentiles): inputs are drawn with replacement, alike for all rows. Seeds and adapters count alike in a mean over them.
+Adapters and pairs are not drawn: the figures are about these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,6 +18,8 @@ from regraft.report.schema import Interval
 
 RESAMPLES, LEVEL = 1000, 0.95
 _LOW, _HIGH = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+#: Standard errors on each side of a normal variable's mean that make `LEVEL`.
+_Z = 1.96
 
 Array = NDArray[np.float64]
 #: The rows of one pair, adapter and seed.
@@ -55,63 +54,65 @@ def versus_copy(rows: Rows, row: str) -> Fraction | None:
     return _gain("native", copied, "none")(rows, row)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """A figure of one adapter and its bootstrap: all its value needs."""
-
-    value: float
-    draws: Array
-    defined: bool
-
-
-def draws_of(fractions: Sequence[Fraction]) -> Draws:
-    """The pooled ratio over seeds, and its resamples; not defined where the gain below the line may be none.
+def of_one(rows: Rows, row: str, fraction: FractionOf, undefined: str) -> Interval:
+    """A row's figure with its interval, of one adapter as one seed made it.
 
     Args:
-        fractions: one per seed.
+        rows: all scores.
+        row: whose figure.
+        fraction: which figure.
+        undefined: the reason to give where the gain below the line may be none.
     """
-    tops, bottoms = (_resampled([pair[i] for pair in fractions]) for i in (0, 1))
-    above, below = (float(np.mean([pair[i].mean() for pair in fractions])) for i in (0, 1))
-    if not (below > 0 and float(np.quantile(bottoms, _LOW)) > 0):
-        return Draws(0.0, np.zeros(0), False)
-    return Draws(above / below, tops / bottoms, True)
+    found = fraction(rows, row)
+    if found is None or not len(found[0]):
+        return Interval(mean=None, low=None, high=None, reason="not scored")
+    top, bottom = (_resampled(part) for part in found)
+    if not (found[1].mean() > 0 and float(np.quantile(bottom, _LOW)) > 0):
+        return Interval(mean=None, low=None, high=None, reason=undefined)
+    low, high = np.quantile(top / bottom, [_LOW, _HIGH])
+    return Interval(
+        mean=_round(float(found[0].mean() / found[1].mean())), low=_round(float(low)), high=_round(float(high))
+    )
 
 
-def _resampled(values: Sequence[Array]) -> Array:
-    """Means over drawn seeds of the means over drawn inputs, (resamples,); ``values`` are one array per seed."""
-    inputs, seeds = _indices(tuple(len(value) for value in values))
-    means = np.stack([value[chosen].mean(1) for value, chosen in zip(values, inputs, strict=True)])
-    drawn: Array = np.take_along_axis(means, seeds, 0).mean(0)
+def _resampled(values: Array) -> Array:
+    """Means over drawn inputs, (resamples,)."""
+    drawn: Array = values[_indices(len(values))].mean(1)
     return drawn
 
 
 @lru_cache(maxsize=64)
-def _indices(sizes: tuple[int, ...]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Which inputs each resample draws for each seed, (resamples, inputs), and which seeds, (seeds, resamples).
-
-    The same inputs for every seed with as many, since those are the same inputs; the same draws for every row, so that
-    rows differ by what they are alone.
+def _indices(inputs: int) -> NDArray[np.int64]:
+    """Which inputs each resample draws, (resamples, inputs): the same for every row, so that rows differ by what they
+    are alone.
     """
-    generator = np.random.default_rng(0)
-    common = {n: generator.integers(n, size=(RESAMPLES, n)) for n in sorted(set(sizes))}
-    return [common[n] for n in sizes], generator.integers(len(sizes), size=(len(sizes), RESAMPLES))
+    return np.random.default_rng(0).integers(inputs, size=(RESAMPLES, inputs))
 
 
-def of_one(seeds: Sequence[Rows], row: str, fraction: FractionOf, undefined: str) -> Interval:
-    """A row's figure with its interval, of one adapter of one or more seeds.
+def over_seeds(each: Sequence[Interval]) -> Interval:
+    """The mean of a figure over seeds, which share their inputs, with its interval.
+
+    Half-width: √(mean hᵢ² + z² s² / n), of the seeds' own half-widths h, which many seeds would not narrow, and the
+    standard deviation s between seeds.
 
     Args:
-        seeds: seed → rows.
-        row: whose figure.
-        fraction: which figure.
-        undefined: the reason to give where it is not defined.
+        each: the figure on each seed.
     """
-    fractions = [f for rows in seeds if (f := fraction(rows, row)) is not None and len(f[0])]
-    found = draws_of(fractions) if fractions else None
-    if found is None or not found.defined:
-        return Interval(mean=None, low=None, high=None, reason=undefined if found is not None else "not scored")
-    low, high = np.quantile(found.draws, [_LOW, _HIGH])
-    return Interval(mean=_round(found.value), low=_round(float(low)), high=_round(float(high)))
+    known = _known(each)
+    if known is None:
+        return next((i for i in each if i.reason), Interval(mean=None, low=None, high=None, reason="not scored"))
+    means, lows, highs = known
+    mean, n = float(means.mean()), len(means)
+    between = _Z**2 * float(means.var(ddof=1)) / n if n > 1 else 0.0
+    below, above = (float(np.sqrt(np.square(half).mean() + between)) for half in (means - lows, highs - means))
+    note = None if n == len(each) else f"defined on {n} of {len(each)} seeds"
+    return Interval(mean=_round(mean), low=_round(mean - below), high=_round(mean + above), reason=note)
+
+
+def _known(each: Sequence[Interval | None]) -> tuple[Array, Array, Array] | None:
+    """Means, lower and upper ends where there are any."""
+    found = [(i.mean, i.low, i.high) for i in each if i is not None and i.mean is not None]
+    return tuple(np.array(found, dtype=np.float64).T) if found else None
 
 
 def over_adapters(each: Sequence[Interval | None], adapters: int) -> Interval:
@@ -123,26 +124,25 @@ def over_adapters(each: Sequence[Interval | None], adapters: int) -> Interval:
         each: the figure of each adapter that the row was measured on.
         adapters: how many there are.
     """
-    known = [i for i in each if i is not None and i.mean is not None and i.low is not None and i.high is not None]
-    if not known:
+    known = _known(each)
+    if known is None:
         reason = next((i.reason for i in each if i is not None and i.reason), "not scored")
         return Interval(mean=None, low=None, high=None, reason=reason)
-    means, lows, highs = (np.array([getattr(i, end) for i in known]) for end in ("mean", "low", "high"))
-    mean = float(means.mean())
-    below, above = (float(np.sqrt(np.square(half).sum())) / len(known) for half in (means - lows, highs - means))
-    note = None if len(known) == adapters else f"defined on {len(known)} of {adapters} adapters"
+    means, lows, highs = known
+    mean, n = float(means.mean()), len(means)
+    below, above = (float(np.sqrt(np.square(half).sum())) / n for half in (means - lows, highs - means))
+    note = None if n == adapters else f"defined on {n} of {adapters} adapters"
     return Interval(mean=_round(mean), low=_round(mean - below), high=_round(mean + above), reason=note)
 
 
-def difference(seeds: Sequence[Rows], row: str, base: str, part: str = "task") -> Interval:
-    """Mean of row − base in the world's own unit, with its interval, over the seeds of one adapter."""
-    pairs = [(rows.get(row), rows.get(base)) for rows in seeds]
-    values = [getattr(one, part) - getattr(two, part) for one, two in pairs if one is not None and two is not None]
-    if not values or not len(values[0]):
+def difference(rows: Rows, row: str, base: str, part: str = "task") -> Interval:
+    """Mean of row − base in the world's own unit, with its interval."""
+    one, two = rows.get(row), rows.get(base)
+    if one is None or two is None or not len(getattr(one, part)):
         return Interval(mean=None, low=None, high=None, reason="not scored")
+    values = getattr(one, part) - getattr(two, part)
     low, high = np.quantile(_resampled(values), [_LOW, _HIGH])
-    mean = float(np.mean([value.mean() for value in values]))
-    return Interval(mean=_round(mean), low=_round(float(low)), high=_round(float(high)))
+    return Interval(mean=_round(float(values.mean())), low=_round(float(low)), high=_round(float(high)))
 
 
 def mean_of(intervals: Sequence[Interval | None]) -> Interval | None:

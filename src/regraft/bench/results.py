@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from regraft.bench.figures import Rows
 from regraft.bench.run import Target, dependence, stored
 from regraft.bench.sources import source_of_check
 from regraft.bench.variants import Variant
+from regraft.bench.worlds import PairSpec
 from regraft.output import write_text
 from regraft.report.bench_schema import (
     BenchAdapter,
@@ -29,42 +30,17 @@ from regraft.report.bench_schema import (
     BenchReport,
     BenchRow,
     BenchRun,
+    BenchSeed,
 )
 from regraft.report.json_schema import parse
-from regraft.report.schema import Forecast, Forecasts
+from regraft.report.schema import Forecast, Forecasts, Interval
 
 #: World → as tables call it.
 WORLDS = {"language": "language models", "diffusion": "diffusion", "encoder": "real encoders"}
-T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "diffusers", "peft")
 _NO_GAIN = "the native adapter's own gain may be none"
 _NO_TEACHER = "the old base with its LoRA is no better than the new base alone"
 _NO_LEAD = "the new base is not better than the old one on these inputs"
-
-
-@dataclass(frozen=True)
-class Seed:
-    """One seed's cells by row."""
-
-    seed: int
-    cells: Mapping[str, Cell]
-    check: BenchCheck | None
-
-    @property
-    def scores(self) -> Rows:
-        return {row: cell.scores for row, cell in self.cells.items()}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One adapter of one pair, all its seeds."""
-
-    target: Target
-    seeds: Sequence[Seed]
-
-    @property
-    def scores(self) -> list[Rows]:
-        return [seed.scores for seed in self.seeds]
 
 
 def assemble(
@@ -79,34 +55,30 @@ def assemble(
         command: that a reader types to make it again.
         date: of the run.
     """
-    rows = [(row, None) for row in CONTROLS] + [(variant.name, variant) for variant in variants]
-    columns: dict[tuple[str, str], list[Seed]] = {}
-    first: dict[tuple[str, str], Target] = {}
+    rows: list[tuple[str, Variant | None]] = [(row, None) for row in CONTROLS]
+    rows += [(variant.name, variant) for variant in variants]
+    found: dict[str, dict[str, list[BenchSeed]]] = {}
     missing: dict[str, int] = {}
+    seconds = 0.0
     for target in wanted:
         cells, check = _read(target, rows, cache)
-        missing[target.spec.name] = missing.get(target.spec.name, 0) + len(rows) - len(cells)
+        pair = target.spec.name
+        missing[pair] = missing.get(pair, 0) + len(rows) - len(cells)
+        seconds += sum((cell.seconds or 0.0) + (cell.scored_in or 0.0) for cell in cells.values())
+        adapters = found.setdefault(pair, {})
         if cells:
-            key = target.spec.name, target.adapter
-            columns.setdefault(key, []).append(Seed(target.seed, cells, check))
-            first.setdefault(key, target)
-    found = [Column(first[key], sorted(seeds, key=lambda seed: seed.seed)) for key, seeds in columns.items()]
+            adapters.setdefault(target.adapter, []).append(_seed(target.seed, cells, check, rows))
     specs = {target.spec.name: target.spec for target in wanted}
-    order = {name: i for i, name in enumerate(_in_order(wanted))}
-    found.sort(key=lambda c: (order[c.target.spec.name], _place(c.target.spec.adapters, c.target.adapter)))
-    pairs = []
-    for name in order:
-        adapters = [_adapter(column, rows) for column in found if column.target.spec.name == name]
-        spec = specs[name]
-        facts = {fact: getattr(spec, fact) for fact in ("name", "world", "relation", "expects", "about")}
-        pairs.append(BenchPair(**facts, adapters=adapters, rows=mean_rows(adapters), missing=missing[name]))
-    every = [cell for column in found for seed in column.seeds for cell in seed.cells.values()]
+    pairs = [
+        _pair(specs[name], [adapter_of(adapter, seeds) for adapter, seeds in adapters.items()], missing[name])
+        for name, adapters in found.items()
+    ]
     run = BenchRun(
         command=command,
         date=date,
         versions=dict(_versions()),
-        seconds=round(sum((cell.seconds or 0.0) + (cell.scored_in or 0.0) for cell in every)),
-        pairs=[pair.name for pair in pairs],
+        seconds=round(seconds),
+        pairs=[pair.name for pair in pairs if pair.adapters],
     )
     return BenchReport(
         regraft_version=__version__,
@@ -117,27 +89,60 @@ def assemble(
     )
 
 
-def kept(record: BenchReport, earlier: BenchReport, order: Sequence[str] = ()) -> BenchReport:
-    """A record, with the pairs of an earlier one that it has not measured itself.
+def kept(record: BenchReport, earlier: BenchReport, specs: Iterable[PairSpec]) -> BenchReport:
+    """A record, with what an earlier one has of pairs, adapters and seeds that it has not measured itself.
 
     Args:
         record: the newer one.
-        earlier: its other pairs are kept as they are.
-        order: of pairs; those that are not in it come last.
+        earlier: its other figures are kept as they are.
+        specs: the benchmark's pairs, in its order.
     """
-    mine = {pair.name for pair in record.pairs if pair.adapters}
-    left = [pair for pair in earlier.pairs if pair.name not in mine]
-    measured = [pair for pair in record.pairs if pair.name not in {other.name for other in left}]
-    runs = [run.model_copy(update={"pairs": [name for name in run.pairs if name not in mine]}) for run in earlier.runs]
-    methods = {method.name: method for method in [*record.methods, *earlier.methods]}
-    pairs = sorted([*measured, *left], key=lambda pair: _place(order, pair.name))
+    known = {spec.name: spec for spec in specs}
+    newer, older = ({pair.name: pair for pair in one.pairs} for one in (record, earlier))
+    names = [name for name in dict.fromkeys([*known, *newer, *older]) if name in newer or name in older]
+    pairs, rows = [], {row.name for pair in (*newer.values(), *older.values()) for row in pair.rows}
+    stays: dict[str, bool] = {}
+    for name in names:
+        if name not in newer:
+            pairs.append(older[name])
+            stays[name] = True
+            continue
+        adapters = newer[name].adapters
+        if name in older:
+            adapters, stays[name] = _both(newer[name], older[name])
+        missing = newer[name].missing
+        if name in known:
+            there = {(adapter.name, seed.seed): len(seed.rows) for adapter in adapters for seed in seeds_of(adapter)}
+            asked = [(adapter, seed) for adapter in known[name].adapters for seed in known[name].seeds]
+            missing = sum(max(0, len(rows) - there.get(one, 0)) for one in asked)
+        pairs.append(_pair(newer[name], adapters, missing))
+    runs = [run.model_copy(update={"pairs": [n for n in run.pairs if stays.get(n)]}) for run in earlier.runs]
+    methods = {method.name: method for method in [*earlier.methods, *record.methods]}
     update = {
-        "runs": [*(run for run in runs if run.pairs), *record.runs],
+        "runs": [*(run for run in runs if run.pairs), *(run for run in record.runs if run.pairs)],
         "methods": list(methods.values()),
         "groups": _groups(pairs),
         "pairs": pairs,
     }
     return record.model_copy(update=update)
+
+
+def _both(newer: BenchPair, older: BenchPair) -> tuple[list[BenchAdapter], bool]:
+    """A pair's adapters out of two records, and whether anything of the older one is among them."""
+    merged = {adapter.name: adapter for adapter in older.adapters}
+    stays = bool(merged.keys() - {a.name for a in newer.adapters})
+    for adapter in newer.adapters:
+        mine = {seed.seed: seed for seed in seeds_of(adapter)}
+        before = {seed.seed: seed for seed in seeds_of(merged[adapter.name])} if adapter.name in merged else {}
+        stays |= bool(before.keys() - mine.keys())
+        both = before | mine
+        merged[adapter.name] = adapter_of(adapter.name, [both[seed] for seed in sorted(both)])
+    return list(merged.values()), stays
+
+
+def _pair(spec: PairSpec | BenchPair, adapters: list[BenchAdapter], missing: int) -> BenchPair:
+    facts = {fact: getattr(spec, fact) for fact in ("name", "world", "relation", "expects", "about")}
+    return BenchPair(**facts, adapters=adapters, rows=mean_rows(adapters), missing=missing)
 
 
 def _read(
@@ -148,15 +153,6 @@ def _read(
         return {}, None
     cells = {row: cell for row, variant in rows if (cell := shelf.read(row, **dependence(row, variant))) is not None}
     return cells, shelf.read_check(source=source_of_check())
-
-
-def _in_order(wanted: Iterable[Target]) -> list[str]:
-    """Pairs by world and as the world lists them."""
-    return list(dict.fromkeys(target.spec.name for target in wanted))
-
-
-def _place(names: Sequence[str], name: str) -> int:
-    return names.index(name) if name in names else len(names)
 
 
 def _groups(pairs: Sequence[BenchPair]) -> list[BenchGroup]:
@@ -175,22 +171,20 @@ def _groups(pairs: Sequence[BenchPair]) -> list[BenchGroup]:
     return groups
 
 
-def _adapter(column: Column, rows: Sequence[tuple[str, Variant | None]]) -> BenchAdapter:
-    return BenchAdapter(
-        name=column.target.adapter,
-        seeds=[seed.seed for seed in column.seeds],
-        native_gain=figures.difference(column.scores, "native", "none"),
-        teacher=figures.difference(column.scores, "reverted", "none"),
-        check=_check([seed.check for seed in column.seeds if seed.check is not None]),
-        rows=[_row(column, row, variant) for row, variant in rows if row != "old"],
+def _seed(
+    seed: int, cells: Mapping[str, Cell], check: BenchCheck | None, rows: Sequence[tuple[str, Variant | None]]
+) -> BenchSeed:
+    scores = {row: cell.scores for row, cell in cells.items()}
+    return BenchSeed(
+        seed=seed,
+        native_gain=figures.difference(scores, "native", "none"),
+        teacher=figures.difference(scores, "reverted", "none"),
+        check=_check([check or BenchCheck(verdict=None, error="not checked")]),
+        rows=[_row(scores, cells[row], row, variant) for row, variant in rows if row != "old" and row in cells],
     )
 
 
-def _row(column: Column, row: str, variant: Variant | None) -> BenchRow:
-    """A row's figures over the seeds of one adapter."""
-    scores = column.scores
-    cells = [seed.cells[row] for seed in column.seeds if row in seed.cells]
-    each = [figures.of_one([rows], row, figures.recovery, _NO_GAIN).mean for rows in scores] if len(scores) > 1 else []
+def _row(scores: Rows, cell: Cell, row: str, variant: Variant | None) -> BenchRow:
     return BenchRow(
         name=row,
         kind="control" if variant is None else "method",
@@ -198,42 +192,68 @@ def _row(column: Column, row: str, variant: Variant | None) -> BenchRow:
         versus_copy=figures.of_one(scores, row, figures.versus_copy, _NO_GAIN),
         teacher_share=figures.of_one(scores, row, figures.teacher_share, _NO_TEACHER),
         retention=figures.of_one(scores, row, figures.retention, _NO_LEAD),
-        effect_cosine=figures.mean_of([cell.effect_cosine for cell in cells]),
-        effect_norm_ratio=figures.mean_of([cell.effect_norm_ratio for cell in cells]),
-        energy_kept=_mean(cells, lambda cell: cell.energy_kept, 4),
-        by_seed=each,
-        extra=_means([cell.extra for cell in cells]),
-        figures=_means([cell.figures for cell in cells]),
-        seconds=_mean(cells, lambda cell: cell.seconds, 2),
-        peak_mb=_mean(cells, lambda cell: cell.peak_mb, 1),
-        used=", ".join(sorted({cell.used for cell in cells if cell.used})) if variant is not None else "",
-        refused=any(cell.refused for cell in cells) and variant is not None,
-        errors=sorted({cell.error for cell in cells if cell.error}),
+        effect_cosine=figures.mean_of([cell.effect_cosine]),
+        effect_norm_ratio=figures.mean_of([cell.effect_norm_ratio]),
+        energy_kept=None if cell.energy_kept is None else round(cell.energy_kept, 4),
+        extra=_means([cell.extra]),
+        figures=_means([cell.figures]),
+        seconds=None if cell.seconds is None else round(cell.seconds, 2),
+        peak_mb=None if cell.peak_mb is None else round(cell.peak_mb, 1),
+        used=cell.used if variant is not None else "",
+        refused=cell.refused and variant is not None,
+        errors=[cell.error] if cell.error else [],
     )
+
+
+def adapter_of(name: str, seeds: Sequence[BenchSeed]) -> BenchAdapter:
+    """An adapter's figures: the mean over its seeds, each counting alike."""
+    return BenchAdapter(
+        name=name,
+        seeds=[seed.seed for seed in seeds],
+        native_gain=figures.over_seeds([seed.native_gain for seed in seeds]),
+        teacher=figures.over_seeds([seed.teacher for seed in seeds]),
+        check=_check([seed.check for seed in seeds]),
+        rows=[_mean_row(rows, figures.over_seeds, measured=True) for rows in _by_name(seed.rows for seed in seeds)],
+        by_seed=list(seeds) if len(seeds) > 1 else [],
+    )
+
+
+def seeds_of(adapter: BenchAdapter) -> list[BenchSeed]:
+    """An adapter's seeds, each with its own figures; none where the record has their mean alone."""
+    if adapter.by_seed or len(adapter.seeds) > 1:
+        return adapter.by_seed
+    facts = {fact: getattr(adapter, fact) for fact in ("native_gain", "teacher", "check", "rows")}
+    return [BenchSeed(seed=adapter.seeds[0], **facts)]
+
+
+def _by_name(tables: Iterable[Sequence[BenchRow]]) -> Iterable[list[BenchRow]]:
+    found: dict[str, list[BenchRow]] = {}
+    for table in tables:
+        for row in table:
+            found.setdefault(row.name, []).append(row)
+    return found.values()
 
 
 def mean_rows(adapters: Sequence[BenchAdapter]) -> list[BenchRow]:
     """Every row's mean over some adapters, each counting alike."""
-    by_name: dict[str, list[BenchRow]] = {}
-    for adapter in adapters:
-        for row in adapter.rows:
-            by_name.setdefault(row.name, []).append(row)
-    return [_mean_row(rows, len(adapters)) for rows in by_name.values()]
+    over = partial(figures.over_adapters, adapters=len(adapters))
+    # What methods measure on different adapters has different units.
+    return [_mean_row(rows, over, measured=False) for rows in _by_name(adapter.rows for adapter in adapters)]
 
 
-def _mean_row(rows: Sequence[BenchRow], adapters: int) -> BenchRow:
-    # What methods measure on different adapters has different units: figures are left out.
+def _mean_row(rows: Sequence[BenchRow], over: Callable[[Sequence[Interval]], Interval], *, measured: bool) -> BenchRow:
     return BenchRow(
         name=rows[0].name,
         kind=rows[0].kind,
-        recovery=figures.over_adapters([row.recovery for row in rows], adapters),
-        versus_copy=figures.over_adapters([row.versus_copy for row in rows], adapters),
-        teacher_share=figures.over_adapters([row.teacher_share for row in rows], adapters),
-        retention=figures.over_adapters([row.retention for row in rows], adapters),
+        recovery=over([row.recovery for row in rows]),
+        versus_copy=over([row.versus_copy for row in rows]),
+        teacher_share=over([row.teacher_share for row in rows]),
+        retention=over([row.retention for row in rows]),
         effect_cosine=figures.mean_of([row.effect_cosine for row in rows]),
         effect_norm_ratio=figures.mean_of([row.effect_norm_ratio for row in rows]),
         energy_kept=_mean(rows, lambda row: row.energy_kept, 4),
         extra=_means([row.extra for row in rows]),
+        figures=_means([row.figures for row in rows]) if measured else {},
         seconds=_mean(rows, lambda row: row.seconds, 2),
         peak_mb=_mean(rows, lambda row: row.peak_mb, 1),
         used=", ".join(sorted({name for row in rows for name in row.used.split(", ") if name})),
@@ -244,8 +264,6 @@ def _mean_row(rows: Sequence[BenchRow], adapters: int) -> BenchRow:
 
 def _check(checks: Sequence[BenchCheck]) -> BenchCheck:
     """The mean over seeds; the verdict is the first seed's."""
-    if not checks:
-        return BenchCheck(verdict=None, error="not checked")
     tiers = {
         tier: Forecast(**{end: round(float(np.mean([getattr(f, end) for f in known])), 4) for end in _ENDS})
         for tier in ("port", "refine", "bridge")
@@ -263,8 +281,8 @@ def _check(checks: Sequence[BenchCheck]) -> BenchCheck:
 _ENDS = ("recovery", "low", "high")
 
 
-def _mean(of: Iterable[T], value: Callable[[T], float | None], digits: int) -> float | None:
-    known = [found for one in of if (found := value(one)) is not None]
+def _mean(rows: Iterable[BenchRow], value: Callable[[BenchRow], float | None], digits: int) -> float | None:
+    known = [found for row in rows if (found := value(row)) is not None]
     return round(float(np.mean(known)), digits) if known else None
 
 

@@ -63,7 +63,9 @@ def bench(
     ] = None,
     keep: Annotated[
         bool,
-        typer.Option("--keep", help="Keep what the --out file says of other pairs than those measured now."),
+        typer.Option(
+            "--keep", help="Keep what the --out file says of other pairs, adapters and seeds than those measured now."
+        ),
     ] = False,
     report: o.Report = None,
     json: o.Json = False,
@@ -93,8 +95,9 @@ def bench(
     command += f" --out {out.name if out.is_absolute() else out}{' --keep' * keep}" if out is not None else ""
     today = datetime.now(timezone.utc).date().isoformat()
     record = assemble(wanted, variants, folder, command=command, date=today)
-    if earlier is not None:
-        record = kept(record, earlier, [pair.name for pair in known_pairs(folder)])
+    if keep:
+        nothing = record.model_copy(update={"runs": [], "pairs": [], "groups": []})
+        record = kept(record, earlier or nothing, known_pairs(folder))
     if out is not None:
         save(record, out)
     _write_page(record, report)

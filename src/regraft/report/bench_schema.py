@@ -29,7 +29,6 @@ class BenchRow(Record):
     effect_cosine: Interval | None = Field(default=None, description="as `regraft verify` has it, on self-made inputs")
     effect_norm_ratio: Interval | None = None
     energy_kept: float | None = Field(default=None, description="‖ΔW ported‖² / ‖ΔW‖²: a diagnostic, not fidelity")
-    by_seed: list[float | None] = Field(default_factory=list, description="recovery by seed, in the adapter's order")
     extra: dict[str, float] = Field(
         default_factory=dict, description="the world's further figures, mean over seeds and adapters"
     )
@@ -59,8 +58,18 @@ class BenchCheck(Record):
     error: str | None = None
 
 
+class BenchSeed(Record):
+    """One adapter on one pair, as one seed's training made it."""
+
+    seed: int
+    native_gain: Interval
+    teacher: Interval
+    check: BenchCheck
+    rows: list[BenchRow]
+
+
 class BenchAdapter(Record):
-    """One adapter on one pair."""
+    """One adapter on one pair: the mean over its seeds."""
 
     name: str
     seeds: list[int]
@@ -68,6 +77,7 @@ class BenchAdapter(Record):
     teacher: Interval = Field(description="the old base + LoRA's score less score(none), in the same unit")
     check: BenchCheck
     rows: list[BenchRow]
+    by_seed: list[BenchSeed] = Field(default_factory=list, description="where there are several seeds: each one's own")
 
 
 class BenchPair(Record):
