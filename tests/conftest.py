@@ -11,6 +11,7 @@ for folder in (".", "cli", "formats", "standard"):
 
 from running import run  # noqa: E402, F401 (a fixture for all tests)
 
+from regraft.runtime import load_model  # noqa: E402
 from verify import tiny  # noqa: E402
 
 
@@ -37,3 +38,17 @@ def old(folder: Path) -> Path:
 def drifted(folder: Path) -> Path:
     """The same, trained on."""
     return tiny.llama(folder / "drifted", drift=0.3)
+
+
+@pytest.fixture(scope="module")
+def numbered(old: Path, folder: Path) -> tuple[Path, Path]:
+    """One model twice: the words of the second have other ids."""
+    first, second = folder / "numbered", folder / "renumbered"
+    for place, words in ((first, tiny.NUMBERED), (second, [tiny.NUMBERED[i] for i in tiny.ORDER])):
+        model = load_model(old).main
+        rows = torch.tensor([0, 1, 2, *(3 + tiny.NUMBERED.index(word) for word in words)])
+        for part in (model.model.embed_tokens, model.lm_head):
+            part.weight.data = part.weight.data[rows]
+        model.save_pretrained(place)
+        tiny.write_tokenizer(place, words)
+    return first, second

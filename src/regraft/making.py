@@ -79,7 +79,7 @@ def task_for(
 
 
 def _copy(adapter: Adapter, ready: Preparation, old: Base, new: Base) -> Adapter:
-    """The plain copy by the new base's names; what has no place there is left out."""
+    """What the migration makes of it, by the new base's names; what has no place there is left out."""
     carrier = Carrier(adapter, ready, Settings(), old, new)
     landed: dict[ModuleRef, list[Update]] = {}
     for ref, update in adapter.updates.items():
@@ -87,6 +87,10 @@ def _copy(adapter: Adapter, ready: Preparation, old: Base, new: Base) -> Adapter
         if target is None or moved is None:
             continue
         landed.setdefault(_place(ref, ready) or target, []).append(moved)
+        entry = ready.migration.entries.get(ready.located.modules.get(ref, ref))
+        for copy, (_, part) in zip(entry.copies if entry is not None else (), carrier.copies(ref, update), strict=True):
+            assert copy.target is not None
+            landed.setdefault(copy.target, []).append(part)
     # Whole: what meets is not cut before the method has seen it.
     carried, _ = joined(landed, [], 1.0, adapter.path)
     return replace(adapter, updates=_by_base(carried, new))

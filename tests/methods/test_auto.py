@@ -9,8 +9,10 @@ import pytest
 from regraft import Adapter, open_base
 from regraft.carry import Settings
 from regraft.methods._choosing import HeldOut, Score
-from regraft.methods.task import Running
+from regraft.methods.task import AdapterTask, Running
+from regraft.pairing import pair_bases
 from regraft.port import PortResult, port
+from regraft.probes.batches import make_batches
 from regraft.runtime import load_model
 from verify import tiny
 
@@ -90,3 +92,15 @@ def test_bases_that_can_not_be_run_give_a_copy_and_the_reason(adapter: Adapter, 
         weights.rename(drifted / "model.safetensors")
     assert report.method == "copy"
     assert "can't be run" in report.method_reason
+
+
+def test_across_tokenizers_texts_are_weighed_by_the_likelihoods_of_the_same_characters(
+    adapter: Adapter, numbered: tuple[Path, Path]
+) -> None:
+    bases = open_base(numbered[0]), open_base(numbered[1])
+    task = AdapterTask(adapter, *bases, pair_bases(*bases), adapter.updates, lambda: adapter, Running(n_inputs=8))
+    held = HeldOut(task, make_batches(task.models, adapter, 8).held_out)
+    assert held.by_text
+    assert held.score({}).task == pytest.approx(1.0)
+    # Only the rows of the embeddings were moved: the copy is the teacher.
+    assert held.score(adapter.updates).task == pytest.approx(0.0, abs=1e-4)

@@ -141,24 +141,6 @@ def test_its_time_is_told_beside_that_of_one_pass(old: Path, wider: Path) -> Non
     assert 0 < figures["seconds_one_pass"] < figures["seconds"]
 
 
-WORDS = [f"w{i}" for i in range(45)]
-ORDER = torch.randperm(45, generator=torch.Generator().manual_seed(2)).tolist()
-
-
-@pytest.fixture(scope="module")
-def numbered(old: Path, folder: Path) -> tuple[Path, Path]:
-    """One model twice: the words of the second have other ids."""
-    first, second = folder / "numbered", folder / "renumbered"
-    for place, words in ((first, WORDS), (second, [WORDS[i] for i in ORDER])):
-        model = load_model(old).main
-        rows = torch.tensor([0, 1, 2, *(3 + WORDS.index(word) for word in words)])
-        for part in (model.model.embed_tokens, model.lm_head):
-            part.weight.data = part.weight.data[rows]
-        model.save_pretrained(place)
-        tiny.write_tokenizer(place, words)
-    return first, second
-
-
 def task_of(adapter: Adapter, old: Path, new: Path) -> AdapterTask:
     bases = open_base(old), open_base(new)
     return AdapterTask(adapter, *bases, pair_bases(*bases), adapter.updates, lambda: adapter, Running(n_inputs=8))
@@ -169,7 +151,7 @@ def test_where_tokens_have_other_ids_what_is_wanted_of_a_word_is_what_the_teache
 ) -> None:
     task = task_of(lora(numbered[0]), *numbered)
     batches = make_batches(task.models, task.adapter, 4)
-    new = torch.tensor([0, 1, 2, *(3 + ORDER.index(i) for i in range(45))])
+    new = torch.tensor([0, 1, 2, *(3 + tiny.ORDER.index(i) for i in range(45))])
     with applied_twin(task) as teacher:
         wanted = Wanted(task, teacher, TextSettings(1.0, 1.0, 0.1, 1, True, 0))
         for batch in batches.fit:
@@ -179,7 +161,7 @@ def test_where_tokens_have_other_ids_what_is_wanted_of_a_word_is_what_the_teache
 
 def test_tokens_of_which_few_are_in_both_vocabularies_are_an_error(numbered: tuple[Path, Path], folder: Path) -> None:
     other = tiny.llama(folder / "foreign")
-    tiny.write_tokenizer(other, [f"x{i}" for i in range(30)] + WORDS[:15])
+    tiny.write_tokenizer(other, [f"x{i}" for i in range(30)] + tiny.NUMBERED[:15])
     with pytest.raises(InputError, match="18 are in the other"):
         stream(task_of(lora(numbered[0]), numbered[0], other))
 

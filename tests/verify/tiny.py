@@ -16,6 +16,10 @@ from regraft.updates import LowRank, Update
 
 WORDS = ("the", "a", "of", "and", "to", "in", "is", "it", "on", "that", "was", "for", "with", "as", "river", "rain")
 
+#: Words of a vocabulary as large as `llama`'s, and the same numbered otherwise.
+NUMBERED = [f"w{i}" for i in range(45)]
+ORDER = torch.randperm(45, generator=torch.Generator().manual_seed(2)).tolist()
+
 
 def _save(model: Any, folder: Path, drift: float) -> Path:
     with torch.no_grad():

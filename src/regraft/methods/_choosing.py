@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from regraft.adapter import ModuleRef
 from regraft.errors import InputError
 from regraft.methods.task import AdapterTask
-from regraft.probes.batches import Batch
+from regraft.probes.batches import Batch, TextBatch
 from regraft.runtime.applied import applied
-from regraft.updates import Update
+from regraft.runtime.both import Side
+from regraft.updates import Diff, Full, Update
 
 #: What moving the new base on its own inputs counts beside missing the adapter's effect. From about 0.15 on, weaker
 #: copies win that recover less.
@@ -41,18 +42,25 @@ class Score:
 
 @dataclass
 class HeldOut:
-    """Held-out inputs, and what both bases say on them without and with the adapter."""
+    """Held-out inputs, and what both bases say on them without and with the adapter.
+
+    Language models with the same tokens are compared by the divergence of their predictions, KL(wanted ‖ got) at every
+    position; with other tokens, by how much less likely they find whole texts, which is the same divergence between
+    distributions of texts, estimated on texts that the wanted one wrote. Others by squared distance.
+    """
 
     task: AdapterTask
     batches: Sequence[Batch]
     language: bool = False
+    by_text: bool = False
     _told: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
 
     @torch.no_grad()
     def __post_init__(self) -> None:
         models = self.task.models
         self.language = models.old.kind == "language"
-        if any(batch.rows("old") is not None for batch in self.batches):
+        self.by_text = any(batch.rows("old") is not None for batch in self.batches)
+        if self.by_text and not self.language:
             raise InputError("the outputs of models with different tokens can't be compared", file=models.new.path)
         with applied(models.old.components, self.task.adapter):
             teacher = [self._said(batch, models.old.components, "old") for batch in self.batches]
@@ -68,9 +76,13 @@ class HeldOut:
         models = self.task.models
         model = replace(models.old if side == "old" else models.new, components=dict(components))
         said = batch.run(model, "old" if side == "old" else "new").float()
+        if self.by_text and isinstance(batch, TextBatch):
+            return likelihoods(said, batch, "old" if side == "old" else "new")
         return F.log_softmax(said, -1) if self.language else said
 
     def _distance(self, wanted: Tensor, got: Tensor) -> float:
+        if self.by_text:
+            return float((wanted - got).mean())
         if self.language:
             size = min(wanted.shape[-1], got.shape[-1])
             wanted, got = wanted[..., :size], got[..., :size]
@@ -95,9 +107,30 @@ class HeldOut:
         return Score(**figures)
 
 
+def likelihoods(logits: Tensor, batch: TextBatch, side: Side) -> Tensor:
+    """Log-likelihood of each text between the first and the last place where tokens of both models end, (n,) in nats.
+
+    Args:
+        logits: (n, positions, vocabulary).
+        batch: texts in the tokens of both.
+        side: whose tokens the logits are of.
+    """
+    ids, rows = batch.ids[side].to(logits.device), batch.rows(side)
+    n, positions = ids.shape
+    said = F.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert rows is not None
+    texts, places = rows // positions, rows % positions
+    first = torch.full((n,), positions).scatter_reduce(0, texts, places, "amin")
+    last = torch.zeros(n, dtype=torch.long).scatter_reduce(0, texts, places, "amax")
+    at = torch.arange(positions - 1)
+    # What stands at a place foretells the token behind it.
+    between = (at >= first[:, None]) & (at < last[:, None])
+    return (said * between.to(said.device)).sum(1)
+
+
 def scaled(updates: Mapping[ModuleRef, Update], strength: float) -> dict[ModuleRef, Update]:
-    """Every update that has a strength at another one; whole values stay."""
-    return {ref: u if u.kind == "full" else u.scaled(strength) for ref, u in updates.items()}
+    """Every update of a layer at another strength; parameters that are stored whole, or as a difference, stay."""
+    return {ref: u if isinstance(u, Full | Diff) else u.scaled(strength) for ref, u in updates.items()}
 
 
 def lowest(strengths: Sequence[float], totals: Sequence[float]) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from time import perf_counter
 
@@ -12,6 +13,7 @@ from regraft.adapter import ModuleRef
 from regraft.errors import RegraftError
 from regraft.methods import Carried, Fit, Outcome, Skip, WeightPairs, method
 from regraft.methods._choosing import HeldOut, lowest, scaled
+from regraft.methods._few_steps import MANY, FewSteps
 from regraft.methods.effect import PULLS, Sweep, sweep_layers
 from regraft.methods.grown import grown_from
 from regraft.methods.procrustes import procrustes
@@ -19,6 +21,7 @@ from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batches, make_batches
 from regraft.runtime.load import quiet_libraries
 from regraft.transport import Transport
+from regraft.updates import Update
 from regraft.widening import widened
 
 # From this mean similarity on, units are in place and a copy is the method to beat: no map of weights has beaten it.
@@ -32,6 +35,8 @@ _NEAR = 0.05
 _MARGIN = 0.03
 # How many times the adapter's own rank is tried, and how much of the copy's error that must save.
 _TIMES, _WIDER = 4, 0.05
+# Pulls that are tried with it.
+_PULLS_WIDER = (0.25, 0.5, 1.0)
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -47,14 +52,16 @@ def _same_spectra(pairs: WeightPairs, modules: list[ModuleRef]) -> bool:
 def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
     """Under drift, run both bases and take what comes nearest to the old one's outputs with the adapter.
 
-    Candidates are the copy, the copy at its best strength, and `effect` with several pulls, all on held-out inputs that
-    the models made themselves. Anything but the copy has to be clearly better.
+    Candidates are what the weights gave (the copy, or `grown`), the same at its best strength, and `effect` with
+    several pulls, all on held-out inputs that the models made themselves. Anything but the first has to be clearly
+    better. An adapter that makes few unguided steps do for many guided ones is judged by just that on the new base:
+    what it does to the old base's single predictions is the old base's own guidance.
 
     Args:
         task: the adapter and both bases.
         chosen: what the weights alone gave.
     """
-    if chosen.method != "copy" or task.distance is None or task.distance < _NEAR:
+    if chosen.method not in ("copy", "grown") or task.distance is None or task.distance < _NEAR:
         return None
     if task.running.weights_only:
         return "no model was run (--weights-only)"
@@ -63,34 +70,62 @@ def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
             models = task.models
             inputs = make_batches(models, task.adapter, task.running.n_inputs, task.seed, task.prompts)
             held = HeldOut(task, inputs.held_out)
+            few = FewSteps.of(task)
     except RegraftError as error:
         return f"the bases can't be run to look for more ({error.what})"
+    judge = _Judge(
+        chosen.method,
+        lambda updates: held.score(updates).total() if few is None else few.error(updates),
+        inputs.made
+        if few is None
+        else f"what its {few.steps} unguided steps leave of the way to {MANY} guided ones, which is what it is for",
+    )
     with quiet_libraries():
-        return _best(task, inputs, held)
+        return _best(task, inputs, judge)
 
 
-def _best(task: AdapterTask, inputs: Batches, held: HeldOut) -> Carried | str:
+@dataclass(frozen=True)
+class _Judge:
+    """How candidates are judged.
+
+    Attributes:
+        first: the method whose port is the one to beat.
+        error: of updates, 0 where they are perfect.
+        made: what the error is, or is measured on.
+    """
+
+    first: str
+    error: Callable[[Mapping[ModuleRef, Update]], float]
+    made: str
+
+
+def _best(task: AdapterTask, inputs: Batches, judge: _Judge) -> Carried | str:
     started = perf_counter()
-    copy = task.as_wanted(task.copied().updates)
-    errors = [held.score(scaled(copy, strength)).total() for strength in _STRENGTHS]
+    first = task.as_wanted(task.copied().updates)
+    errors = [judge.error(scaled(first, strength)) for strength in _STRENGTHS]
     strength = lowest(_STRENGTHS, errors)
-    candidates = [Carried(scaled(copy, strength), "scaled-copy", figures={"strength": strength})]
+    again = "scaled-copy" if judge.first == "copy" else judge.first
+    candidates = [Carried(scaled(first, strength), again, figures={"strength": strength})]
     sweeps = [Sweep(pull) for pull in PULLS]
     if task.rank is None:
         # Under drift, what there is to carry has more rank than the adapter: a wider file, where that pays.
-        sweeps += [Sweep(pull, times=_TIMES) for pull in PULLS if pull > 0]
+        sweeps += [Sweep(pull, times=_TIMES) for pull in _PULLS_WIDER]
     candidates += sweep_layers(task, inputs.fit, sweeps)
-    totals = [held.score(candidate.updates).total() for candidate in candidates]
-    by_copy = errors[_STRENGTHS.index(1.0)]
+    totals = [judge.error(candidate.updates) for candidate in candidates]
+    by_first = errors[_STRENGTHS.index(1.0)]
     # A wider file has to be worth its size.
-    size = [_WIDER * by_copy if candidate.figures.get("times_rank", 1.0) > 1 else 0.0 for candidate in candidates]
+    size = [_WIDER * by_first if candidate.figures.get("times_rank", 1.0) > 1 else 0.0 for candidate in candidates]
     weighed = [total + more for total, more in zip(totals, size, strict=True)]
     best = min(range(len(totals)), key=weighed.__getitem__)
-    if totals[best] > (1 - _MARGIN) * by_copy:
-        return f"on held-out inputs nothing was better than the copy (error {by_copy:.2f})"
-    figures = {"held_out": totals[best], "copy_held_out": by_copy, "seconds_choosing": perf_counter() - started}
-    reason = f"on held-out inputs its error is {totals[best]:.2f}, the copy's {by_copy:.2f}; {inputs.made}"
+    if totals[best] > (1 - _MARGIN) * by_first:
+        return f"on held-out inputs nothing was better than {_named(judge.first)} (error {by_first:.2f})"
+    figures = {"held_out": totals[best], "copy_held_out": by_first, "seconds_choosing": perf_counter() - started}
+    reason = f"on held-out inputs its error is {totals[best]:.2f}, {_named(judge.first)}'s {by_first:.2f}; {judge.made}"
     return replace(candidates[best], reason=reason, figures={**candidates[best].figures, **figures})
+
+
+def _named(method: str) -> str:
+    return "the copy" if method == "copy" else f"`{method}`"
 
 
 @method(

@@ -67,7 +67,7 @@ class AdapterTask:
         new: the base that it is to run on.
         pairing: which module answers to which.
         modules: the old base's modules that the adapter changes → its update there (whole parameters are not here).
-        copy: the plain copy by the new base's names: what fits.
+        copy: what the migration's transports make of it, by the new base's names: the plain copy, or a grown one.
         running: how to run the models.
         rank: wanted of the result.
         tick: called with (done, in all, what).
@@ -106,7 +106,7 @@ class AdapterTask:
         return self.copy()
 
     def copied(self) -> Adapter:
-        """The plain copy by the new base's own names: what fits (wider or deeper ones by the pairing)."""
+        """What the migration's transports make of it, by the new base's own names: the plain copy, or a grown one."""
         return self._copied
 
     @property

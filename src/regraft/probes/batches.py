@@ -164,6 +164,9 @@ def _text_batches(
     held: list[Batch] = []
     for maker, texts in rows.items():
         count = {"old": n - n // 2, second: n // 2}.get(maker, 0)
+        if not texts:
+            # Of no texts, a tokenizer decodes an empty one.
+            continue
         texts = [text.clamp_max(cap - 1) for text in texts]
         if aligned:
             written = (new if maker == "new" else old).tokenizer.batch_decode([text[0] for text in texts])
