@@ -57,6 +57,8 @@ def test_fail_under_turns_the_verdict_into_an_exit_code(here: Path, run: Run) ->
     assert run("check", "lora", *PAIR, "--fail-under", "survives").code == 0
     assert run("check", "lora", *bad, "--fail-under", "refine").code == 3
     assert run("check", "lora", *PAIR, "--fail-under", "nonsense").code == 2
+    # Nothing is below it.
+    assert run("check", "lora", *PAIR, "--fail-under", "refused").code == 2
 
 
 def test_an_unrelated_base_exits_three_and_leaves_no_file(here: Path, run: Run) -> None:

@@ -266,7 +266,7 @@ def _check(checks: Sequence[BenchCheck]) -> BenchCheck:
     """The mean over seeds; the verdict is the first seed's."""
     tiers = {
         tier: Forecast(**{end: round(float(np.mean([getattr(f, end) for f in known])), 4) for end in _ENDS})
-        for tier in ("port", "refine", "bridge")
+        for tier in Forecasts.model_fields
         if (known := [f for check in checks if (f := getattr(check.forecast, tier)) is not None])
     }
     means = {

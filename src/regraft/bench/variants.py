@@ -88,6 +88,8 @@ def _parse(text: str) -> Variant:
         options[option.replace("-", "_")] = _value(value)
     rank, n_inputs = options.pop("rank", None), options.pop("n_inputs", None)
     method.check_options(options)
+    if isinstance(rank, str) and rank != "full":
+        raise UsageError(f"rank={rank} in {text!r} is no rank", remedy="Give a number, a share such as 0.9, or full.")
     return Variant(" ".join([name, *rest]), name, options, rank, n_inputs)
 
 

@@ -14,7 +14,7 @@ from regraft.cli._ways import Ends, migration_along
 from regraft.errors import Refused, UsageError
 from regraft.formats import load_adapter
 from regraft.migration_file import load_migration
-from regraft.output import write_text
+from regraft.output import check_writable, write_text
 from regraft.report.tables import check_table
 
 _ORDER = ("refused", "refine", "survives")
@@ -57,8 +57,10 @@ def check(
     overwrite: o.Overwrite = False,
 ) -> None:
     """Will it survive? Plan and diagnostics, without an output file."""
-    if fail_under is not None and fail_under not in _ORDER:
+    if fail_under is not None and fail_under not in _ORDER[1:]:
         raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
+    if report is not None:
+        check_writable(report, overwrite=overwrite)
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(

@@ -46,7 +46,7 @@ def probed(adapter: Adapter, ready: Preparation, old: Base | None, new: Base | N
     task = replace(task_for(adapter, ready, Settings(), old, new, None), running=running)
     targets = {module: task.target(module) for module in task.modules}
     paired = {module: target for module, target in targets.items() if target is not None}
-    figures = activation_figures(task.models, adapter, task.copied(), paired, running)
+    figures = activation_figures(task.models, task.adapter, task.copied(), paired, running)
     evidence = replace(ready.evidence, probe=figures)
     return replace(ready, evidence=evidence, judgement=judge(adapter, ready.migration, evidence))
 

@@ -13,8 +13,9 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
@@ -196,12 +197,18 @@ class Method:
         """The method's options with ``given`` laid over the defaults.
 
         Raises:
-            UsageError: the method has no such option.
+            UsageError: the method has no such option, or what is given is of another kind.
         """
-        for name in given:
+        hints = get_type_hints(self.function)
+        for name, value in given.items():
             if name not in self.options:
                 has = ", ".join(f"--{option.replace('_', '-')}" for option in self.options) or "none"
                 raise UsageError(f"method {self.name!r} has no option {name!r}", remedy=f"It has: {has}.")
+            try:
+                TypeAdapter(hints[name]).validate_python(value)
+            except ValidationError as error:
+                flag, why = name.replace("_", "-"), error.errors(include_url=False)[0]["msg"]
+                raise UsageError(f"--{flag} {value!r} is nothing that {self.name} takes", remedy=f"{why}.") from None
         return {**self.options, **given}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.base import Base
-from regraft.errors import reading
+from regraft.errors import reading, understanding
 from regraft.tokens import embedding_table
 
 
@@ -40,10 +40,10 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
     file = (path if path.is_dir() else path.parent) / "tokenizer.json"
     if not file.is_file():
         return None
-    with reading(file, "tokenizer.json"):
+    with reading(file), understanding("tokenizer.json", file):
         found = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    # Unigram models list (token, score).
-    return dict(found) if isinstance(found, dict) else {token: i for i, (token, *_) in enumerate(found)}
+        # Unigram models list (token, score).
+        return dict(found) if isinstance(found, dict) else {token: i for i, (token, *_) in enumerate(found)}
 
 
 def common_embeddings(old: Base, new: Base, component: str) -> tuple[Tensor, Tensor] | None:

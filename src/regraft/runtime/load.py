@@ -189,7 +189,10 @@ def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
 
 def _single_file_pipeline(path: Path, place: Path, dtype: torch.dtype) -> Loaded:
     """A single-file checkpoint, as the web interfaces use them, with a diffusers folder that says what it is."""
-    index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+    with reading(place / "model_index.json"):
+        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+    if not isinstance(index, dict):
+        raise InputError("is no pipeline's index", file=place / "model_index.json")
     cls: Any = getattr(library("diffusers"), str(index.get("_class_name")), None)
     if not hasattr(cls, "from_single_file"):
         raise InputError(f"{index.get('_class_name')} can't be read from a single file", file=path)

@@ -59,8 +59,8 @@ class Walk(Generic[Key]):
         return module.register_forward_hook(after)
 
     def _work(self) -> None:
-        self._wait()
         try:
+            self._wait()
             # Whether gradients are recorded is a setting of the thread.
             with torch.no_grad():
                 self.output = self._run()
