@@ -85,7 +85,7 @@ class PairedWeights:
         from regraft.runtime.record import statistics
 
         running = self.running
-        models = BothModels.load(self.old.path, self.new.path, running.config, running.device)
+        models = BothModels.load(self.old, self.new, running.config, running.device)
         batches = make_batches(models, None, running.n_inputs, running.seed, running.prompts, held_out=0)
         return statistics(models, {module: self.targets[module] for module in self._wanted}, batches.fit)
 

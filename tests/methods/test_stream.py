@@ -193,7 +193,7 @@ def test_models_that_give_hidden_states_alone_are_an_error(folder: Path) -> None
 
 def test_an_encoder_and_a_language_model_are_an_error(old: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="another kind"):
-        BothModels.load(old, tiny.bert(folder / "encoder"))
+        BothModels.load(open_base(old), open_base(tiny.bert(folder / "encoder")))
 
 
 @pytest.fixture(scope="module")

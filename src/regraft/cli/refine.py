@@ -44,6 +44,9 @@ def refine(
         float,
         typer.Option("--retention", help="Share of the steps that keep the new base as it is on inputs of its own."),
     ] = RefineSettings.retention,
+    stay: Annotated[
+        float, typer.Option("--stay", help="How far it stays itself there: 0 with the adapter's effect, 1 without.")
+    ] = RefineSettings.stay,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the result; by default the start's.")] = None,
     targets: Annotated[
         list[str] | None,
@@ -81,6 +84,7 @@ def refine(
         steps=steps,
         rate=o.above_zero(rate, "--rate"),
         retention=o.share(retention, "--retention"),
+        stay=o.share(stay, "--stay"),
         n_inputs=n_inputs,
         prompts=o.texts(prompts),
         seed=seed,

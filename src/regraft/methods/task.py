@@ -99,7 +99,7 @@ class AdapterTask:
         """
         if self.given is not None:
             return self.given
-        return BothModels.load(self.old.path, self.new.path, self.running.config, self.running.device)
+        return BothModels.load(self.old, self.new, self.running.config, self.running.device)
 
     @cached_property
     def _copied(self) -> Adapter:

@@ -81,13 +81,17 @@ def refine(
     running = Running(settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device)
     begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
-        models = BothModels.load(old.path, new.path, settings.config, settings.device)
+        models = BothModels.load(old, new, settings.config, settings.device)
         inputs = inputs_of(models, adapter, settings)
         chosen, why = objective_of(settings.objective)
-        aims = aims_of(models, adapter, (*inputs.fit, *inputs.held_out), PULLS[chosen], tick=tick)
+        batches = (*inputs.fit, *inputs.held_out)
+        aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
+        # The old base has said all that is wanted of it: its memory is the training's.
+        target = models.new
+        del models
         with student_of(
-            models.new, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
+            target, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
         ) as student:
             course = train(student, fit, held, settings, heard=heard, state=state)
             # Where nothing was gained, the very bytes of the start.

@@ -32,7 +32,7 @@ class Aim:
         wanted: (rows, k): log-probabilities of k tokens, or of k − 1 and all others together; or any other outputs.
         tokens: (rows, k − 1), which tokens those are; None for all, in order.
         language: whether outputs are log-probabilities.
-        size: mean distance of the new base alone from what is wanted.
+        size: mean distance of the new base alone from what is wanted; on its own inputs, from the adapter's effect.
         retention: the new base made the inputs: it is to stay itself there.
     """
 
@@ -63,19 +63,22 @@ def aims_of(
     batches: Sequence[Batch],
     pull: float,
     *,
+    stay: float = 0.0,
     tick: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Aim]:
     """Aims for every batch: y_t + (y_a − y_s) + μ (y_s − y_t), in logits or in whatever the models give.
 
     y_s, y_a are the old base's outputs without and with the adapter, y_t the new base's. μ = 1 is *output matching*
     (the student is to be the old base with its adapter), μ = 0 *effect matching* (the new base keeps its own
-    qualities). On inputs that the new base made itself, μ is 0: it is not pulled back to the old one.
+    qualities). On inputs that the new base made itself, what is wanted is y_t + (1 − ς) (y_a − y_s): no pull, and with
+    ς = 1 the new base as it is.
 
     Args:
         models: both bases.
         adapter: for the old one.
         batches: inputs.
         pull: μ.
+        stay: ς.
         tick: called with (done, in all, what).
 
     Raises:
@@ -99,9 +102,11 @@ def aims_of(
             )
         kept = batch.made_by == "new"
         effect = _normal(y_t + (y_a - y_s), language)
-        wanted = effect if kept else _normal(y_t + (y_a - y_s) + pull * (y_s - y_t), language)
+        change = (1 - stay) * (y_a - y_s) if kept else (y_a - y_s) + pull * (y_s - y_t)
+        wanted = _normal(y_t + change, language)
         moved = max(moved, float(distance(effect, y_t, language)))
-        aims.append(Aim(batch, wanted, tokens, language, float(distance(wanted, y_t, language)), kept))
+        size = float(distance(effect if kept else wanted, y_t, language))
+        aims.append(Aim(batch, wanted, tokens, language, size, kept))
     if moved <= _NO_EFFECT:
         raise InputError(
             "has no effect on the old base: there is nothing to bring over",

@@ -12,9 +12,11 @@ from typing import Any, Literal
 from torch import nn
 
 from regraft.adapter import ModuleRef
+from regraft.base import Base
 from regraft.errors import InputError
 from regraft.names import resolve_names
 from regraft.runtime.load import Loaded, load_model, quiet_libraries
+from regraft.runtime.room import check_room
 
 #: Which of two bases.
 Side = Literal["old", "new"]
@@ -28,17 +30,20 @@ class BothModels:
     new: Loaded
 
     @classmethod
-    def load(cls, old: Path, new: Path, config: Path | None = None, device: str = "cpu") -> BothModels:
+    def load(cls, old: Base, new: Base, config: Path | None = None, device: str = "cpu") -> BothModels:
         """Load both; see `regraft.runtime.load_model`.
 
         Raises:
-            InputError: one can't be loaded, or one is a diffusion model and the other is not.
+            InputError: they don't fit into memory, one can't be loaded, or one is a diffusion model and the other is
+                not.
         """
+        check_room((old, new), device)
         with quiet_libraries():
-            first = load_model(old, config=config, device=device)
-            second = load_model(new, config=config, device=device)
+            first = load_model(old.path, config=config, device=device)
+            second = load_model(new.path, config=config, device=device)
         if first.kind != second.kind:
-            raise InputError(f"is a model of another kind ({second.kind}) than the old base ({first.kind})", file=new)
+            what = f"is a model of another kind ({second.kind}) than the old base ({first.kind})"
+            raise InputError(what, file=new.path)
         return cls(first, second)
 
     def side(self, which: Side) -> Loaded:
