@@ -60,6 +60,9 @@ def refine(
     precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the student's passes.")] = (
         "no"
     ),
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Never hold both bases on the device at once: they take turns.")
+    ] = False,
     checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
     ] = False,
@@ -94,6 +97,7 @@ def refine(
         config=config,
         device=device,
         precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        low_memory=low_memory,
         checkpointing=checkpointing,
         optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
     )

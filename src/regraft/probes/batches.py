@@ -154,11 +154,14 @@ def _text_batches(
     generator = torch.Generator().manual_seed(seed)
     rows: dict[Maker, list[Tensor]] = {}
     second: Maker = "adapter" if adapter is not None else "new"
-    rows["old"] = sample_texts(old, n - n // 2 + held_out, generator, SAMPLED_TOKENS)
-    if adapter is not None:
-        with applied(old.components, adapter):
-            rows["adapter"] = sample_texts(old, n // 2 + held_out, generator, SAMPLED_TOKENS)
-    rows["new"] = sample_texts(new, held_out if adapter is not None else n // 2 + held_out, generator, SAMPLED_TOKENS)
+    with models.turn("old"):
+        rows["old"] = sample_texts(old, n - n // 2 + held_out, generator, SAMPLED_TOKENS)
+        if adapter is not None:
+            with applied(old.components, adapter):
+                rows["adapter"] = sample_texts(old, n // 2 + held_out, generator, SAMPLED_TOKENS)
+    with models.turn("new"):
+        count = held_out if adapter is not None else n // 2 + held_out
+        rows["new"] = sample_texts(new, count, generator, SAMPLED_TOKENS)
     cap = min(vocabulary_of(old), vocabulary_of(new)) if not aligned else max(vocabulary_of(old), vocabulary_of(new))
     fit: list[Batch] = []
     held: list[Batch] = []

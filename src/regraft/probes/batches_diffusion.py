@@ -94,8 +94,9 @@ def diffusion_batches(
     fit: list[Batch] = []
     held: list[Batch] = []
     for number, (maker, (to_fit, to_hold)) in enumerate(wanted.items()):
-        model = new if maker == "new" else old
-        with applied(model.components, adapter if maker == "adapter" else None):
+        side: Side = "new" if maker == "new" else "old"
+        model = models.side(side)
+        with models.turn(side), applied(model.components, adapter if maker == "adapter" else None):
             for part, count, first in ((fit, to_fit, 0), (held, to_hold, 1)):
                 part += _states(model, count, seed + 10_000 * (2 * number + first), prompts, maker)
     halves = "the old base and the old base with its adapter" if adapter is not None else "the old and the new base"

@@ -78,10 +78,14 @@ def refine(
         InputError: the bases can't be run or compared, the adapter has no effect, or nothing of it can be trained.
     """
     began = perf_counter()
-    running = Running(settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device)
+    # The start that looks at outputs would hold both models on the device.
+    alone = settings.low_memory and settings.device != "cpu"
+    running = Running(
+        settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device, weights_only=alone
+    )
     begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
-        models = BothModels.load(old, new, settings.config, settings.device)
+        models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
         inputs = inputs_of(models, adapter, settings)
         chosen, why = objective_of(settings.objective)
         batches = (*inputs.fit, *inputs.held_out)
@@ -89,7 +93,8 @@ def refine(
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
         # The old base has said all that is wanted of it: its memory is the training's.
         target = models.new
-        del models
+        with models.turn("new"):
+            del models
         with student_of(
             target, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
         ) as student:

@@ -84,17 +84,22 @@ def aims_of(
     Raises:
         InputError: the adapter has no effect on the old base, or outputs can't be compared.
     """
-    language = models.old.kind == "language"
-    with applied(models.old.components, adapter):
+    language, n = models.old.kind == "language", len(batches)
+    with models.turn("old"):
         with_it = []
-        for i, batch in enumerate(batches):
-            tick(i, 2 * len(batches), "the old base with its adapter")
-            with_it.append(_run(batch, models.old, "old", None, language))
+        with applied(models.old.components, adapter):
+            for i, batch in enumerate(batches):
+                tick(i, 3 * n, "the old base with its adapter")
+                with_it.append(_run(batch, models.old, "old", None, language))
+        without = []
+        for i, (batch, (_, tokens)) in enumerate(zip(batches, with_it, strict=True)):
+            tick(n + i, 3 * n, "the old base without it")
+            without.append(_run(batch, models.old, "old", tokens, language)[0])
     aims, moved = [], 0.0
-    for i, (batch, (y_a, tokens)) in enumerate(zip(batches, with_it, strict=True)):
-        tick(len(batches) + i, 2 * len(batches), "both bases without it")
-        y_s, _ = _run(batch, models.old, "old", tokens, language)
-        y_t, _ = _run(batch, models.new, "new", tokens, language)
+    for i, (batch, (y_a, tokens), y_s) in enumerate(zip(batches, with_it, without, strict=True)):
+        tick(2 * n + i, 3 * n, "the new base")
+        with models.turn("new"):
+            y_t, _ = _run(batch, models.new, "new", tokens, language)
         if y_s.shape != y_t.shape:
             raise InputError(
                 f"gives outputs of another shape ({tuple(y_t.shape)}) than the old base ({tuple(y_s.shape)})",

@@ -71,10 +71,11 @@ def picture_inputs(
     makers: list[tuple[Maker, int]] = [("adapter", pictures - plain), ("old", plain)]
     makers += [("new", max(1, pictures // 4))] if kept else []
     for number, (maker, count) in enumerate(makers):
-        model = new if maker == "new" else old
+        side: Side = "new" if maker == "new" else "old"
+        model = models.side(side)
         apart = max(1, count // 6)
         texts = prompts_for(given, count + apart, seed + number)
-        with applied(model.components, adapter if maker == "adapter" else None):
+        with models.turn(side), applied(model.components, adapter if maker == "adapter" else None):
             drawn = _drawn(model, texts, seed + 10_000 * number)
         fit += _noised(model, texts[:count], drawn[:count], maker, seed + number)
         held += _noised(model, texts[count:], drawn[count:], maker, seed + 100 + number)

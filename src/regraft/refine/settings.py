@@ -33,6 +33,7 @@ class RefineSettings:
         config: of bare weights files.
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: of the student's passes, as accelerate names it.
+        low_memory: never hold both bases on the device at once: they take turns, and what the old one says is kept.
         checkpointing: save memory by computing activations twice.
         optimizer: ``adamw``, or ``adamw8bit`` (bitsandbytes).
     """
@@ -53,5 +54,6 @@ class RefineSettings:
     config: Path | None = None
     device: str = "cpu"
     precision: Literal["no", "fp16", "bf16"] = "no"
+    low_memory: bool = False
     checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

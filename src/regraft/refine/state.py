@@ -14,7 +14,7 @@ from regraft.content import content_of
 from regraft.refine.settings import RefineSettings
 
 # What may differ between a run and the one that goes on from it.
-_FREE = ("steps", "budget", "patience", "device", "precision", "checkpointing")
+_FREE = ("steps", "budget", "patience", "device", "precision", "low_memory", "checkpointing")
 
 
 def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,27 +25,54 @@ Side = Literal["old", "new"]
 
 @dataclass(frozen=True, eq=False)
 class BothModels:
-    """The old and the new base, ready to run."""
+    """The old and the new base, ready to run.
+
+    Attributes:
+        old, new: the models.
+        turns: the device that they take turns on, so that it never holds both; None: they stay where they are.
+    """
 
     old: Loaded
     new: Loaded
+    turns: str | None = None
 
     @classmethod
-    def load(cls, old: Base, new: Base, config: Path | None = None, device: str = "cpu") -> BothModels:
+    def load(
+        cls, old: Base, new: Base, config: Path | None = None, device: str = "cpu", *, in_turns: bool = False
+    ) -> BothModels:
         """Load both; see `regraft.runtime.load_model`.
+
+        Args:
+            old: the base that adapters were trained on.
+            new: the base that they are to run on.
+            config: of bare weights files.
+            device: where they are run.
+            in_turns: keep them in the machine's memory, and bring each to the device for its `turn` alone.
 
         Raises:
             InputError: they don't fit into memory, one can't be loaded, or one is a diffusion model and the other is
                 not.
         """
-        check_room((old, new), device)
+        in_turns = in_turns and device != "cpu"
+        check_room((old, new), "cpu" if in_turns else device)
+        for base in (old, new) if in_turns else ():
+            check_room((base,), device)
+        place = "cpu" if in_turns else device
         with quiet_libraries():
-            first = load_model(old.path, config=config, device=device)
-            second = load_model(new.path, config=config, device=device)
+            first = load_model(old.path, config=config, device=place)
+            second = load_model(new.path, config=config, device=place)
         if first.kind != second.kind:
             what = f"is a model of another kind ({second.kind}) than the old base ({first.kind})"
             raise InputError(what, file=new.path)
-        return cls(first, second)
+        return cls(first, second, device if in_turns else None)
+
+    @contextmanager
+    def turn(self, which: Side) -> Iterator[None]:
+        """Only this model is run inside."""
+        if self.turns is not None:
+            self.side("new" if which == "old" else "old").to("cpu")
+            self.side(which).to(self.turns)
+        yield
 
     def side(self, which: Side) -> Loaded:
         return self.old if which == "old" else self.new

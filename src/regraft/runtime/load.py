@@ -58,6 +58,14 @@ class Loaded:
     pipeline: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def to(self, device: str) -> None:
+        """Move all of it."""
+        self.device = _device(device)
+        if self.pipeline is not None:
+            self.pipeline.to(self.device)
+        for model in self.components.values():
+            model.to(self.device)
+
     @property
     def main(self) -> Any:
         """The model whose output is measured: the denoiser of a pipeline, else the only one."""
@@ -90,18 +98,17 @@ def load_model(
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError("no such file or folder", file=path, remedy="Check the path of the base.")
-    target, precision = _device(device), _dtype(dtype)
+    precision = _dtype(dtype)
+    _device(device)
     # The fast path of nn.TransformerEncoder reads its weights past our replaced parameters' autograd state.
     torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad():
         if path.is_file() and path.name.endswith(".index.json"):
             path = path.parent
         loaded = _folder(path, precision) if path.is_dir() else _file(path, config, precision)
-    loaded.device = target
-    if loaded.pipeline is not None:
-        loaded.pipeline.to(target)
+    loaded.to(device)
     for model in loaded.components.values():
-        model.to(target).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
     return loaded
 
 
