@@ -115,17 +115,23 @@ def likelihoods(logits: Tensor, batch: TextBatch, side: Side) -> Tensor:
         batch: texts in the tokens of both.
         side: whose tokens the logits are of.
     """
-    ids, rows = batch.ids[side].to(logits.device), batch.rows(side)
-    n, positions = ids.shape
+    ids = batch.ids[side].to(logits.device)
     said = F.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    assert rows is not None
+    return (said * between(batch, side).to(said.device)).sum(1)
+
+
+def between(batch: TextBatch, side: Side) -> Tensor:
+    """Which tokens, from the second on, `likelihoods` counts, (n, positions − 1)."""
+    rows = batch.rows(side)
+    n, positions = batch.ids[side].shape
+    if rows is None:
+        return torch.ones(n, positions - 1, dtype=torch.bool)
     texts, places = rows // positions, rows % positions
     first = torch.full((n,), positions).scatter_reduce(0, texts, places, "amin")
     last = torch.zeros(n, dtype=torch.long).scatter_reduce(0, texts, places, "amax")
     at = torch.arange(positions - 1)
     # What stands at a place foretells the token behind it.
-    between = (at >= first[:, None]) & (at < last[:, None])
-    return (said * between.to(said.device)).sum(1)
+    return (at >= first[:, None]) & (at < last[:, None])
 
 
 def scaled(updates: Mapping[ModuleRef, Update], strength: float) -> dict[ModuleRef, Update]:

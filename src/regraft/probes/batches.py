@@ -146,7 +146,7 @@ def _text_batches(
     models: BothModels, adapter: Adapter | None, n: int, seed: int, prompts: Sequence[str] | None, held_out: int
 ) -> Batches:
     old, new = models.old, models.new
-    aligned = _other_tokens(old, new)
+    aligned = other_tokens(old, new)
     if aligned and not (_writes(old) and _writes(new)):
         raise InputError("splits text into other tokens than the old base, and does not read from left to right alone")
     if prompts is not None or not _writes(old):
@@ -173,8 +173,8 @@ def _text_batches(
         texts = [text.clamp_max(cap - 1) for text in texts]
         if aligned:
             written = (new if maker == "new" else old).tokenizer.batch_decode([text[0] for text in texts])
-            fit += _aligned(written[:count], maker, models)
-            held += _aligned(written[count:], maker, models)
+            fit += aligned_batches(written[:count], maker, models)
+            held += aligned_batches(written[count:], maker, models)
             continue
         fit += _together(texts[:count], maker, old, new)
         held += _together(texts[count:], maker, old, new)
@@ -188,7 +188,7 @@ def _writes(model: Loaded) -> bool:
     return model.kind == "language" and not getattr(model.main.config, "is_encoder_decoder", False)
 
 
-def _other_tokens(old: Loaded, new: Loaded) -> bool:
+def other_tokens(old: Loaded, new: Loaded) -> bool:
     """Whether the two models number or split text differently.
 
     Raises:
@@ -207,7 +207,7 @@ def _other_tokens(old: Loaded, new: Loaded) -> bool:
     return False
 
 
-def _aligned(texts: Sequence[str], maker: Maker, models: BothModels) -> list[Batch]:
+def aligned_batches(texts: Sequence[str], maker: Maker, models: BothModels) -> list[Batch]:
     batches: list[Batch] = []
     for i in range(0, len(texts), TOGETHER):
         found = align(texts[i : i + TOGETHER], models)
@@ -237,9 +237,12 @@ def _given_texts(models: BothModels, n: int, prompts: Sequence[str] | None, held
         # Spread over the list, so that held-out ones are of the same kind.
         order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
         given = [given[i] for i in order[:count]]
-        if _other_tokens(old, new):
+        if other_tokens(old, new):
             apart = min(held_out, max(1, len(given) // 5))
-            to_fit, to_hold = _aligned(given[apart:], maker, models), _aligned(given[:apart], maker, models)
+            to_fit, to_hold = (
+                aligned_batches(given[apart:], maker, models),
+                aligned_batches(given[:apart], maker, models),
+            )
             return Batches(tuple(to_fit), tuple(to_hold), f"{len(given)} texts given, seed {seed}")
         texts = [encode(old, text) for text in given]
         texts = [text[:, : longest(new, text.shape[1])] for text in texts]

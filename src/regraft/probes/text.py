@@ -117,15 +117,31 @@ def sentence(i: int) -> str:
 
 
 @torch.no_grad()
-def sample_texts(model: Loaded, n: int, generator: torch.Generator, tokens: int = SAMPLED_TOKENS) -> list[Tensor]:
-    """``n`` texts drawn from the model's own distribution, (1, positions) each; a text goes on past its end token."""
+def sample_texts(
+    model: Loaded, n: int, generator: torch.Generator, tokens: int = SAMPLED_TOKENS, beginning: Tensor | None = None
+) -> list[Tensor]:
+    """``n`` texts drawn from the model's own distribution, (1, positions) each; a text goes on past its end token.
+
+    Args:
+        model: a language model that reads from left to right.
+        n: how many.
+        generator: of the draws.
+        tokens: of each text, what is drawn and its start; of a given beginning, what is drawn behind it.
+        beginning: ids (1, positions) that all texts begin with, in place of the start token or a random one.
+
+    Raises:
+        InputError: the model's logits are no numbers.
+    """
     if n == 0:
         return []
-    length, vocabulary = longest(model, tokens), vocabulary_of(model)
+    length = longest(model, tokens + (0 if beginning is None else beginning.shape[1]))
+    vocabulary = vocabulary_of(model)
     start = getattr(model.main.config, "bos_token_id", None)
     if model.tokenizer is not None and model.tokenizer.bos_token_id is not None:
         start = model.tokenizer.bos_token_id
-    if isinstance(start, int) and start < vocabulary:
+    if beginning is not None:
+        ids = beginning[:, : max(1, length - 1)].repeat(n, 1)
+    elif isinstance(start, int) and start < vocabulary:
         ids = torch.full((n, 1), start)
     else:
         ids = torch.randint(vocabulary, (n, 1), generator=generator)
@@ -139,6 +155,12 @@ def sample_texts(model: Loaded, n: int, generator: torch.Generator, tokens: int 
         cache = getattr(out, "past_key_values", None) if caches else None
         # The draw is made on the CPU: one seed gives the same texts on every device that computes alike.
         shares = out.logits[:, -1, :vocabulary].float().cpu().softmax(-1)
+        if not bool(shares.isfinite().all()):
+            raise InputError(
+                "its outputs are no numbers (NaN)",
+                file=model.path,
+                remedy="Is the file undamaged, and the base the one that the adapter was trained on?",
+            )
         ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
     return list(ids.unsqueeze(1))
 

@@ -20,6 +20,7 @@ from regraft.probes.batches import Batch, Batches, make_batches
 from regraft.refine.aims import aims_of
 from regraft.refine.loop import Course, Heard, Look, train
 from regraft.refine.pictures import picture_inputs
+from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import Start, start_of
 from regraft.refine.student import Student, student_of, why_not
@@ -86,10 +87,13 @@ def refine(
     begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
         models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
-        inputs = inputs_of(models, adapter, settings)
-        chosen, why = objective_of(settings.objective)
+        chosen, why = objective_of(settings.objective, models)
+        inputs = inputs_of(models, adapter, settings, chosen)
         batches = (*inputs.fit, *inputs.held_out)
-        aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
+        if chosen == "sample":
+            aims = sample_aims(models, adapter, batches, tick=tick)
+        else:
+            aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
         # The old base has said all that is wanted of it: its memory is the training's.
         target = models.new
@@ -139,27 +143,21 @@ def refine(
     return RefineResult(replace(refined, metadata=metadata), report)
 
 
-def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:
+def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, objective: str = "output") -> Batches:
     """Inputs from the old base with and without the adapter, and for retention from the new base."""
+    kept = settings.retention > 0
+    if objective == "sample":
+        return samples_of(models, adapter, settings)
     if models.old.kind == "denoiser" and models.old.pipeline is not None:
-        return picture_inputs(
-            models, adapter, settings.n_inputs, settings.seed, settings.prompts, kept=settings.retention > 0
-        )
+        return picture_inputs(models, adapter, settings.n_inputs, settings.seed, settings.prompts, kept=kept)
     found = make_batches(models, adapter, settings.n_inputs, settings.seed, settings.prompts)
-    if settings.retention <= 0 or all(batch.made_by == "given" for batch in found.fit):
+    if not kept or all(batch.made_by == "given" for batch in found.fit):
         return found
     n = sum(len(batch) for batch in found.fit)
     more = make_batches(models, None, max(2, n // 2), settings.seed + 1, settings.prompts, held_out=0)
-    kept: list[Batch] = [batch for batch in more.fit if batch.made_by == "new"]
-    made = f"{found.made}; {sum(len(batch) for batch in kept)} more from the new base, for retention"
-    return Batches((*found.fit, *kept), found.held_out, made)
-
-
-def objective_of(asked: Objective) -> tuple[str, str]:
-    """The objective, and why."""
-    if asked != "auto":
-        return asked, "as asked"
-    return "output", "both bases give comparable outputs on the same inputs"
+    own: list[Batch] = [batch for batch in more.fit if batch.made_by == "new"]
+    made = f"{found.made}; {sum(len(batch) for batch in own)} more from the new base, for retention"
+    return Batches((*found.fit, *own), found.held_out, made)
 
 
 def _given(start: Adapter) -> Start:

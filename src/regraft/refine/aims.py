@@ -113,12 +113,17 @@ def aims_of(
         size = float(distance(effect if kept else wanted, y_t, language))
         aims.append(Aim(batch, wanted, tokens, language, size, kept))
     if moved <= _NO_EFFECT:
-        raise InputError(
-            "has no effect on the old base: there is nothing to bring over",
-            file=adapter.path,
-            remedy="Is it the base that it was trained on? `regraft identify` looks for the right one.",
-        )
+        raise no_effect(adapter)
     return aims
+
+
+def no_effect(adapter: Adapter) -> InputError:
+    """The error for an adapter that does nothing to the old base."""
+    return InputError(
+        "has no effect on the old base: there is nothing to bring over",
+        file=adapter.path,
+        remedy="Is it the base that it was trained on? `regraft identify` looks for the right one.",
+    )
 
 
 def _run(

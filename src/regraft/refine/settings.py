@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-#: What is matched: the adapter's effect, the old base's own outputs with it, or something between.
-Objective = Literal["auto", "effect", "output", "mixed"]
+#: What is matched: the adapter's effect, the old base's own outputs with it, something between; or no outputs at all,
+#: but what the old base writes or draws with it is learnt.
+Objective = Literal["auto", "effect", "output", "mixed", "sample"]
 #: Objective → how far its aim is pulled from the new base's own outputs to the old base's.
 PULLS = {"effect": 0.0, "mixed": 0.5, "output": 1.0}
 
@@ -17,7 +18,8 @@ class RefineSettings:
     """How an adapter is refined.
 
     Attributes:
-        objective: see `regraft.refine.aims`; ``auto`` chooses by what the pair shares.
+        objective: see `regraft.refine.aims`, and for ``sample`` `regraft.refine.samples`; ``auto`` chooses by what the
+            pair shares.
         steps: at most.
         rate: AdamW's learning rate at its peak.
         retention: share of the steps that are spent on inputs that the new base made.
@@ -26,6 +28,7 @@ class RefineSettings:
         look: steps from one such look to the next.
         n_inputs: that the old base and the old base with its adapter make; None for the default.
         prompts: texts instead of made ones.
+        filter: share of the samples made that is left out: those on which the adapter matters least (``sample``).
         seed: of inputs, order and padding.
         budget: seconds; None for no limit.
         rank: of the result; None for that of the start.
@@ -47,6 +50,7 @@ class RefineSettings:
     look: int = 20
     n_inputs: int | None = None
     prompts: tuple[str, ...] | None = None
+    filter: float = 0.0
     seed: int = 0
     budget: float | None = None
     rank: int | None = None

@@ -11,7 +11,10 @@ from regraft.runtime.load import Loaded
 
 @dataclass(frozen=True)
 class Latents:
-    """How a pipeline reads and writes pictures, and what its denoiser predicts of a noisy state z = α x + σ ε."""
+    """How a pipeline reads and writes pictures, and what its denoiser predicts of a noisy state z = α x + σ ε.
+
+    Schedulers with ``alphas_cumprod`` keep α² + σ² = 1; those of flow matching α + σ = 1, and predict ε − x.
+    """
 
     model: Loaded
 
@@ -33,14 +36,38 @@ class Latents:
         mode: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
         return ((mode - shift) * factor).float()
 
+    @property
+    def noise_is_known(self) -> bool:
+        """Whether the scheduler says how much noise there is at a timestep."""
+        return self._predicts == "flow" or hasattr(self.model.pipeline.scheduler, "alphas_cumprod")
+
+    @property
+    def steps(self) -> int:
+        """Of the schedule that the model was trained with."""
+        return int(self.model.pipeline.scheduler.config.num_train_timesteps)
+
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ, (n, 1, 1, 1)."""
+        if self._predicts == "flow":
+            sigma = (times.float() / self.steps)[:, None, None, None]
+            return 1 - sigma, sigma
         kept = self.model.pipeline.scheduler.alphas_cumprod[times].float()[:, None, None, None]
         return kept.sqrt(), (1 - kept).sqrt()
+
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What a denoiser is trained to predict of α x + σ ε, with x ``clean`` and ε ``noise``."""
+        alpha, sigma = self.levels(times)
+        if self._predicts == "flow":
+            return noise - clean
+        if self._predicts == "v_prediction":
+            return alpha * noise - sigma * clean
+        return clean if self._predicts == "sample" else noise
 
     def clean(self, prediction: Tensor, z: Tensor, times: Tensor) -> Tensor:
         """The picture's latents in a prediction."""
         alpha, sigma = self.levels(times)
+        if self._predicts == "flow":
+            return z - sigma * prediction
         if self._predicts == "v_prediction":
             return alpha * z - sigma * prediction
         return prediction if self._predicts == "sample" else (z - sigma * prediction) / alpha.clamp_min(0.02)
@@ -48,10 +75,14 @@ class Latents:
     def prediction(self, clean: Tensor, z: Tensor, times: Tensor) -> Tensor:
         """The inverse of `clean`."""
         alpha, sigma = self.levels(times)
+        if self._predicts == "flow":
+            return (z - clean) / sigma.clamp_min(0.05)
         if self._predicts == "v_prediction":
             return (alpha * z - clean) / sigma.clamp_min(0.05)
         return clean if self._predicts == "sample" else (z - alpha * clean) / sigma.clamp_min(0.05)
 
     @property
     def _predicts(self) -> str:
-        return str(self.model.pipeline.scheduler.config.prediction_type)
+        scheduler = self.model.pipeline.scheduler
+        flow = type(scheduler).__name__.startswith("FlowMatch")
+        return "flow" if flow else str(getattr(scheduler.config, "prediction_type", "epsilon"))
