@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -18,6 +19,8 @@ from regraft.refine import Look, RefineSettings
 from regraft.refine import refine as refine_adapter
 from regraft.refine.settings import Objective
 from regraft.refine.state import forget, state_file
+from regraft.refine.virtual import is_soft_prompt, load_soft_prompt, refine_soft_prompt
+from regraft.report.refine_schema import RefineReport
 from regraft.report.tables import refine_table
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -103,22 +106,42 @@ def refine(
     )
     o.use_hardware(device, "float32", threads)
     old_base, new_base = open_base(o.runnable(old)), open_base(o.runnable(new))
+    if is_soft_prompt(adapter):
+        if start is not None or format is not None:
+            raise UsageError("a soft prompt has one format and no port", remedy="Leave --start and --format out.")
+        prompt = load_soft_prompt(adapter)
+        state = state_file(prompt.digest, old_base, new_base, None, settings)
+        if not resume:
+            forget(state)
+        with progress("Refining", quiet=quiet or json) as tick:
+            refined = refine_soft_prompt(
+                prompt, old_base, new_base, settings=settings, state=state, heard=_teller(tick, settings)
+            )
+            saved = refined.save(output, overwrite=overwrite)
+        forget(state)
+        _told(refined.report, saved, json=json, quiet=quiet)
+        return
     trained = load_adapter(adapter, names=o.names_of(old_base), base_config=o.config_of(old_base))
     ported = load_adapter(start, names=o.names_of(new_base), base_config=o.config_of(new_base)) if start else None
     state = state_file(trained, old_base, new_base, ported, settings)
     if not resume:
         forget(state)
     with progress("Refining", quiet=quiet or json) as tick:
-
-        def heard(look: Look) -> None:
-            tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
-
+        heard = _teller(tick, settings)
         result = refine_adapter(
             trained, old_base, new_base, start=ported, settings=settings, state=state, tick=tick, heard=heard
         )
         written = result.save(output, format=format, overwrite=overwrite)
     forget(state)
-    record = result.report.model_copy(update={"outputs": [str(file) for file in written]})
+    _told(result.report, written, json=json, quiet=quiet)
+
+
+def _teller(tick: Callable[[int, int, str], None], settings: RefineSettings) -> Callable[[Look], None]:
+    return lambda look: tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
+
+
+def _told(report: RefineReport, written: Sequence[Path], *, json: bool, quiet: bool) -> None:
+    record = report.model_copy(update={"outputs": [str(file) for file in written]})
     emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
 
 

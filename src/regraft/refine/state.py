@@ -17,11 +17,11 @@ from regraft.refine.settings import RefineSettings
 _FREE = ("steps", "budget", "patience", "device", "precision", "low_memory", "checkpointing")
 
 
-def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:
-    """The file for one refine: of this adapter, these bases, and these settings."""
+def state_file(adapter: Adapter | str, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:
+    """The file for one refine: of this adapter (or its digest), these bases, and these settings."""
     asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     content = {
-        "adapter": content_of(adapter),
+        "adapter": adapter if isinstance(adapter, str) else content_of(adapter),
         "old": str(old.prints),
         "new": str(new.prints),
         "start": content_of(start) if start is not None else None,
