@@ -14,7 +14,8 @@ from torch import Tensor
 from regraft import Adapter, InputError, UsageError, open_base
 from regraft.lineage import with_port
 from regraft.methods.task import Running
-from regraft.refine import RefineSettings, drawn, refine
+from regraft.probes.sentences import PICTURE_PROMPTS
+from regraft.refine import RefineSettings, drawn, inputs_of, refine
 from regraft.refine.drawn import PictureBatch, picture_aims, picture_samples
 from regraft.refine.samples import objective_of
 from regraft.refine.shared import unshared
@@ -132,6 +133,7 @@ def test_a_student_gains_on_pictures_that_it_never_saw(
     assert result.report.objective == "sample"
     assert result.report.recovered > 0.02
     assert "read by the new base's autoencoder" in result.report.inputs
+    assert result.report.inputs.endswith("for 2 given prompts")
 
 
 def test_a_start_is_found_across_autoencoders(adapter: Adapter, here: Path, there: Path) -> None:
@@ -172,3 +174,23 @@ def test_a_denoiser_alone_has_no_pictures_to_hand_over(adapter: Adapter, both: B
     bare = replace(both, new=replace(both.new, pipeline=None))
     with pytest.raises(InputError, match="no pictures can be handed over"):
         picture_samples(bare, adapter, 32, 0, None, kept=False)
+
+
+def test_prompts_of_its_training_are_drawn_and_the_report_says_so(
+    adapter: Adapter, both: BothModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    draw = drawn._pictures
+
+    def noted(model: Any, given: Any, *rest: Any) -> Any:
+        texts.extend(given)
+        return draw(model, given, *rest)
+
+    monkeypatch.setattr(drawn, "_pictures", noted)
+    tagged = replace(
+        adapter, metadata={"ss_tag_frequency": '{"1_x": {"ink": 3, "cat": 2}}', "ss_resolution": "(24, 16)"}
+    )
+    found = inputs_of(both, tagged, replace(QUICK, prompts=None, n_inputs=32, retention=0.0), sampled=True)
+    assert "its training's tags" in found.made
+    assert "ink" in texts
+    assert any(text in PICTURE_PROMPTS for text in texts)

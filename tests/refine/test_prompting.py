@@ -9,7 +9,7 @@ import pytest
 
 from regraft import Adapter
 from regraft.probes.sentences import PICTURE_PROMPTS
-from regraft.refine.prompting import LONGEST, MOST, picture_prompts
+from regraft.refine.prompting import LONGEST, MOST, picture_prompts, resolution_of
 
 TAGS = {"10_cats": {"cat": 40, "sleeping": 4, "sofa": 2}, "5_dogs": {"dog": 9}}
 
@@ -95,3 +95,20 @@ def test_a_strangers_metadata_is_cut_and_cleaned() -> None:
     prompts, _ = picture_prompts(adapter({"ss_tag_frequency": json.dumps({"d": long})}), None)
     assert len(prompts) <= MOST + MOST // 2
     assert all(len(prompt) <= LONGEST and prompt.isprintable() for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "size"),
+    [
+        ({"ss_resolution": "(512, 768)"}, (768, 512)),
+        ({"ss_resolution": "1024"}, (1024, 1024)),
+        ({"modelspec.resolution": "1024x768"}, (768, 1024)),
+        ({"ss_resolution": "None", "modelspec.resolution": "513x520"}, (520, 512)),
+        ({"ss_resolution": "(99999999, 1)"}, None),
+        ({}, None),
+    ],
+)
+def test_pictures_are_drawn_at_the_size_that_the_adapter_was_trained_at(
+    metadata: dict[str, str], size: tuple[int, int] | None
+) -> None:
+    assert resolution_of(adapter(metadata)) == size

@@ -17,6 +17,7 @@ from regraft.probes.diffusion import noise_plan, prompts_for, reads_prompts, sam
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
+from regraft.refine.prompting import resolution_of
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
@@ -94,7 +95,7 @@ def picture_samples(
     drawn = round((count + held) / (1 - dropped))
     given = list(prompts if prompts is not None else PICTURE_PROMPTS)
     with applied(models.old.components, adapter):
-        by_adapter = _pictures(models.old, given, drawn, seed)
+        by_adapter = _pictures(models.old, given, drawn, seed, resolution_of(adapter))
     _check_useful(by_adapter, adapter)
     before, after = _own_losses(models.old, adapter, by_adapter, seed)
     if dropped:
@@ -149,11 +150,13 @@ def _check_pipelines(models: BothModels) -> None:
 
 
 @torch.no_grad()
-def _pictures(model: Loaded, given: Sequence[str], n: int, seed: int) -> _Pictures:
-    texts = prompts_for(given, n, seed)
+def _pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: tuple[int, int] | None = None) -> _Pictures:
+    """Pictures for some prompts, ``size`` high and wide; by default as the pipeline draws them."""
+    texts, (height, width) = prompts_for(given, n, seed), size or (None, None)
     latents, pictures = [], []
     for i in range(0, n, _DRAWN):
-        made = sample_latents(model, texts[i : i + _DRAWN], seed + i, num_inference_steps=_STEPS)
+        part = texts[i : i + _DRAWN]
+        made = sample_latents(model, part, seed + i, num_inference_steps=_STEPS, height=height, width=width)
         if made.dim() != 4:
             raise InputError(
                 f"a {type(model.pipeline).__name__} keeps its latents in a form of its own, which no picture can be "

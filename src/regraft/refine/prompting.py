@@ -1,4 +1,4 @@
-"""Prompts for pictures from what an adapter's file says of its training: tags, trigger words, its model card."""
+"""What an adapter's file says of its training: prompts by tags, trigger words and model card; the pictures' size."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ def picture_prompts(adapter: Adapter, given: Sequence[str] | None, seed: int = 0
     general = PICTURE_PROMPTS[: max(1, len(own) // 2)]
     told = " and ".join(source for source, found in sources.items() if found)
     return (*own, *general), f"{len(own)} prompts from {told}, and {len(general)} general ones"
+
+
+def resolution_of(adapter: Adapter) -> tuple[int, int] | None:
+    """Height and width of the pictures that it was trained on, where its file tells; both in multiples of 8."""
+    # sd-scripts writes "(width, height)", one number, or None; the model spec width and height with an x between.
+    for key in ("ss_resolution", "modelspec.resolution"):
+        found = re.fullmatch(r"\(?\s*(\d{2,4})(?:\s*[,x]\s*(\d{2,4}))?\s*\)?", adapter.metadata.get(key, "").strip())
+        if found is not None:
+            width, height = int(found[1]), int(found[2] or found[1])
+            return max(8, height // 8 * 8), max(8, width // 8 * 8)
+    return None
 
 
 def _tag_counts(adapter: Adapter) -> Counter[str]:
