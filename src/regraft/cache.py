@@ -39,14 +39,20 @@ def cached_files() -> list[Path]:
     return sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
 
 
+def cached_inputs() -> list[Path]:
+    """What models made for a refine, and the states of those that were stopped."""
+    folder = cache_folder() / "refine"
+    return sorted(folder.glob("*.pt")) if folder.is_dir() else []
+
+
 def clear_cache() -> int:
-    """Delete every cached migration; returns the bytes freed.
+    """Delete every cached migration, and what is kept of refines; returns the bytes freed.
 
     Raises:
         OutputError: a file can't be deleted.
     """
     freed = 0
-    for file in cached_files():
+    for file in [*cached_files(), *cached_inputs()]:
         try:
             size = file.stat().st_size
             file.unlink()

@@ -191,6 +191,7 @@ def test_the_command_refines_and_leaves_no_state(
         (("--rate", "0"), "--rate"),
         (("--retention", "2"), "--retention"),
         (("--objective", "all"), "--objective 'all'"),
+        (("--filter", "1"), "--filter"),
         (("--optimizer", "sgd"), "--optimizer"),
     ],
 )

@@ -15,7 +15,8 @@ from regraft.methods._choosing import between, likelihoods
 from regraft.methods.task import Running
 from regraft.probes.batches import TextBatch
 from regraft.refine import RefineSettings, refine, sampled
-from regraft.refine.sampled import text_samples
+from regraft.refine.firsts import FirstCharacters
+from regraft.refine.sampled import text_aims, text_samples
 from regraft.refine.samples import objective_of
 from regraft.refine.starting import _entry, _of_kind, start_of
 from regraft.runtime import applied, load_model
@@ -160,3 +161,34 @@ def test_the_command_says_that_it_learns_from_samples_and_why(
     ran = run(*asked, "--overwrite", "--objective", "effect")
     assert ran.code == 2
     assert "--objective sample" in ran.err
+
+
+def test_the_next_characters_distribution_is_the_tokens_that_begin_with_it(folder: Path) -> None:
+    letters, words = folder / "letters", folder / "words"
+    tiny.llama(letters, vocab=6)
+    tiny.llama(words, vocab=7)
+    tiny.write_tokenizer(letters, ["a", "b", "c"])
+    tiny.write_tokenizer(words, ["cab", "ab", "b", "abc"])
+    firsts = FirstCharacters.of(BothModels.load(open_base(letters), open_base(words)))
+    shares = torch.tensor([[0.05, 0.0, 0.05, 0.2, 0.3, 0.3, 0.1]])
+    told = firsts.logs(shares.log(), "new").exp()[0]
+    # a, b, c are numbered as the first tokenizer has them; special tokens and whatever is unknown are 0.
+    torch.testing.assert_close(told, torch.tensor([0.1, 0.4, 0.3, 0.2]), atol=1e-6, rtol=1e-5)
+
+
+def test_more_logits_than_tokens_are_nobodys(folder: Path) -> None:
+    firsts = FirstCharacters({"old": torch.tensor([0, 1]), "new": torch.tensor([0, 1, 1, 2])}, 3)
+    assert firsts.logs(torch.zeros(1, 4), "old").exp()[0].tolist() == pytest.approx([0.75, 0.25, 0.0], abs=1e-5)
+    assert firsts.logs(torch.zeros(1, 2), "new").exp()[0].tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-5)
+
+
+def test_of_a_model_that_says_what_is_wanted_of_it_the_next_character_is_right_too(
+    adapter: Adapter, both: BothModels
+) -> None:
+    batches = text_samples(both, adapter, 16, 0, None, kept=False).fit
+    aims = text_aims(both, adapter, batches)
+    for aim in aims:
+        with torch.no_grad(), applied(both.new.components, adapter):
+            outputs = aim.told(aim.batch.run(both.new, "new"))
+        # The same model with other numbers: the adapter is all that is wanted.
+        assert float(aim.loss(outputs)) == pytest.approx(0.0, abs=1e-4)

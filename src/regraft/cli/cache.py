@@ -5,7 +5,7 @@ import sys
 import typer
 from rich.table import Table
 
-from regraft.cache import cache_folder, cached_files, clear_cache
+from regraft.cache import cache_folder, cached_files, cached_inputs, clear_cache
 from regraft.cli._sink import out
 from regraft.errors import RegraftError
 from regraft.migration_file import load_migration
@@ -67,6 +67,7 @@ def list_(json: bool = typer.Option(False, "--json", help="Print the record as J
 
 @app.command()
 def clear() -> None:
-    """Delete every cached migration."""
-    count = len(cached_files())
-    out.print(f"{count} migrations deleted, {clear_cache() / 1e6:.2f} MB freed")
+    """Delete every cached migration, and what is kept of refines."""
+    count, inputs = len(cached_files()), len(cached_inputs())
+    beside = f" and {inputs} files of refines" if inputs else ""
+    out.print(f"{count} migrations{beside} deleted, {clear_cache() / 1e6:.2f} MB freed")

@@ -57,6 +57,10 @@ def refine(
     ] = None,
     n_inputs: Annotated[int | None, typer.Option("--n-inputs", min=8, help="Inputs that the old base makes.")] = None,
     prompts: o.Prompts = None,
+    filter: Annotated[
+        float,
+        typer.Option("--filter", help="Share of the samples left out, where the adapter matters least (sample)."),
+    ] = RefineSettings.filter,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs and order.")] = 0,
     config: o.Config = None,
     device: o.Device = "cpu",
@@ -93,6 +97,7 @@ def refine(
         stay=o.share(stay, "--stay"),
         n_inputs=n_inputs,
         prompts=o.texts(prompts),
+        filter=_below_one(o.share(filter, "--filter")),
         seed=seed,
         budget=seconds(budget),
         rank=rank,
@@ -143,6 +148,12 @@ def _teller(tick: Callable[[int, int, str], None], settings: RefineSettings) -> 
 def _told(report: RefineReport, written: Sequence[Path], *, json: bool, quiet: bool) -> None:
     record = report.model_copy(update={"outputs": [str(file) for file in written]})
     emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
+
+
+def _below_one(share: float) -> float:
+    if share >= 1:
+        raise UsageError("--filter 1 leaves no samples", remedy="Give a share below 1.")
+    return share
 
 
 def seconds(text: str | None) -> float | None:

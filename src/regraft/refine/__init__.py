@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -17,9 +18,12 @@ from regraft.metadata import with_ranks
 from regraft.methods.task import Running
 from regraft.migration import summarise
 from regraft.probes.batches import Batch, Batches, make_batches
+from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import aims_of
+from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Course, Heard, Look, train
 from regraft.refine.pictures import picture_inputs
+from regraft.refine.prompting import picture_prompts
 from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import Start, start_of
@@ -88,9 +92,11 @@ def refine(
     with quiet_libraries():
         models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
         chosen, why = objective_of(settings.objective, models)
-        inputs = inputs_of(models, adapter, settings, chosen)
+        sampled = chosen == "sample"
+        file = inputs_file(adapter, old, new, settings, sampled)
+        inputs, unkept = read_or_made(file, partial(inputs_of, models, adapter, settings, sampled=sampled))
         batches = (*inputs.fit, *inputs.held_out)
-        if chosen == "sample":
+        if sampled:
             aims = sample_aims(models, adapter, batches, tick=tick)
         else:
             aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
@@ -126,7 +132,7 @@ def refine(
         n_inputs=sum(len(batch) for batch in inputs.fit),
         steps=course.best_look.step,
         stopped=course.stopped,
-        unkept=course.unkept,
+        unkept=course.unkept or unkept,
         recovered=course.best_look.recovered,
         beside=beside,
         looks=[_row(look) for look in course.looks],
@@ -143,13 +149,25 @@ def refine(
     return RefineResult(replace(refined, metadata=metadata), report)
 
 
-def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, objective: str = "output") -> Batches:
-    """Inputs from the old base with and without the adapter, and for retention from the new base."""
+def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *, sampled: bool = False) -> Batches:
+    """Inputs from the old base with and without the adapter, and for retention from the new base.
+
+    Args:
+        models: both bases.
+        adapter: for the old one.
+        settings: how many, from which seed and prompts.
+        sampled: as samples to learn from; see `regraft.refine.samples`.
+    """
     kept = settings.retention > 0
-    if objective == "sample":
-        return samples_of(models, adapter, settings)
+    draws = models.old.pipeline is not None and reads_prompts(models.old)
+    prompts, told = picture_prompts(adapter, settings.prompts, settings.seed) if draws else (settings.prompts, "")
+    if sampled or draws:
+        asked = replace(settings, prompts=prompts)
+        make = samples_of if sampled else _states_of
+        found = make(models, adapter, asked)
+        return replace(found, made=f"{found.made}, for {told}" if told else found.made)
     if models.old.kind == "denoiser" and models.old.pipeline is not None:
-        return picture_inputs(models, adapter, settings.n_inputs, settings.seed, settings.prompts, kept=kept)
+        return _states_of(models, adapter, settings)
     found = make_batches(models, adapter, settings.n_inputs, settings.seed, settings.prompts)
     if not kept or all(batch.made_by == "given" for batch in found.fit):
         return found
@@ -158,6 +176,11 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, ob
     own: list[Batch] = [batch for batch in more.fit if batch.made_by == "new"]
     made = f"{found.made}; {sum(len(batch) for batch in own)} more from the new base, for retention"
     return Batches((*found.fit, *own), found.held_out, made)
+
+
+def _states_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:
+    asked = (settings.n_inputs, settings.seed, settings.prompts)
+    return picture_inputs(models, adapter, *asked, kept=settings.retention > 0)
 
 
 def _given(start: Adapter) -> Start:

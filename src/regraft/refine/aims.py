@@ -51,6 +51,10 @@ class Aim:
         """
         return distance(self.wanted.to(outputs.device), outputs, self.language)
 
+    def loss(self, outputs: Tensor) -> Tensor:
+        """What a step makes less: the distance, and whatever helps on the way."""
+        return self.distance(outputs)
+
     def told(self, outputs: Tensor) -> Tensor:
         """A model's outputs on the batch, in the form of ``wanted``."""
         return _told(outputs, self.tokens, self.language, self.batch.rows("new"))

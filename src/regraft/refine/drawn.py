@@ -17,6 +17,7 @@ from regraft.probes.diffusion import noise_plan, prompts_for, reads_prompts, sam
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
+from regraft.refine.prompting import resolution_of
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
@@ -93,24 +94,27 @@ def picture_samples(
     held = max(2, round(_HELD * count))
     drawn = round((count + held) / (1 - dropped))
     given = list(prompts if prompts is not None else PICTURE_PROMPTS)
-    with applied(models.old.components, adapter):
-        by_adapter = _pictures(models.old, given, drawn, seed)
-    _check_useful(by_adapter, adapter)
-    before, after = _own_losses(models.old, adapter, by_adapter, seed)
+    with models.turn("old"):
+        with applied(models.old.components, adapter):
+            by_adapter = _pictures(models.old, given, drawn, seed, resolution_of(adapter))
+        _check_useful(by_adapter, adapter)
+        before, after = _own_losses(models.old, adapter, by_adapter, seed)
     if dropped:
         best = (before - after).topk(count + held).indices.sort().values
         by_adapter, before, after = by_adapter.at(best), before[best], after[best]
     left = float(after.sum() / before.sum())
-    fit = _noised(models.new, by_adapter.at(slice(count)), "adapter", seed, left)
-    held_out = _noised(models.new, by_adapter.at(slice(count, None)), "adapter", seed + 100, left)
+    with models.turn("new"):
+        fit = _noised(models.new, by_adapter.at(slice(count)), "adapter", seed, left)
+        held_out = _noised(models.new, by_adapter.at(slice(count, None)), "adapter", seed + 100, left)
     made = f"{count} pictures that the old base drew with its adapter in {_STEPS} steps"
     if dropped:
         made += f", out of {drawn}, those on which the adapter matters most"
     if kept:
         own, apart = max(2, round(_KEPT * count)), max(1, held // 2)
-        by_new = _pictures(models.new, given, own + apart, seed + 10_000)
-        fit += _noised(models.new, by_new.at(slice(own)), "new", seed + 1)
-        held_out += _noised(models.new, by_new.at(slice(own, None)), "new", seed + 101)
+        with models.turn("new"):
+            by_new = _pictures(models.new, given, own + apart, seed + 10_000)
+            fit += _noised(models.new, by_new.at(slice(own)), "new", seed + 1)
+            held_out += _noised(models.new, by_new.at(slice(own, None)), "new", seed + 101)
         made += f"; {own} by the new base, for retention"
     made += f"; read by the new base's autoencoder, {LEVELS} noise levels of each, seed {seed}"
     return Batches(tuple(fit), tuple(held_out), made)
@@ -149,11 +153,13 @@ def _check_pipelines(models: BothModels) -> None:
 
 
 @torch.no_grad()
-def _pictures(model: Loaded, given: Sequence[str], n: int, seed: int) -> _Pictures:
-    texts = prompts_for(given, n, seed)
+def _pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: tuple[int, int] | None = None) -> _Pictures:
+    """Pictures for some prompts, ``size`` high and wide; by default as the pipeline draws them."""
+    texts, (height, width) = prompts_for(given, n, seed), size or (None, None)
     latents, pictures = [], []
     for i in range(0, n, _DRAWN):
-        made = sample_latents(model, texts[i : i + _DRAWN], seed + i, num_inference_steps=_STEPS)
+        part = texts[i : i + _DRAWN]
+        made = sample_latents(model, part, seed + i, num_inference_steps=_STEPS, height=height, width=width)
         if made.dim() != 4:
             raise InputError(
                 f"a {type(model.pipeline).__name__} keeps its latents in a form of its own, which no picture can be "
@@ -259,7 +265,8 @@ def picture_aims(
     for i, batch in enumerate(batches):
         tick(i, len(batches), "the new base without the adapter")
         assert isinstance(batch, PictureBatch)
-        own = batch.run(models.new, "new").float().cpu()
+        with models.turn("new"):
+            own = batch.run(models.new, "new").float().cpu()
         if batch.made_by == "new":
             aims.append(Aim(batch, own, None, False, 0.0, True))
             continue

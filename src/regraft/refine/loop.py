@@ -202,7 +202,7 @@ class _Run:
         with torch.enable_grad(), self.accelerator.autocast():
             outputs = aim.told(_forward(aim, self.student))
         with torch.enable_grad():
-            loss = aim.distance(outputs) / self.size
+            loss = aim.loss(outputs) / self.size
         self.accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         value = float(loss.detach())

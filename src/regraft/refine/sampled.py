@@ -14,7 +14,8 @@ from regraft.errors import InputError
 from regraft.methods._choosing import between, likelihoods
 from regraft.probes.batches import TOGETHER, Batch, Batches, Maker, TextBatch, aligned_batches
 from regraft.probes.text import encode, sample_texts
-from regraft.refine.aims import _NO_EFFECT, Aim, _run, no_effect
+from regraft.refine.aims import _NO_EFFECT, Aim, _run, distance, no_effect
+from regraft.refine.firsts import FirstCharacters
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded
@@ -33,18 +34,38 @@ class TextAim(Aim):
     characters, (n,). Their difference, in nats per token of the new base, estimates KL(writer ‖ student) between
     distributions of texts: 0 is a student that writes as the old base with its adapter does, and the new base alone is
     the unit that progress is told in.
+
+    One sampled token says little of a distribution. In training, the adapter's change of the next character's
+    distribution is taught as well (`regraft.refine.firsts`), wherever tokens of both models end: log p_new + log
+    p_old+adapter − log p_old. The change, not the old model's own distribution: a longer token that was not taken
+    makes the new model rule out characters that the old one, in other tokens, still awaits. Measured on a tuning
+    adapter from characters to 512 tokens, from zero, 192 texts: 0.66 of native instead of 0.62.
+
+    Attributes:
+        change: wanted log-probabilities of the next character, (rows, classes).
+        firsts: the classes.
     """
 
+    change: Tensor | None = None
+    firsts: FirstCharacters | None = None
+
     def told(self, outputs: Tensor) -> Tensor:
-        """Log-likelihood of every text, (n,), of a model's logits (n, positions, vocabulary)."""
-        assert isinstance(self.batch, TextBatch)
-        return likelihoods(outputs.float(), self.batch, "new")
+        """A model's logits, (n, positions, vocabulary)."""
+        return outputs.float()
 
     def distance(self, outputs: Tensor) -> Tensor:
         """How much less likely the texts are than to their writer, in nats a token."""
         assert isinstance(self.batch, TextBatch)
         tokens = between(self.batch, "new").sum().clamp_min(1)
-        return (self.wanted.to(outputs.device) - outputs).sum() / tokens.to(outputs.device)
+        said = likelihoods(outputs, self.batch, "new")
+        return (self.wanted.to(said.device) - said).sum() / tokens.to(said.device)
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        """The distance, and how far the next character's distribution is from what is wanted."""
+        if self.change is None or self.firsts is None:
+            return self.distance(outputs)
+        got = self.firsts.logs(_rows(outputs, self.batch, "new"), "new")
+        return self.distance(outputs) + distance(self.change.to(got.device), got, language=True)
 
 
 def text_samples(
@@ -190,6 +211,32 @@ def _said(batch: Batch, models: BothModels) -> Tensor:
 
 
 @torch.no_grad()
+def _changes(
+    models: BothModels, adapter: Adapter, batches: Sequence[Batch], firsts: FirstCharacters
+) -> dict[int, Tensor]:
+    """Number of each batch by the adapter → wanted log-probabilities of the next character, (rows, classes)."""
+    own = {i: batch for i, batch in enumerate(batches) if batch.made_by != "new"}
+
+    def said(side: Side) -> dict[int, Tensor]:
+        model = models.side(side)
+        return {i: firsts.logs(_rows(b.run(model, side).float(), b, side), side).cpu() for i, b in own.items()}
+
+    with models.turn("old"):
+        with applied(models.old.components, adapter):
+            after = said("old")
+        before = said("old")
+    with models.turn("new"):
+        new = said("new")
+    return {i: (new[i] + after[i] - before[i]).log_softmax(-1) for i in own}
+
+
+def _rows(logits: Tensor, batch: Batch, side: Side) -> Tensor:
+    """Logits of the places where tokens of both models end, (rows, vocabulary)."""
+    rows, flat = batch.rows(side), logits.flatten(0, -2)
+    return flat if rows is None else flat[rows.to(flat.device)]
+
+
+@torch.no_grad()
 def text_aims(
     models: BothModels,
     adapter: Adapter,
@@ -202,6 +249,8 @@ def text_aims(
     Raises:
         InputError: the adapter changes nothing in the old base.
     """
+    firsts = FirstCharacters.of(models) if models.old.tokenizer is not None else None
+    changes = _changes(models, adapter, batches, firsts) if firsts is not None else {}
     wanted: list[Tensor] = []
     first = next(i for i, batch in enumerate(batches) if batch.made_by != "new")
     with models.turn("old"):
@@ -219,6 +268,6 @@ def text_aims(
                 own, tokens = _run(batch, models.new, "new", None, True)
                 aims.append(Aim(batch, own, tokens, True, 0.0, True))
                 continue
-            aim = TextAim(batch, said, None, True, 0.0, False)
+            aim = TextAim(batch, said, None, True, 0.0, False, changes.get(i), firsts)
             aims.append(replace(aim, size=float(aim.distance(aim.told(batch.run(models.new, "new"))))))
     return aims
