@@ -1,0 +1,63 @@
+"""The record of a refine as one self-contained HTML page: no script, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from regraft.report.html import BAD, GOOD, WARN, Banner, Scale, environment
+from regraft.report.public import without_folders, without_pictures
+from regraft.report.refine_chart import draw_course
+from regraft.report.refine_schema import RefineReport, verdict_of
+
+#: A row below this is drawn at the edge: a start can be worse than nothing by any measure.
+_LOWEST = -0.5
+
+#: What each figure means, and what it does not.
+MEANINGS = (
+    (
+        "Share of what is wanted",
+        "How much nearer the new base came to what it is taught, on inputs that it did not learn from: 0 is the new "
+        "base alone, 1 all of it. Below 0 it is further away than the new base alone.",
+        "What is wanted is what the old base says with its adapter. It is no measure of a picture or an answer, and "
+        "not the share of a natively trained adapter's gain.",
+    ),
+    (
+        "Drift",
+        "On inputs that the new base made by itself: how far it is from itself with the adapter's own change, in "
+        "units of that change. The new base alone is at 1, and 0 would be ideal.",
+        "A rise tells that the new base is pulled towards the old one where it should stay itself.",
+    ),
+)
+
+
+def render_refine(report: RefineReport) -> str:
+    """The page of a refine.
+
+    Raises:
+        TypeError: it is another record.
+    """
+    if not isinstance(report, RefineReport):
+        raise TypeError(f"this page shows a RefineReport, not a {type(report).__name__}")
+    record = without_folders(report)
+    return (
+        environment()
+        .get_template("refine.html")
+        .render(
+            record=record,
+            banner=_banner(record),
+            scale=Scale(max(_LOWEST, min(0.0, *(row.recovered for row in record.beside))), 1.0),
+            course=Markup(draw_course(record)),
+            explained=MEANINGS if _has_drift(record) else MEANINGS[:1],
+            has_drift=_has_drift(record),
+            json=without_pictures(record).to_json(),
+        )
+    )
+
+
+def _banner(record: RefineReport) -> Banner:
+    word, tone = verdict_of(record)
+    return Banner(word, *{"good": GOOD, "warn": WARN, "bad": BAD}[tone])
+
+
+def _has_drift(record: RefineReport) -> bool:
+    return any(row.drift is not None for row in record.beside)
