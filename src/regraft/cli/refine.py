@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 
-from regraft.base import open_base
+from regraft.adapter import Adapter
+from regraft.base import Base, open_base
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
 from regraft.errors import UsageError
 from regraft.formats import get_format, load_adapter
-from regraft.output import check_writable
-from regraft.refine import Look, RefineSettings
+from regraft.output import check_writable, write_text
+from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
 from regraft.refine.settings import Objective
+from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
+from regraft.refine.strip import PROMPTS
 from regraft.report.tables import refine_table
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -30,7 +33,7 @@ def refine(
     output: o.Output = None,
     start: Annotated[
         Path | None,
-        typer.Option("--start", metavar="PORTED", help="A port to begin from; by default the one that auto makes."),
+        typer.Option("--start", metavar="PORTED|zero", help="To begin from; by default the port that auto makes."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
@@ -64,6 +67,16 @@ def refine(
     threads: o.Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
+    report: o.Report = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            metavar="N",
+            min=0,
+            help="Prompts to draw over the training, with pipelines; by default 4 with --report, else 0.",
+        ),
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     overwrite: o.Overwrite = False,
@@ -73,7 +86,9 @@ def refine(
         raise UsageError("--from and --to are both needed: both bases are run")
     if output is None:
         raise UsageError("--output is missing", remedy="Give the refined file's name with -o.")
-    check_writable(output, overwrite=overwrite, source=adapter)
+    for path in (output, report):
+        if path is not None:
+            check_writable(path, overwrite=overwrite, source=adapter)
     if format is not None:
         get_format(format)
     settings = RefineSettings(
@@ -96,7 +111,7 @@ def refine(
     o.use_hardware(device, "float32", threads)
     old_base, new_base = open_base(o.runnable(old)), open_base(o.runnable(new))
     trained = load_adapter(adapter, names=o.names_of(old_base), base_config=o.config_of(old_base))
-    ported = load_adapter(start, names=o.names_of(new_base), base_config=o.config_of(new_base)) if start else None
+    ported = _start(start, new_base)
     state = state_file(trained, old_base, new_base, ported, settings)
     if not resume:
         forget(state)
@@ -105,13 +120,33 @@ def refine(
         def heard(look: Look) -> None:
             tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
 
+        strip = Strip((PROMPTS if report is not None else 0) if pictures is None else pictures, settings.prompts, seed)
         result = refine_adapter(
-            trained, old_base, new_base, start=ported, settings=settings, state=state, tick=tick, heard=heard
+            trained,
+            old_base,
+            new_base,
+            start=ported,
+            settings=settings,
+            state=state,
+            tick=tick,
+            heard=heard,
+            strip=strip,
         )
         written = result.save(output, format=format, overwrite=overwrite)
     forget(state)
     record = result.report.model_copy(update={"outputs": [str(file) for file in written]})
+    if report is not None:
+        from regraft.report.refine_page import render_refine
+
+        write_text(render_refine(record), report, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
+
+
+def _start(start: Path | None, new: Base) -> Adapter | Literal["zero"] | None:
+    if start is None:
+        return None
+    # A file of that name is still to be had, by its whole path.
+    return ZERO if str(start) == ZERO else load_adapter(start, names=o.names_of(new), base_config=o.config_of(new))
 
 
 def seconds(text: str | None) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 from regraft._version import __version__
 from regraft.adapter import Adapter
@@ -22,7 +23,7 @@ from regraft.refine.beside import copied, rows
 from regraft.refine.loop import Course, Heard, Look, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.settings import PULLS, Objective, RefineSettings
-from regraft.refine.starting import Start, start_of
+from regraft.refine.starting import ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
 from regraft.report.refine_schema import RefineLook, RefineReport
@@ -57,7 +58,7 @@ def refine(
     old: Base,
     new: Base,
     *,
-    start: Adapter | None = None,
+    start: Adapter | Literal["zero"] | None = None,
     settings: RefineSettings = RefineSettings(),
     state: Path | None = None,
     tick: Tick = _no_tick,
@@ -70,7 +71,7 @@ def refine(
         adapter: as it was trained on ``old``.
         old: the old base.
         new: the base that it is to run on.
-        start: a port to begin from, by the new base's names; by default the one that `auto` makes.
+        start: a port to begin from, by the new base's names; or ``zero``; by default what `auto` makes.
         settings: objective, steps, budget and the rest.
         state: a file that the state of the training is kept in, and gone on from.
         tick: told of what is at work.
@@ -84,7 +85,10 @@ def refine(
     began = perf_counter()
     strip = strip or Strip(0)
     running = Running(settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device)
-    begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
+    if start == ZERO:
+        begin = from_zero(adapter, old, new)
+    else:
+        begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
         models = BothModels.load(old.path, new.path, settings.config, settings.device)
         inputs = inputs_of(models, adapter, settings)

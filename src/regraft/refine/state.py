@@ -17,14 +17,14 @@ from regraft.refine.settings import RefineSettings
 _FREE = ("steps", "budget", "patience", "device", "precision", "checkpointing")
 
 
-def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:
+def state_file(adapter: Adapter, old: Base, new: Base, start: Adapter | str | None, settings: RefineSettings) -> Path:
     """The file for one refine: of this adapter, these bases, and these settings."""
     asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     content = {
         "adapter": content_of(adapter),
         "old": str(old.prints),
         "new": str(new.prints),
-        "start": content_of(start) if start is not None else None,
+        "start": content_of(start) if isinstance(start, Adapter) else start,
         "settings": asked,
     }
     text = json.dumps(content, sort_keys=True, default=str)
