@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from regraft.report.html import BAD, GOOD, WARN, Banner, Scale, environment
+from regraft.report.html import Scale, environment, refine_banner
 from regraft.report.public import without_folders, without_pictures
 from regraft.report.refine_chart import draw_course
-from regraft.report.refine_schema import RefineReport, verdict_of
+from regraft.report.refine_schema import RefineReport
 
 #: A row below this is drawn at the edge: a start can be worse than nothing by any measure.
 _LOWEST = -0.5
@@ -44,7 +44,7 @@ def render_refine(report: RefineReport) -> str:
         .get_template("refine.html")
         .render(
             record=record,
-            banner=_banner(record),
+            banner=refine_banner(record),
             scale=Scale(max(_LOWEST, min(0.0, *(row.recovered for row in record.beside))), 1.0),
             course=Markup(draw_course(record)),
             explained=MEANINGS if _has_drift(record) else MEANINGS[:1],
@@ -52,11 +52,6 @@ def render_refine(report: RefineReport) -> str:
             json=without_pictures(record).to_json(),
         )
     )
-
-
-def _banner(record: RefineReport) -> Banner:
-    word, tone = verdict_of(record)
-    return Banner(word, *{"good": GOOD, "warn": WARN, "bad": BAD}[tone])
 
 
 def _has_drift(record: RefineReport) -> bool:
