@@ -116,11 +116,19 @@ def refine(
     if not resume:
         forget(state)
     with progress("Refining", quiet=quiet or json) as tick:
+        done = 0
 
         def heard(look: Look) -> None:
+            nonlocal done
+            done = look.step
             tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
 
-        strip = Strip((PROMPTS if report is not None else 0) if pictures is None else pictures, settings.prompts, seed)
+        strip = Strip(
+            (PROMPTS if report is not None else 0) if pictures is None else pictures,
+            settings.prompts,
+            seed,
+            lambda what: tick(done, settings.steps, what),
+        )
         result = refine_adapter(
             trained,
             old_base,

@@ -19,7 +19,7 @@ from regraft.methods.task import Running
 from regraft.migration import summarise
 from regraft.probes.batches import Batch, Batches, make_batches
 from regraft.refine.aims import aims_of
-from regraft.refine.beside import copied, rows
+from regraft.refine.beside import alone, copied, rows
 from regraft.refine.loop import Course, Heard, Look, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.settings import PULLS, Objective, RefineSettings
@@ -106,7 +106,7 @@ def refine(
             updates = student.updates() if gained else dict(begin.adapter.updates)
             trained, modules = sum(p.numel() for p in student.parameters()), len(student.layers)
             untrained = _untrained(student)
-        beside = rows(begin.how, course, copied(adapter, models.new, held))
+        beside = rows(begin.how, course, alone(models.new, held), copied(adapter, models.new, held))
     refined = replace(begin.adapter, updates=updates)
     report = RefineReport(
         regraft_version=__version__,

@@ -15,6 +15,16 @@ from regraft.runtime.load import Loaded
 NONE, COPY, REFINED = "none", "copy", "refined"
 
 
+def alone(new: Loaded, held: Sequence[Aim]) -> Refined:
+    """The new base without an adapter: by definition nothing of what is wanted; its drift tells how that is meant.
+
+    Args:
+        new: the new base, as it is.
+        held: held-out aims, the same ones that the student is looked at with.
+    """
+    return Refined(title=NONE, recovered=0.0, drift=measured(held, new)[1])
+
+
 def copied(adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Refined | None:
     """A plain copy of the original on the new base; None where no module of it has a place there.
 
@@ -35,19 +45,17 @@ def copied(adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Refined | None
     return Refined(title=COPY, recovered=1.0 - lacking, drift=drift, note=note)
 
 
-def rows(start: str, course: Course, copy: Refined | None) -> list[Refined]:
+def rows(start: str, course: Course, none: Refined, copy: Refined | None) -> list[Refined]:
     """None, copy, start and refined, in this order; a start that is the copy is told once.
 
     Args:
         start: how the start was ported.
         course: the training.
+        none: what `alone` gave.
         copy: what `copied` gave.
     """
-    first, best = course.looks[0], course.best_look
-    # The unit of drift is the new base's own distance from what is wanted there.
-    none = Refined(title=NONE, recovered=0.0, drift=None if first.kept is None else 1.0)
     found = [none, *([copy] if copy is not None and start != COPY else [])]
-    return [*found, _of(start, first), _of(REFINED, best)]
+    return [*found, _of(start, course.looks[0]), _of(REFINED, course.best_look)]
 
 
 def _of(title: str, look: Look) -> Refined:

@@ -81,7 +81,7 @@ def _gained(lane: _Lane, looks: Sequence[RefineLook], x: dict[int, float]) -> st
 
 
 def _drift(lane: _Lane, looks: Sequence[RefineLook], x: dict[int, float]) -> str:
-    rows = [_text(_LEFT, lane.top - 9, "Drift on the new base's own inputs (the new base alone is at 1)", "lane")]
+    rows = [_text(_LEFT, lane.top - 9, "Drift on the new base's own inputs", "lane")]
     rows += [_level(lane, value, f"{value:g}") for value in (0.0, 1.0)]
     known = [(look, x[look.step], lane.at(look.drift)) for look in looks if look.drift is not None]
     rows.append(_path([(at, height) for _, at, height in known], "drifted"))

@@ -23,9 +23,9 @@ MEANINGS = (
     ),
     (
         "Drift",
-        "On inputs that the new base made by itself: how far it is from itself with the adapter's own change, in "
-        "units of that change. The new base alone is at 1, and 0 would be ideal.",
-        "A rise tells that the new base is pulled towards the old one where it should stay itself.",
+        "How far it is from what is wanted on inputs that the new base made by itself, in units of the adapter's own "
+        "change there. Lower is better; the first row has that of the new base alone.",
+        "It tells whether the new base stays itself, not whether the adapter works.",
     ),
 )
 

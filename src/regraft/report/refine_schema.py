@@ -28,7 +28,7 @@ class Refined(Record):
 
     title: str
     recovered: float
-    drift: float | None = Field(default=None, description="as that of a look; the new base alone is at 1")
+    drift: float | None = Field(default=None, description="as that of a look")
     note: str = Field(default="", description="such as that a part of it has no place in the new base")
 
 

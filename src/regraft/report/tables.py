@@ -152,7 +152,7 @@ def refine_table(report: RefineReport, console: Console) -> None:
         table.add_row(escape(title), f"{row.recovered:.1%}", *([number(row.drift)] if drift else []))
     console.print(table)
     if drift:
-        console.print("[dim]drift: distance from what is wanted on the new base's own inputs; none is at 1[/]")
+        console.print("[dim]drift: distance from what is wanted on the new base's own inputs[/]")
     for name, reason in list(report.untrained.items())[:_UNTRAINED_LIMIT]:
         console.print(f"[dim]not trained: {escape(name)}: {escape(reason)}[/]", soft_wrap=True)
 
