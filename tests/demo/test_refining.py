@@ -112,7 +112,7 @@ def test_the_page_shows_the_cost_beside_the_columns_and_why_one_is_missing(
     for words in (
         "v2-retrained + refined 131 s, 48 self-made pictures, 80 steps",
         "v1 → v2-retrained, refined Refined",
-        f"v1 → v3, refined Not possible yet {REASON}",
+        f"v1 → v3, refined Not possible yet {REASON[0].upper()}{REASON[1:]}",
         "v2-retrained + refined 87.7 % 131 48 80 890 MB",
         f"v3 + refined not possible yet: {REASON}",
         "Refined for v2-retrained, the style share goes from 0.11 to 0.99.",
