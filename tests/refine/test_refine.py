@@ -56,7 +56,7 @@ def assert_same(one: Adapter, other: Adapter) -> None:
 def test_it_ends_nearer_to_the_old_base_with_its_adapter_than_it_began(adapter: Adapter, old: Path, new: Path) -> None:
     result = refined(adapter, old, new)
     report = result.report
-    assert report.recovered > report.beside[1].recovered + 0.02
+    assert report.recovered > report.looks[0].recovered + 0.02
     # On texts that it never saw: the outputs of the old base with its adapter.
     ids = torch.randint(3, 48, (8, 24), generator=torch.Generator().manual_seed(5))
 
@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(
     monkeypatch.setattr(Aim, "distance", broken)
     result = refined(adapter, old, new)
     assert "no number at step 11" in result.report.stopped
-    assert result.report.recovered > result.report.beside[1].recovered
+    assert result.report.recovered > result.report.looks[0].recovered
     assert all(torch.isfinite(value).all() for value in numbers(result.adapter).values())
 
 

@@ -10,6 +10,7 @@ import pytest
 import report_samples as samples
 
 from regraft.report.html import render_check, render_demo, render_port, render_verify
+from regraft.report.refine_page import render_refine
 from regraft.report.schema import Counts
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -58,6 +59,8 @@ def pages() -> dict[str, str]:
         "check": render_check(samples.check()),
         "verify": render_verify(samples.verify(pictures=pictures, prompts=samples.PROMPTS)),
         "demo": render_demo(samples.demo()),
+        "refine": render_refine(samples.refine()),
+        "refine of nothing": render_refine(samples.refine(looks=samples.refine().looks[:1], steps=0, pictures=[])),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import report_samples as samples
 from rich.console import Console
 
-from regraft.report.tables import check_table, port_table, verify_table
+from regraft.report.tables import check_table, port_table, refine_table, verify_table
 
 
 def piped() -> tuple[Console, io.StringIO]:
@@ -29,6 +29,7 @@ def shown(table: object, record: object) -> str:
         shown(port_table, samples.port(samples.llm(2))),
         shown(check_table, samples.check()),
         shown(verify_table, samples.verify()),
+        shown(refine_table, samples.refine()),
     ],
 )
 def test_piped_tables_have_no_colour_codes_and_fit_80_columns(text: str) -> None:
@@ -64,6 +65,27 @@ def test_verify_table_has_the_controls() -> None:
     assert "0.93 (0.91 to 0.95)" in text
     assert "no effect to compare" in text
     assert "shuffled" in text
+
+
+def test_refine_table_holds_the_result_against_none_a_copy_and_its_start() -> None:
+    text = shown(refine_table, samples.refine())
+    assert text.startswith("REFINED ")
+    rows = [line.split() for line in text[text.index("on held-out inputs") :].splitlines()[2:6]]
+    assert [row[0] for row in rows] == ["none", "copy", "stream", "refined"]
+    assert [row[-2:] for row in rows] == [["0.0%", "1.00"], ["2.0%", "0.99"], ["-92.0%", "3.04"], ["87.7%", "0.40"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"steps": 0, "recovered": 0.2}, "NOTHING GAINED"),
+        ({"steps": 0, "recovered": 1.0}, "NOTHING LEFT TO GAIN"),
+        ({"recovered": 0.3}, "REFINED IN PART"),
+        ({"recovered": -0.1}, "NOT CARRIED OVER"),
+    ],
+)
+def test_refine_table_tells_each_outcome(changes: dict[str, object], word: str) -> None:
+    assert shown(refine_table, samples.refine(**changes)).startswith(word)
 
 
 def test_markup_in_names_shows_as_text() -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 
-from regraft.base import open_base
+from regraft.adapter import Adapter
+from regraft.base import Base, open_base
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
 from regraft.errors import UsageError
 from regraft.formats import get_format, load_adapter
-from regraft.output import check_writable
-from regraft.refine import Look, RefineSettings
+from regraft.output import check_writable, write_text
+from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
 from regraft.refine.settings import Objective
+from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
+from regraft.refine.strip import PROMPTS
 from regraft.refine.virtual import is_soft_prompt, load_soft_prompt, refine_soft_prompt
 from regraft.report.refine_schema import RefineReport
 from regraft.report.tables import refine_table
@@ -33,7 +36,7 @@ def refine(
     output: o.Output = None,
     start: Annotated[
         Path | None,
-        typer.Option("--start", metavar="PORTED", help="A port to begin from; by default the one that auto makes."),
+        typer.Option("--start", metavar="PORTED|zero", help="To begin from; by default the port that auto makes."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
@@ -77,6 +80,16 @@ def refine(
     threads: o.Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
+    report: o.Report = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            metavar="N",
+            min=0,
+            help="Prompts to draw over the training, with pipelines; by default 4 with --report, else 0.",
+        ),
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     overwrite: o.Overwrite = False,
@@ -86,7 +99,9 @@ def refine(
         raise UsageError("--from and --to are both needed: both bases are run")
     if output is None:
         raise UsageError("--output is missing", remedy="Give the refined file's name with -o.")
-    check_writable(output, overwrite=overwrite, source=adapter)
+    for path in (output, report):
+        if path is not None:
+            check_writable(path, overwrite=overwrite, source=adapter)
     if format is not None:
         get_format(format)
     settings = RefineSettings(
@@ -120,33 +135,62 @@ def refine(
             forget(state)
         with progress("Refining", quiet=quiet or json) as tick:
             refined = refine_soft_prompt(
-                prompt, old_base, new_base, settings=settings, state=state, heard=_teller(tick, settings)
+                prompt, old_base, new_base, settings=settings, state=state, heard=_teller(tick, settings)[0]
             )
             saved = refined.save(output, overwrite=overwrite)
         forget(state)
-        _told(refined.report, saved, json=json, quiet=quiet)
+        _told(refined.report, saved, report, overwrite=overwrite, json=json, quiet=quiet)
         return
     trained = load_adapter(adapter, names=o.names_of(old_base), base_config=o.config_of(old_base))
-    ported = load_adapter(start, names=o.names_of(new_base), base_config=o.config_of(new_base)) if start else None
+    ported = _start(start, new_base)
     state = state_file(trained, old_base, new_base, ported, settings)
     if not resume:
         forget(state)
     with progress("Refining", quiet=quiet or json) as tick:
-        heard = _teller(tick, settings)
+        heard, done = _teller(tick, settings)
+        strip = Strip(
+            (PROMPTS if report is not None else 0) if pictures is None else pictures,
+            settings.prompts,
+            seed,
+            lambda what: tick(done(), settings.steps, what),
+        )
         result = refine_adapter(
-            trained, old_base, new_base, start=ported, settings=settings, state=state, tick=tick, heard=heard
+            trained,
+            old_base,
+            new_base,
+            start=ported,
+            settings=settings,
+            state=state,
+            tick=tick,
+            heard=heard,
+            strip=strip,
         )
         written = result.save(output, format=format, overwrite=overwrite)
     forget(state)
-    _told(result.report, written, json=json, quiet=quiet)
+    _told(result.report, written, report, overwrite=overwrite, json=json, quiet=quiet)
 
 
-def _teller(tick: Callable[[int, int, str], None], settings: RefineSettings) -> Callable[[Look], None]:
-    return lambda look: tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
+def _teller(
+    tick: Callable[[int, int, str], None], settings: RefineSettings
+) -> tuple[Callable[[Look], None], Callable[[], int]]:
+    """What tells of looks, and at which step the last one was."""
+    steps = [0]
+
+    def heard(look: Look) -> None:
+        steps.append(look.step)
+        tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
+
+    return heard, lambda: steps[-1]
 
 
-def _told(report: RefineReport, written: Sequence[Path], *, json: bool, quiet: bool) -> None:
-    record = report.model_copy(update={"outputs": [str(file) for file in written]})
+def _told(
+    found: RefineReport, written: Sequence[Path], report: Path | None, *, overwrite: bool, json: bool, quiet: bool
+) -> None:
+    record = found.model_copy(update={"outputs": [str(file) for file in written]})
+    if report is not None:
+        from regraft.report.refine_page import render_refine
+
+        write_text(render_refine(record), report, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
 
 
@@ -154,6 +198,13 @@ def _below_one(share: float) -> float:
     if share >= 1:
         raise UsageError("--filter 1 leaves no samples", remedy="Give a share below 1.")
     return share
+
+
+def _start(start: Path | None, new: Base) -> Adapter | Literal["zero"] | None:
+    if start is None:
+        return None
+    # A file of that name is still to be had, by its whole path.
+    return ZERO if str(start) == ZERO else load_adapter(start, names=o.names_of(new), base_config=o.config_of(new))
 
 
 def seconds(text: str | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -18,6 +18,7 @@ from regraft.adapter import Adapter
 from regraft.base import open_base
 from regraft.carry import Settings
 from regraft.check import check, check_migration
+from regraft.demo.refining import FAR, cost, refine_far
 from regraft.demo.style import style_share
 from regraft.errors import InputError
 from regraft.formats import load_adapter
@@ -26,7 +27,7 @@ from regraft.memory import peak_mb
 from regraft.methods.task import Running
 from regraft.port import apply_migration, fit_for
 from regraft.probes.pictures import Images, draw, png
-from regraft.report.demo_schema import DemoReport, LabelledCheck, NearUpgrade
+from regraft.report.demo_schema import DemoReport, FarUpgrade, LabelledCheck, NearUpgrade
 from regraft.report.schema import InspectReport, Picture, VerifyReport
 from regraft.runtime.load import library, quiet_libraries
 from regraft.updates import LowRank
@@ -68,25 +69,31 @@ def data_folder() -> Path:
     return folder
 
 
-def run_demo(out: Path, tick: Ticker | None = None) -> DemoReport:
+def run_demo(out: Path, tick: Ticker | None = None, *, refine: bool = False) -> DemoReport:
     """Run the main job on the embedded bases and write the ported LoRA to ``out`` (an existing folder).
+
+    Args:
+        out: where to write.
+        tick: told of each step.
+        refine: also distil the LoRA into the bases that a port is refused for.
 
     Raises:
         RegraftError: the libraries of the ``run`` extra are missing, or the models are.
     """
     library("diffusers")
     with quiet_libraries():
-        return _run(out, tick)
+        return _run(out, tick, refine)
 
 
-def _run(out: Path, tick: Ticker | None) -> DemoReport:
+def _run(out: Path, tick: Ticker | None, refine: bool) -> DemoReport:
     started = perf_counter()
     data = data_folder()
     facts: dict[str, Any] = json.loads((data / "demo.json").read_text(encoding="utf-8"))
     adapter = load_adapter(data / "loras" / f"{STYLE}.safetensors")
     ported_file = out / f"{STYLE}-for-v2.safetensors"
     columns = _columns(data, ported_file)
-    steps = _Steps(tick, total=6 + len(columns))
+    # A refine is a step of its own, and so are the pictures of what it made.
+    steps = _Steps(tick, total=6 + len(columns) + 2 * len(FAR) * refine)
 
     steps("inspect the LoRA")
     inspected = inspect_adapter(adapter.path or data)
@@ -107,8 +114,14 @@ def _run(out: Path, tick: Ticker | None) -> DemoReport:
         steps(f"check {label}")
         refusals.append(LabelledCheck(label=label, check=check(adapter, v1, open_base(data / name))))
 
+    refined = []
+    for far in FAR if refine else ():
+        steps(f"refine v1 → {far.base}")
+        file = out / f"{STYLE}-refined-for-{far.base}.safetensors"
+        refined.append(refine_far(far, adapter, v1, data / far.base, file, _other_prompts(facts), steps.say))
+
     pictures, loaded = [], _Pipelines(data, facts)
-    for column in columns:
+    for column in _with_refined(columns, refined):
         steps(f"pictures of {column.group}, {column.title}")
         pictures.append(loaded.pictures(column))
     same = _same(pictures)
@@ -119,11 +132,12 @@ def _run(out: Path, tick: Ticker | None) -> DemoReport:
         inspect=inspected,
         near=NearUpgrade(check=checked, port=port_report, verify=measured),
         refusals=refusals,
+        refined=refined,
         prompts=list(facts["report"]["prompts"]),
         columns=pictures,
         same_columns=same,
         same_reason=_same_reason(adapter, load_adapter(ported_file), port_report.method_reason) if same else "",
-        notes=_notes(pictures, refusals, measured),
+        notes=_notes(pictures, refusals, refined, measured),
         seconds=perf_counter() - started,
         peak_mb=peak_mb(),
     )
@@ -159,6 +173,17 @@ def _columns(data: Path, ported: Path) -> list[Column]:
     ]
 
 
+def _with_refined(columns: Sequence[Column], refined: Sequence[FarUpgrade]) -> list[Column]:
+    """The columns, and behind each base's own what was refined for it."""
+    found = list(columns)
+    for far in refined:
+        if far.refine is not None:
+            base = far.title.removesuffix(" + refined")
+            last = max(i for i, column in enumerate(found) if column.base == base)
+            found.insert(last + 1, Column(found[last].group, far.title, base, Path(far.refine.outputs[0]), cost(far)))
+    return found
+
+
 class _Steps:
     def __init__(self, tick: Ticker | None, total: int) -> None:
         self.tick, self.done, self.total = tick, 0, total
@@ -167,6 +192,11 @@ class _Steps:
         if self.tick is not None:
             self.tick(self.done, self.total, what)
         self.done += 1
+
+    def say(self, what: str) -> None:
+        """What is at work within the step."""
+        if self.tick is not None:
+            self.tick(self.done, self.total, what)
 
 
 class _Pipelines:
@@ -215,7 +245,9 @@ class _Pipelines:
 
 def _same(pictures: list[Picture]) -> list[tuple[str, str]]:
     """Pairs of neighbouring columns whose pictures are the same to the last bit."""
-    return [(left.title, right.title) for left, right in pairwise(pictures) if left.png == right.png]
+    # A refine that gained nothing says so itself.
+    pairs = [(left, right) for left, right in pairwise(pictures) if not right.title.endswith("+ refined")]
+    return [(left.title, right.title) for left, right in pairs if left.png == right.png]
 
 
 def _same_reason(adapter: Adapter, ported: Adapter, reason: str) -> str:
@@ -227,7 +259,9 @@ def _same_reason(adapter: Adapter, ported: Adapter, reason: str) -> str:
     return f"`auto` chose a copy: {reason}. The ported tensors are the original's." if equal else reason
 
 
-def _notes(pictures: list[Picture], refusals: list[LabelledCheck], measured: VerifyReport) -> list[str]:
+def _notes(
+    pictures: list[Picture], refusals: list[LabelledCheck], refined: list[FarUpgrade], measured: VerifyReport
+) -> list[str]:
     share = {picture.title: picture.figures["style_share"] for picture in pictures}
     lost, kept = share["v2-retrained + copied"], share["v1 + LoRA"]
     notes = [
@@ -243,6 +277,12 @@ def _notes(pictures: list[Picture], refusals: list[LabelledCheck], measured: Ver
     refused = [refusal.label for refusal in refusals if refusal.check.verdict == "refused"]
     if refused:
         notes.append(f"Refused, without an output file: {', '.join(refused)}.")
+    for far in refined:
+        base = far.title.removesuffix(" + refined")
+        if far.refine is None:
+            notes.append(f"No refine for {base} yet: {far.reason}.")
+        else:
+            notes.append(f"Refined for {base}, the style share goes from {share[base]:.2f} to {share[far.title]:.2f}.")
     return notes
 
 

@@ -72,12 +72,14 @@ class ContactSheet:
         prompts: one row each.
         seed: of the first row's noise; the next row has the next seed.
         tick: told of each picture.
+        largest: side in pixels that pictures are made smaller to, for the record; None leaves them as they are.
         columns: what was drawn.
     """
 
     prompts: Sequence[str]
     seed: int
     tick: Callable[[str], None]
+    largest: int | None = None
     columns: list[Picture] = field(default_factory=list)
     _noise: tuple[Any, ...] = ()
 
@@ -86,8 +88,8 @@ class ContactSheet:
         if not self.prompts or not makes_pictures(model):
             return
         self._noise = _noise(model)
-        self._add("Old base", "old base", model, None, f"{STEPS} steps, noise of seed {self.seed} and on")
-        self._add("Old base", "old + original", model, original)
+        self.add("Old base", "old base", model, None, f"{STEPS} steps, noise of seed {self.seed} and on")
+        self.add("Old base", "old + original", model, original)
 
     def draw_new(self, model: Loaded, original: Adapter, ported: Adapter) -> None:
         """The new base without an adapter, with a plain copy where it fits, and with the ported one."""
@@ -95,21 +97,22 @@ class ContactSheet:
             self.columns.clear()
             return
         same = "the same steps and noise" if _noise(model) == self._noise else "other noise: other latents"
-        self._add("New base", "new base", model, None, same)
+        self.add("New base", "new base", model, None, same)
         copied, copy = fitting(model.components, original), None
         lost, total = len(original.updates) - len(copied.updates), len(original.updates)
         if copied.updates:
             note = f"{lost} of {total} modules have no place" if lost else "the original as it is"
-            copy = self._add("New base", "new + copied", model, copied, note)
-        column = self._add("New base", "new + ported", model, ported)
+            copy = self.add("New base", "new + copied", model, copied, note)
+        column = self.add("New base", "new + ported", model, ported)
         if copy is not None and copy.png == column.png:
             column.note = "the same pictures as the copy’s"
 
-    def _add(self, group: str, title: str, model: Loaded, adapter: Adapter | None, note: str = "") -> Picture:
+    def add(self, group: str, title: str, model: Loaded, adapter: Adapter | None, note: str = "") -> Picture:
+        """One more column: the prompts as ``model`` draws them with ``adapter``."""
         pictures = []
         with applied(model.components, adapter), quiet_libraries():
             for i, prompt in enumerate(self.prompts):
-                pictures.append(_picture(model, prompt, self.seed + i))
+                pictures.append(_picture(model, prompt, self.seed + i, self.largest))
                 self.tick(f"pictures of {title}")
         if "" in pictures:
             note = "; ".join(part for part in (note, "NaN or Inf in place of a picture") if part)
@@ -117,7 +120,7 @@ class ContactSheet:
         return self.columns[-1]
 
 
-def _picture(model: Loaded, prompt: str, seed: int) -> str:
+def _picture(model: Loaded, prompt: str, seed: int, largest: int | None = None) -> str:
     """A PNG in base64; nothing where the decoder gave NaN, as some do in half precision."""
     try:
         image = draw(model.pipeline, [prompt], [seed], steps=STEPS, **_size(model))[0]
@@ -127,7 +130,18 @@ def _picture(model: Loaded, prompt: str, seed: int) -> str:
             file=model.path,
             remedy="Pass --pictures 0 to do without.",
         ) from error
-    return png(image) if bool(np.isfinite(image).all()) else ""
+    return png(_smaller(image, largest)) if bool(np.isfinite(image).all()) else ""
+
+
+def _smaller(image: Images, largest: int | None) -> Images:
+    """A picture (height, width, channels) with its longer side cut to ``largest``, by areas."""
+    height, width = image.shape[:2]
+    if largest is None or max(height, width) <= largest:
+        return image
+    size = tuple(max(1, round(side * largest / max(height, width))) for side in (height, width))
+    small = torch.nn.functional.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), size, mode="area")
+    found: Images = small[0].permute(1, 2, 0).numpy()
+    return found
 
 
 def _size(model: Loaded) -> dict[str, int]:

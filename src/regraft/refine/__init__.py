@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 from regraft._version import __version__
 from regraft.adapter import Adapter
@@ -20,20 +21,22 @@ from regraft.migration import summarise
 from regraft.probes.batches import Batch, Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import aims_of
+from regraft.refine.beside import alone, copied, rows
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Course, Heard, Look, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
 from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, Objective, RefineSettings
-from regraft.refine.starting import Start, start_of
+from regraft.refine.starting import ZERO, Start, from_zero, start_of
+from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
-from regraft.report.refine_schema import Refined, RefineLook, RefineReport
+from regraft.report.refine_schema import RefineLook, RefineReport
 from regraft.runtime.both import BothModels, modules_of
 from regraft.runtime.load import quiet_libraries
 from regraft.updates import LowRank
 
-__all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "refine"]
+__all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "Strip", "refine"]
 
 #: Called with (done, in all, what is at work).
 Tick = Callable[[int, int, str], None]
@@ -60,11 +63,12 @@ def refine(
     old: Base,
     new: Base,
     *,
-    start: Adapter | None = None,
+    start: Adapter | Literal["zero"] | None = None,
     settings: RefineSettings = RefineSettings(),
     state: Path | None = None,
     tick: Tick = _no_tick,
     heard: Heard = lambda look: None,
+    strip: Strip | None = None,
 ) -> RefineResult:
     """Distil *old base + adapter* into *new base + adapter*.
 
@@ -72,23 +76,28 @@ def refine(
         adapter: as it was trained on ``old``.
         old: the old base.
         new: the base that it is to run on.
-        start: a port to begin from, by the new base's names; by default the one that `auto` makes.
+        start: a port to begin from, by the new base's names; or ``zero``; by default what `auto` makes.
         settings: objective, steps, budget and the rest.
         state: a file that the state of the training is kept in, and gone on from.
         tick: told of what is at work.
         heard: called after each look at held-out inputs.
+        strip: draws pictures at some of the looks, for the report; their time counts towards a budget.
 
     Raises:
         Refused: the adapter is for another family.
         InputError: the bases can't be run or compared, the adapter has no effect, or nothing of it can be trained.
     """
     began = perf_counter()
+    strip = strip or Strip(0)
     # The start that looks at outputs would hold both models on the device.
-    alone = settings.low_memory and settings.device != "cpu"
+    apart = settings.low_memory and settings.device != "cpu"
     running = Running(
-        settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device, weights_only=alone
+        settings.n_inputs, settings.seed, settings.prompts, settings.config, settings.device, weights_only=apart
     )
-    begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
+    if start == ZERO:
+        begin = from_zero(adapter, old, new)
+    else:
+        begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
         models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
         chosen, why = objective_of(settings.objective, models)
@@ -101,6 +110,7 @@ def refine(
         else:
             aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
+        strip.before(models, adapter)
         # The old base has said all that is wanted of it: its memory is the training's.
         target = models.new
         with models.turn("new"):
@@ -108,17 +118,14 @@ def refine(
         with student_of(
             target, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
         ) as student:
-            course = train(student, fit, held, settings, heard=heard, state=state)
+            course = train(student, fit, held, settings, heard=strip.beside(student.model, heard), state=state)
+            strip.after(course.best_look, student.model)
             # Where nothing was gained, the very bytes of the start.
             gained = course.best_look.step > 0 or settings.rank is not None
             updates = student.updates() if gained else dict(begin.adapter.updates)
             trained, modules = sum(p.numel() for p in student.parameters()), len(student.layers)
             untrained = _untrained(student)
-        beside = [
-            Refined(title="none", recovered=0.0),
-            Refined(title=begin.how, recovered=course.looks[0].recovered),
-            Refined(title="refined", recovered=course.best_look.recovered),
-        ]
+        beside = rows(begin.how, course, alone(target, held), copied(adapter, target, held))
     refined = replace(begin.adapter, updates=updates)
     report = RefineReport(
         regraft_version=__version__,
@@ -135,7 +142,9 @@ def refine(
         unkept=course.unkept or unkept,
         recovered=course.best_look.recovered,
         beside=beside,
-        looks=[_row(look) for look in course.looks],
+        looks=[_row(look, strip.training(look)) for look in course.looks],
+        prompts=strip.rows,
+        pictures=strip.columns,
         summary=_summary(begin, course),
         trained=trained,
         modules=modules,
@@ -197,8 +206,8 @@ def _untrained(student: Student) -> dict[str, str]:
     return said
 
 
-def _row(look: Look) -> RefineLook:
-    return RefineLook(step=look.step, recovered=look.recovered, drift=look.kept, seconds=round(look.seconds, 2))
+def _row(look: Look, seconds: float) -> RefineLook:
+    return RefineLook(step=look.step, recovered=look.recovered, drift=look.kept, seconds=round(seconds, 2))
 
 
 def _summary(begin: Start, course: Course) -> str:

@@ -19,7 +19,7 @@ from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import RefineSettings
 from regraft.refine.student import Student
-from regraft.runtime.load import library
+from regraft.runtime.load import Loaded, library
 
 # A start that lacks less than this has nothing left to gain.
 _ALL = 1e-3
@@ -213,12 +213,7 @@ class _Run:
 
     @torch.no_grad()
     def look(self, began: float) -> None:
-        sums = {False: [0.0, 0.0], True: [0.0, 0.0]}
-        for aim in self.held:
-            got = float(aim.distance(aim.told(aim.batch.run(self.student.model, "new"))))
-            sums[aim.retention][0] += len(aim.batch) * got
-            sums[aim.retention][1] += len(aim.batch) * aim.size
-        task, kept = ((got / most if most > 0 else None) for got, most in (sums[False], sums[True]))
+        task, kept = measured(self.held, self.student.model)
         look = Look(self.step, math.inf if task is None else task, kept, perf_counter() - began)
         if math.isfinite(look.loss) and (not self.course.looks or look.loss < self.course.best_look.loss):
             self.course.best = self.student.state()
@@ -260,6 +255,26 @@ class _Run:
                 file=file,
                 remedy="Run without --resume.",
             ) from error
+
+
+@torch.no_grad()
+def measured(held: Sequence[Aim], model: Loaded) -> tuple[float | None, float | None]:
+    """How far a model stands from the aims, in the new base's distance; and the same on inputs that are for retention.
+
+    Args:
+        held: aims.
+        model: the new base with or without an adapter.
+
+    Returns:
+        Both None where there are no such aims, or where the new base alone has all that they want.
+    """
+    sums = {False: [0.0, 0.0], True: [0.0, 0.0]}
+    for aim in held:
+        got = float(aim.distance(aim.told(aim.batch.run(model, "new"))))
+        sums[aim.retention][0] += len(aim.batch) * got
+        sums[aim.retention][1] += len(aim.batch) * aim.size
+    task, kept = ((got / most if most > 0 else None) for got, most in (sums[False], sums[True]))
+    return task, kept
 
 
 def _forward(aim: Aim, student: Student) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 import torch
 
@@ -17,8 +18,12 @@ from regraft.methods._layers import role_of
 from regraft.methods.task import Running
 from regraft.migration import summarise
 from regraft.migrations.base_id import from_summary
+from regraft.plan import check_families
 from regraft.port import port
 from regraft.updates import LowRank
+
+#: The name of the start without effect.
+ZERO: Literal["zero"] = "zero"
 
 Tick = Callable[[int, int, str], None]
 
@@ -59,6 +64,29 @@ def start_of(adapter: Adapter, old: Base, new: Base, running: Running, tick: Tic
     return Start(_fully_named(result.adapter, adapter, old, new), result.report.method, result.report.method_reason)
 
 
+def from_zero(adapter: Adapter, old: Base, new: Base) -> Start:
+    """An adapter without effect, on the adapter's kinds of modules in the whole new base: all is left to the training.
+
+    Args:
+        adapter: as it was trained on ``old``.
+        old: the old base.
+        new: the new base.
+
+    Raises:
+        Refused: the adapter is for another family than ``old``.
+        InputError: the new base has no modules of those kinds.
+    """
+    check_families(adapter, old, new)
+    zero = _of_kind(adapter, old, new)
+    if not zero:
+        raise InputError(
+            "changes no kind of module throughout the old base that the new one has, too",
+            file=adapter.path,
+            remedy="Let it begin from a port: leave out --start zero.",
+        )
+    return Start(replace(adapter, updates=zero, metadata=with_port(adapter, _entry(old, new))), ZERO, "as asked")
+
+
 def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: str) -> Start:
     """Where no map of weights works."""
     zero = _of_kind(adapter, old, new)
@@ -68,7 +96,7 @@ def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: 
         if not zero:
             raise
         metadata = with_port(adapter, _entry(old, new))
-        return Start(replace(adapter, updates=zero, metadata=metadata), "zero", f"{why}; stream: {error.what}")
+        return Start(replace(adapter, updates=zero, metadata=metadata), ZERO, f"{why}; stream: {error.what}")
     return Start(_fully_named(result.adapter, adapter, old, new), "stream", why)
 
 

@@ -17,14 +17,16 @@ from regraft.refine.settings import RefineSettings
 _FREE = ("steps", "budget", "patience", "device", "precision", "low_memory", "checkpointing")
 
 
-def state_file(adapter: Adapter | str, old: Base, new: Base, start: Adapter | None, settings: RefineSettings) -> Path:
+def state_file(
+    adapter: Adapter | str, old: Base, new: Base, start: Adapter | str | None, settings: RefineSettings
+) -> Path:
     """The file for one refine: of this adapter (or its digest), these bases, and these settings."""
     asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     content = {
         "adapter": adapter if isinstance(adapter, str) else content_of(adapter),
         "old": str(old.prints),
         "new": str(new.prints),
-        "start": content_of(start) if start is not None else None,
+        "start": content_of(start) if isinstance(start, Adapter) else start,
         "settings": asked,
     }
     text = json.dumps(content, sort_keys=True, default=str)

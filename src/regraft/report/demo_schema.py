@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import CheckReport, InspectReport, Picture, PortReport, Record, VerifyReport, VersionedRecord
 
 
@@ -23,6 +24,16 @@ class LabelledCheck(Record):
     check: CheckReport
 
 
+class FarUpgrade(Record):
+    """The LoRA distilled into a base that a port is refused for, or why that is not possible."""
+
+    label: str
+    title: str = Field(description="of its column on the contact sheet")
+    refine: RefineReport | None = None
+    self_made: int = Field(default=0, description="pictures by the old base that the new one learnt from")
+    reason: str = Field(default="", description="why it is not possible, where it is not")
+
+
 class DemoReport(VersionedRecord):
     """``regraft demo --json``, and all that its page shows."""
 
@@ -31,6 +42,7 @@ class DemoReport(VersionedRecord):
     inspect: InspectReport | None = None
     near: NearUpgrade
     refusals: list[LabelledCheck] = Field(default_factory=list)
+    refined: list[FarUpgrade] = Field(default_factory=list, description="with ``--refine``: the refused ones, refined")
     prompts: list[str] = Field(default_factory=list, description="rows of the contact sheet")
     columns: list[Picture] = Field(
         default_factory=list, description="columns of the contact sheet, neighbours of one group under one heading"

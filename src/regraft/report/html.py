@@ -22,6 +22,7 @@ from regraft._version import __version__
 from regraft.report import chart, depth
 from regraft.report.demo_schema import DemoReport
 from regraft.report.public import without_folders, without_pictures
+from regraft.report.refine_schema import RefineReport, verdict_of
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
@@ -65,6 +66,14 @@ def port_banner(port: PortReport) -> Banner:
     if port.verdict == "refine":
         return Banner("Ported, refine advised", *WARN)
     return Banner("Ported", *GOOD)
+
+
+def refine_banner(refine: RefineReport | None) -> Banner:
+    """Of a refine; None is one that was not possible."""
+    if refine is None:
+        return Banner("Not possible yet", *WARN)
+    word, tone = verdict_of(refine)
+    return Banner(word, *{"good": GOOD, "warn": WARN, "bad": BAD}[tone])
 
 
 MEASURED = Banner("Measured", "neutral", "gauge")
@@ -314,6 +323,7 @@ def environment() -> Environment:
         effects=effects,
         scales=scales,
         check_banner=check_banner,
+        refine_banner=refine_banner,
         version=__version__,
         schema_version=SCHEMA_VERSION,
     )

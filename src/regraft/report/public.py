@@ -12,7 +12,7 @@ R = TypeVar("R", bound=Record)
 
 _HUB_CACHE = re.compile(r"models--([^/\\]+)--([^/\\]+)")
 _LOCAL = re.compile(r"^(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\)")
-_PATH_FIELDS = {"input", "outputs", "path", "migration", "original", "ported", "from", "to", "file"}
+_PATH_FIELDS = {"input", "outputs", "path", "migration", "original", "ported", "from", "to", "file", "start"}
 
 
 def _paths(node: Any, key: str = "") -> Iterator[str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from regraft.report.schema import BaseSummary, Record, VersionedRecord
+from regraft.report.schema import BaseSummary, Picture, Record, VersionedRecord
+
+# A start with more than this has nothing to gain; a refine that comes to less than that has brought a part over.
+_ALL, _MOST = 0.999, 0.5
 
 
 class RefineLook(Record):
@@ -23,6 +28,8 @@ class Refined(Record):
 
     title: str
     recovered: float
+    drift: float | None = Field(default=None, description="as that of a look")
+    note: str = Field(default="", description="such as that a part of it has no place in the new base")
 
 
 class RefineReport(VersionedRecord):
@@ -40,8 +47,12 @@ class RefineReport(VersionedRecord):
     stopped: str
     unkept: str = Field(default="", description="why the state of the training could not be kept on disk")
     recovered: float = Field(description="on held-out self-made inputs, of what is wanted")
-    beside: list[Refined] = Field(description="none, copy and the start, on the same inputs")
+    beside: list[Refined] = Field(
+        description="none, copy (where one can be made), the start and the result, on the same inputs"
+    )
     looks: list[RefineLook]
+    prompts: list[str] = Field(default_factory=list, description="rows of the picture strip")
+    pictures: list[Picture] = Field(default_factory=list, description="its columns: the student at some of the looks")
     summary: str
     trained: int = Field(description="numbers that were trained")
     modules: int = Field(description="modules that were trained")
@@ -52,3 +63,12 @@ class RefineReport(VersionedRecord):
     target: BaseSummary | None = Field(default=None, alias="to")
     seconds: float
     peak_mb: float
+
+
+def verdict_of(report: RefineReport) -> tuple[str, Literal["good", "warn", "bad"]]:
+    """What a refine came to in a word, and whether that is good."""
+    if report.steps == 0:
+        return ("Nothing left to gain", "good") if report.recovered > _ALL else ("Nothing gained", "warn")
+    if report.recovered <= 0:
+        return "Not carried over", "bad"
+    return ("Refined", "good") if report.recovered >= _MOST else ("Refined in part", "warn")

@@ -28,7 +28,7 @@ from regraft.report.depth import (
     total,
     whole_percent,
 )
-from regraft.report.refine_schema import RefineReport
+from regraft.report.refine_schema import RefineReport, verdict_of
 from regraft.report.schema import (
     BaseSummary,
     CheckReport,
@@ -131,7 +131,8 @@ def verify_table(report: VerifyReport, console: Console) -> None:
 
 def refine_table(report: RefineReport, console: Console) -> None:
     """Print where a refine began, where it came to, and what it took."""
-    _head(console, "REFINED", "bold cyan", report.summary)
+    word, tone = verdict_of(report)
+    _head(console, word.upper(), {"good": "bold green", "warn": "bold yellow", "bad": "bold red"}[tone], report.summary)
     why = f" ({report.start_reason})" if report.start_reason else ""
     rows = [
         ("start", f"{report.start}{why}"),
@@ -144,10 +145,14 @@ def refine_table(report: RefineReport, console: Console) -> None:
         *(("written", output) for output in report.outputs),
     ]
     _facts(console, [(name, escape(value)) for name, value in rows])
-    table = _table("on held-out inputs", "of what is wanted")
+    drift = any(row.drift is not None for row in report.beside)
+    table = _table("on held-out inputs", "of what is wanted", *(["drift"] if drift else []))
     for row in report.beside:
-        table.add_row(escape(row.title), f"{row.recovered:.1%}")
+        title = f"{row.title} ({row.note})" if row.note else row.title
+        table.add_row(escape(title), f"{row.recovered:.1%}", *([number(row.drift)] if drift else []))
     console.print(table)
+    if drift:
+        console.print("[dim]drift: distance from what is wanted on the new base's own inputs[/]")
     for name, reason in list(report.untrained.items())[:_UNTRAINED_LIMIT]:
         console.print(f"[dim]not trained: {escape(name)}: {escape(reason)}[/]", soft_wrap=True)
 
