@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.adapter import Adapter
-from regraft.errors import InputError
 from regraft.methods._choosing import between, likelihoods
 from regraft.probes.batches import TOGETHER, Batch, Batches, Maker, TextBatch, aligned_batches
 from regraft.probes.text import encode, sample_texts
 from regraft.refine.aims import _NO_EFFECT, Aim, _run, distance, no_effect
 from regraft.refine.firsts import FirstCharacters
+from regraft.refine.useful import useless
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded
@@ -143,11 +143,7 @@ def _check_useful(texts: Sequence[_Written], model: Loaded, adapter: Adapter) ->
         what = f"writes the same text every time ({said[0][:40]!r})"
     else:
         return
-    raise InputError(
-        f"the old base with this adapter {what}: nothing can be learnt from it",
-        file=adapter.path,
-        remedy="Is it the base that it was trained on? If it only answers certain beginnings, give them by --prompts.",
-    )
+    raise useless(adapter, what)
 
 
 def _decoded(model: Loaded, texts: Sequence[_Written]) -> list[str]:
