@@ -123,6 +123,7 @@ class _Written:
 
 
 def _written(model: Loaded, n: int, generator: torch.Generator, prompts: Sequence[str] | None) -> list[_Written]:
+    """Texts by a model, so many of each prompt, in an order of the generator's: the last are held out."""
     if prompts is None:
         return [_Written(ids, 1) for ids in sample_texts(model, n, generator, TOKENS)]
     found: list[_Written] = []
@@ -131,11 +132,13 @@ def _written(model: Loaded, n: int, generator: torch.Generator, prompts: Sequenc
         # The first ones once more, until there are enough.
         count = n // len(prompts) + (i < n % len(prompts))
         found += [_Written(ids, beginning.shape[1]) for ids in sample_texts(model, count, generator, TOKENS, beginning)]
-    return found
+    return [found[int(i)] for i in torch.randperm(len(found), generator=generator)]
 
 
 def _check_useful(texts: Sequence[_Written], model: Loaded, adapter: Adapter) -> None:
     """Raises InputError where nothing could be learnt from what was written."""
+    if model.tokenizer is None:
+        return
     said = [text.strip() for text in _decoded(model, texts)]
     if not any(said):
         what = "writes nothing but empty texts"
