@@ -38,8 +38,9 @@ class TextAim(Aim):
     One sampled token says little of a distribution. In training, the adapter's change of the next character's
     distribution is taught as well (`regraft.refine.firsts`), wherever tokens of both models end: log p_new + log
     p_old+adapter − log p_old. The change, not the old model's own distribution: a longer token that was not taken
-    makes the new model rule out characters that the old one, in other tokens, still awaits. Measured on a tuning
-    adapter from characters to 512 tokens, from zero, 192 texts: 0.66 of native instead of 0.62.
+    makes the new model rule out characters that the old one, in other tokens, still awaits. One run each on
+    a tuning adapter, from characters to 512 tokens, from zero, 192 texts: 0.66 of native after 160 steps; without it
+    0.62, and nothing gained after step 100.
 
     Attributes:
         change: wanted log-probabilities of the next character, (rows, classes).
