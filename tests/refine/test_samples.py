@@ -17,7 +17,7 @@ from regraft.probes.batches import TextBatch
 from regraft.refine import RefineSettings, refine, sampled
 from regraft.refine.firsts import FirstCharacters
 from regraft.refine.sampled import text_aims, text_samples
-from regraft.refine.samples import objective_of
+from regraft.refine.samples import objective_of, samples_of
 from regraft.refine.starting import _entry, _of_kind, start_of
 from regraft.runtime import applied, load_model
 from regraft.runtime.both import BothModels
@@ -192,3 +192,25 @@ def test_of_a_model_that_says_what_is_wanted_of_it_the_next_character_is_right_t
             outputs = aim.told(aim.batch.run(both.new, "new"))
         # The same model with other numbers: the adapter is all that is wanted.
         assert float(aim.loss(outputs)) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_held_out_texts_go_on_from_every_prompt(adapter: Adapter, both: BothModels) -> None:
+    beginnings = ["w3 w4", "w30 w31"]
+    held = text_samples(both, adapter, 16, 0, beginnings, kept=False).held_out
+    own = [batch for batch in held if isinstance(batch, TextBatch) and batch.made_by == "adapter"]
+    told = " / ".join(text for batch in own for text in both.old.tokenizer.batch_decode(batch.ids["old"]))
+    assert all(beginning in told for beginning in beginnings)
+
+
+def test_models_without_tokenizers_learn_from_ids(old: Path, drifted: Path, folder: Path) -> None:
+    tiny.lora(load_model(old).main, ("q_proj", "down_proj"), size=0.4).save(folder / "bare_adapter")
+    asked = replace(QUICK, objective="sample", steps=10, n_inputs=32)
+    result = refine(load_adapter(folder / "bare_adapter"), open_base(old), open_base(drifted), settings=asked)
+    assert result.report.objective_reason == "as asked"
+    assert result.report.recovered >= result.report.beside[1].recovered
+
+
+def test_a_model_that_writes_nothing_is_told(adapter: Adapter, folder: Path) -> None:
+    encoder = load_model(tiny.bert(folder / "encoder"))
+    with pytest.raises(InputError, match="hidden states alone"):
+        samples_of(BothModels(encoder, encoder), adapter, QUICK)

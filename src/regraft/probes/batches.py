@@ -147,9 +147,9 @@ def _text_batches(
 ) -> Batches:
     old, new = models.old, models.new
     aligned = other_tokens(old, new)
-    if aligned and not (_writes(old) and _writes(new)):
+    if aligned and not (writes(old) and writes(new)):
         raise InputError("splits text into other tokens than the old base, and does not read from left to right alone")
-    if prompts is not None or not _writes(old):
+    if prompts is not None or not writes(old):
         return _given_texts(models, n, prompts, held_out, seed)
     generator = torch.Generator().manual_seed(seed)
     rows: dict[Maker, list[Tensor]] = {}
@@ -184,7 +184,8 @@ def _text_batches(
     return Batches(tuple(fit), tuple(held), made)
 
 
-def _writes(model: Loaded) -> bool:
+def writes(model: Loaded) -> bool:
+    """Whether it is a language model that reads from left to right alone, so that texts can be drawn from it."""
     return model.kind == "language" and not getattr(model.main.config, "is_encoder_decoder", False)
 
 

@@ -31,6 +31,7 @@ from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
+from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineLook, RefineReport
 from regraft.runtime.both import BothModels, modules_of
 from regraft.runtime.load import quiet_libraries
@@ -105,6 +106,7 @@ def refine(
         file = inputs_file(adapter, old, new, settings, sampled)
         inputs, unkept = read_or_made(file, partial(inputs_of, models, adapter, settings, sampled=sampled))
         batches = (*inputs.fit, *inputs.held_out)
+        check_useful(batches, adapter)
         if sampled:
             aims = sample_aims(models, adapter, batches, tick=tick)
         else:

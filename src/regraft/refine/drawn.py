@@ -18,6 +18,7 @@ from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.prompting import resolution_of
+from regraft.refine.useful import useless
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
@@ -179,11 +180,7 @@ def _check_useful(drawn: _Pictures, adapter: Adapter) -> None:
         what = "draws nothing but blank pictures"
     else:
         return
-    raise InputError(
-        f"the old base with this adapter {what}: nothing can be learnt from it",
-        file=adapter.path,
-        remedy="Is it the base that it was trained on? Look at what it draws with `regraft verify`.",
-    )
+    raise useless(adapter, what)
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.adapter import Adapter
-from regraft.errors import InputError
 from regraft.methods._choosing import between, likelihoods
 from regraft.probes.batches import TOGETHER, Batch, Batches, Maker, TextBatch, aligned_batches
 from regraft.probes.text import encode, sample_texts
 from regraft.refine.aims import _NO_EFFECT, Aim, _run, distance, no_effect
 from regraft.refine.firsts import FirstCharacters
+from regraft.refine.useful import useless
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded
@@ -38,8 +38,9 @@ class TextAim(Aim):
     One sampled token says little of a distribution. In training, the adapter's change of the next character's
     distribution is taught as well (`regraft.refine.firsts`), wherever tokens of both models end: log p_new + log
     p_old+adapter − log p_old. The change, not the old model's own distribution: a longer token that was not taken
-    makes the new model rule out characters that the old one, in other tokens, still awaits. Measured on a tuning
-    adapter from characters to 512 tokens, from zero, 192 texts: 0.66 of native instead of 0.62.
+    makes the new model rule out characters that the old one, in other tokens, still awaits. One run each on
+    a tuning adapter, from characters to 512 tokens, from zero, 192 texts: 0.66 of native after 160 steps; without it
+    0.62, and nothing gained after step 100.
 
     Attributes:
         change: wanted log-probabilities of the next character, (rows, classes).
@@ -125,6 +126,7 @@ class _Written:
 
 
 def _written(model: Loaded, n: int, generator: torch.Generator, prompts: Sequence[str] | None) -> list[_Written]:
+    """Texts by a model, so many of each prompt, in an order of the generator's: the last are held out."""
     if prompts is None:
         return [_Written(ids, 1) for ids in sample_texts(model, n, generator, TOKENS)]
     found: list[_Written] = []
@@ -133,11 +135,13 @@ def _written(model: Loaded, n: int, generator: torch.Generator, prompts: Sequenc
         # The first ones once more, until there are enough.
         count = n // len(prompts) + (i < n % len(prompts))
         found += [_Written(ids, beginning.shape[1]) for ids in sample_texts(model, count, generator, TOKENS, beginning)]
-    return found
+    return [found[int(i)] for i in torch.randperm(len(found), generator=generator)]
 
 
 def _check_useful(texts: Sequence[_Written], model: Loaded, adapter: Adapter) -> None:
     """Raises InputError where nothing could be learnt from what was written."""
+    if model.tokenizer is None:
+        return
     said = [text.strip() for text in _decoded(model, texts)]
     if not any(said):
         what = "writes nothing but empty texts"
@@ -145,11 +149,7 @@ def _check_useful(texts: Sequence[_Written], model: Loaded, adapter: Adapter) ->
         what = f"writes the same text every time ({said[0][:40]!r})"
     else:
         return
-    raise InputError(
-        f"the old base with this adapter {what}: nothing can be learnt from it",
-        file=adapter.path,
-        remedy="Is it the base that it was trained on? If it only answers certain beginnings, give them by --prompts.",
-    )
+    raise useless(adapter, what)
 
 
 def _decoded(model: Loaded, texts: Sequence[_Written]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError, UsageError
-from regraft.probes.batches import Batch, Batches
+from regraft.probes.batches import Batch, Batches, writes
 from regraft.refine.aims import Aim
 from regraft.refine.drawn import picture_aims, picture_samples
 from regraft.refine.sampled import text_aims, text_samples
@@ -45,6 +45,11 @@ def samples_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
     make = {"language": text_samples, "denoiser": picture_samples}.get(models.old.kind)
     if make is None:
         raise InputError("gives hidden states alone: it makes nothing to learn from", file=models.old.path)
+    for model in (models.old, models.new):
+        if model.kind == "language" and not writes(model):
+            raise InputError(
+                "does not read from left to right alone: no texts can be drawn from it to learn from", file=model.path
+            )
     asked = (settings.n_inputs, settings.seed, settings.prompts)
     return make(models, adapter, *asked, kept=settings.retention > 0, dropped=settings.filter)
 
