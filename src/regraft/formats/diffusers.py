@@ -23,8 +23,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
@@ -45,7 +48,7 @@ from regraft.formats._common import (
 from regraft.formats._factors import cannot_hold, flat, magnitude_per_output
 from regraft.formats._hashes import with_true_hashes
 from regraft.formats._peft_config import MINIMAL, check_config, corrected, scale_of
-from regraft.tensors import TensorRef
+from regraft.tensors import InMemory, TensorRef
 from regraft.updates import Full, LowRank, Update
 
 METADATA = "lora_adapter_metadata"
@@ -261,7 +264,13 @@ def _write(adapter: Adapter) -> Written:
             remedy = "Keep PEFT's format."
             raise cannot_hold("diffusers", "updates of embeddings or Conv1D layers", module, remedy)
         components.setdefault(component, {})[module.path] = update
-        tensors |= _keys(adapter.layout if own else {}, component, module.path, update)
+    for component, updates in components.items():
+        # diffusers asks once for a whole component whether there are biases, and leaves those that it doesn't find
+        # without a value.
+        biased = any(update.bias is not None for update in updates.values())
+        for path, update in updates.items():
+            whole = replace(update, bias=_no_bias(update)) if biased and update.bias is None else update
+            tensors |= _keys(adapter.layout if own else {}, component, path, whole)
     if own:
         true_alphas = alphas_of({module: u for module, u in adapter.updates.items() if isinstance(u, LowRank)})
         tensors |= {f"{_stem(adapter.layout, *module)}.alpha": ref for module, ref in true_alphas.items()}
@@ -277,6 +286,10 @@ def _write(adapter: Adapter) -> Written:
         metadata[METADATA] = json.dumps(entries, indent=2, sort_keys=True)
     loaded = contiguous(tensors)
     return Written(loaded, with_true_hashes(metadata, loaded))
+
+
+def _no_bias(update: LowRank) -> TensorRef:
+    return InMemory(torch.zeros(update.up.shape[0], dtype=update.up.dtype))
 
 
 def _keys(layout: Mapping[str, Any], component: str, path: str, update: LowRank) -> dict[str, TensorRef]:
