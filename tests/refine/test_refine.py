@@ -12,10 +12,11 @@ from running import Run
 from torch import Tensor
 
 from regraft import Adapter, InputError, load_adapter, open_base
-from regraft.lineage import lineage_of
+from regraft.lineage import lineage_of, with_port
 from regraft.refine import RefineResult, RefineSettings, refine
 from regraft.refine import loop as loop_module
 from regraft.refine.aims import Aim
+from regraft.refine.starting import Start
 from regraft.runtime import applied, load_model
 from regraft.updates import LowRank
 from verify import tiny
@@ -202,3 +203,16 @@ def test_options_that_are_none_are_told(
     assert ran.code == 2
     assert said in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_does_worse_than_nothing_is_not_begun_from(
+    adapter: Adapter, old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Outputs far from anything that either base says.
+    spoilt = {ref: update.scaled(-40.0) for ref, update in adapter.updates.items()}
+    ported = Start(replace(adapter, updates=spoilt, metadata=with_port(adapter, {"to": {}})), "effect", "")
+    monkeypatch.setattr("regraft.refine.start_of", lambda *_: ported)
+    report = refined(adapter, old, new).report
+    assert report.start == "zero"
+    assert "worse than the new base alone" in report.start_reason
+    assert report.recovered > 0

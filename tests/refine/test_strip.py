@@ -77,13 +77,13 @@ def test_columns_are_drawn_at_doubling_steps_and_their_time_is_not_the_trainings
 
 def test_without_a_wish_nothing_is_drawn(pipes: tuple[Path, Path], lora: Path) -> None:
     strip = Strip(0)
-    strip.before(BothModels.load(*pipes), load_adapter(lora))
+    strip.before(BothModels.load(*map(open_base, pipes)), load_adapter(lora))
     assert strip.columns == strip.rows == []
 
 
 def test_language_models_draw_nothing(old: Path) -> None:
     strip = Strip(4)
-    strip.before(BothModels.load(old, old), Adapter({}, format="peft"))
+    strip.before(BothModels.load(open_base(old), open_base(old)), Adapter({}, format="peft"))
     assert strip.columns == []
 
 

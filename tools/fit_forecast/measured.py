@@ -14,6 +14,7 @@ from regraft.bench.worlds import World
 from regraft.forecast.features import features
 from regraft.forecast.rows import Row, over_seeds
 from regraft.formats import load_adapter
+from regraft.methods import methods
 from regraft.port import fit_for
 from regraft.prepare import prepare
 from regraft.report.bench_schema import BenchAdapter, BenchReport
@@ -35,13 +36,23 @@ def rows_of_bench(record: Path, cache: Path) -> Iterator[Row]:
                 for seed in adapter.seeds
             ]
             mean = over_seeds(seeds)[0]
-            yield Row(pair.name, adapter.name, mean.seed, {**mean.figures, **effect(adapter)}, recoveries(adapter))
+            yield Row(
+                pair.name,
+                adapter.name,
+                mean.seed,
+                {**mean.figures, **effect(adapter)},
+                recoveries(adapter, unrelated=pair.expects == "far"),
+            )
 
 
-def recoveries(adapter: BenchAdapter) -> dict[str, float]:
-    """Row of the benchmark → recovery."""
-    ways = [row for row in adapter.rows if row.kind == "method" or row.name == "copy"]
-    return {row.name: row.recovery.mean for row in ways if row.recovery.mean is not None}
+def recoveries(adapter: BenchAdapter, *, unrelated: bool) -> dict[str, float]:
+    """Method as it is by default → recovery.
+
+    What can't be carried between unrelated bases recovers nothing; elsewhere sizes alone are the reason.
+    """
+    rows = [row for row in adapter.rows if row.name in methods()]
+    found = {row.name: row.recovery.mean for row in rows if row.recovery.mean is not None}
+    return found | ({row.name: 0.0 for row in rows if row.missing} if unrelated else {})
 
 
 def effect(adapter: BenchAdapter) -> dict[str, float]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
-from regraft.errors import UsageError
 from regraft.methods import Fit, Outcome, Skip, WeightPairs, method
 from regraft.methods._layers import grids
 from regraft.methods._subspace import overlap, phi, subspaces
@@ -48,8 +47,6 @@ def prolora(
             Φ ≥ 0.8 on both sides, as published.
         layers: ``paired``: each module with its counterpart; ``all``: with the one of its role that is most like it.
     """
-    if not (threshold is None or threshold == "paper" or isinstance(threshold, int | float)):
-        raise UsageError(f"--threshold {threshold!r} is neither a number nor paper", remedy="Give 0.8, or paper.")
     transports: dict[ModuleRef, Outcome] = {}
     for module in pairs.wanted:
         old, new = pairs.load(module)

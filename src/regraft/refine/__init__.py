@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from regraft.methods.task import Running
 from regraft.migration import summarise
 from regraft.probes.batches import Batch, Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
-from regraft.refine.aims import aims_of
+from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import alone, copied, rows
 from regraft.refine.kept import inputs_file, read_or_made
-from regraft.refine.loop import Course, Heard, Look, train
+from regraft.refine.loop import Course, Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
 from regraft.refine.samples import objective_of, sample_aims, samples_of
@@ -33,8 +33,9 @@ from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
 from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineLook, RefineReport
+from regraft.runtime.applied import applied, fitting
 from regraft.runtime.both import BothModels, modules_of
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.load import Loaded, quiet_libraries
 from regraft.updates import LowRank
 
 __all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "Strip", "refine"]
@@ -117,6 +118,8 @@ def refine(
         target = models.new
         with models.turn("new"):
             del models
+        if start is None:
+            begin = _better_than_none(begin, adapter, (old, new), target, held)
         with student_of(
             target, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
         ) as student:
@@ -192,6 +195,23 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *,
 def _states_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:
     asked = (settings.n_inputs, settings.seed, settings.prompts)
     return picture_inputs(models, adapter, *asked, kept=settings.retention > 0)
+
+
+def _better_than_none(
+    begin: Start, adapter: Adapter, bases: tuple[Base, Base], new: Loaded, held: Sequence[Aim]
+) -> Start:
+    """The start; or nothing, where the new base alone is nearer to what is wanted."""
+    if begin.how == ZERO:
+        return begin
+    with applied(new.components, fitting(new.components, begin.adapter)):
+        lacking, _ = measured(held, new)
+    if lacking is None or lacking <= 1:
+        return begin
+    try:
+        zero = from_zero(adapter, *bases)
+    except InputError:
+        return begin
+    return replace(zero, reason=f"the port by {begin.how} does worse than the new base alone ({1 - lacking:.0%})")
 
 
 def _given(start: Adapter) -> Start:
