@@ -166,13 +166,18 @@ def test_a_chart_shows_names_as_text(toy_record: BenchReport) -> None:
     assert "<script>" not in draw_pair(near)
 
 
-def test_the_verb_measures_writes_and_shows_again(
-    tmp_path: Path, toy_cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """The command measures the toy pairs, in no process but this."""
     monkeypatch.setattr(bench_run, "WORLDS", toyworld.FACTORY)
     grid = bench_run.run_grid
     monkeypatch.setattr(bench_run, "run_grid", lambda *args, **kwargs: grid(*args, **{**kwargs, "jobs": 0}))
-    monkeypatch.setenv("REGRAFT_BENCH_CACHE", str(toy_cache))
+    monkeypatch.setenv("REGRAFT_BENCH_CACHE", str(cache))
+
+
+def test_the_verb_measures_writes_and_shows_again(
+    tmp_path: Path, toy_cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch, toy_cache)
     methods = ("--methods", "auto,procrustes", "--methods", "lora-x half rank")
     out, page = tmp_path / "bench.json", tmp_path / "bench.html"
     ran = run("bench", "--pairs", "toy-near", *methods, "--resume", "--out", out, "--report", page)
@@ -209,10 +214,7 @@ def test_the_verb_measures_writes_and_shows_again(
 def test_what_was_not_measured_yet_is_counted_and_comes_seed_by_seed(
     tmp_path: Path, toy_cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_run, "WORLDS", toyworld.FACTORY)
-    grid = bench_run.run_grid
-    monkeypatch.setattr(bench_run, "run_grid", lambda *args, **kwargs: grid(*args, **{**kwargs, "jobs": 0}))
-    monkeypatch.setenv("REGRAFT_BENCH_CACHE", str(toy_cache))
+    in_this_process(monkeypatch, toy_cache)
     out, whole = tmp_path / "bench.json", tmp_path / "whole.json"
     asked = ("bench", "--pairs", "toy-near", "--methods", "procrustes", "--resume", "--keep", "--out")
     assert run(*asked, whole).code == 0

@@ -19,7 +19,7 @@ from regraft.refine import RefineSettings, drawn, inputs_of, refine
 from regraft.refine.drawn import PictureBatch, picture_aims, picture_samples
 from regraft.refine.samples import objective_of
 from regraft.refine.shared import unshared
-from regraft.refine.starting import _entry, _of_kind, start_of
+from regraft.refine.starting import _of_kind, refine_entry, start_of
 from regraft.runtime import load_model
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
@@ -130,7 +130,7 @@ def test_a_student_gains_on_pictures_that_it_never_saw(
     # Untrained denoisers denoise nothing: as if the adapter took a fifth of the old base's loss away.
     monkeypatch.setattr(drawn, "_own_losses", lambda model, with_, found, seed: (torch.ones(1), torch.tensor([0.8])))
     old, new = open_base(here), open_base(there)
-    zero = replace(adapter, updates=_of_kind(adapter, old, new), metadata=with_port(adapter, _entry(old, new)))
+    zero = replace(adapter, updates=_of_kind(adapter, old, new), metadata=with_port(adapter, refine_entry(old, new)))
     result = refine(adapter, old, new, start=zero, settings=QUICK)
     assert result.report.objective == "sample"
     assert result.report.recovered > 0.02

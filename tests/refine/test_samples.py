@@ -18,7 +18,7 @@ from regraft.refine import RefineSettings, refine, sampled
 from regraft.refine.firsts import FirstCharacters
 from regraft.refine.sampled import text_aims, text_samples
 from regraft.refine.samples import objective_of, samples_of
-from regraft.refine.starting import _entry, _of_kind, start_of
+from regraft.refine.starting import _of_kind, refine_entry, start_of
 from regraft.runtime import applied, load_model
 from regraft.runtime.both import BothModels
 from regraft.updates import LowRank
@@ -42,7 +42,7 @@ def both(numbered: Pair) -> BothModels:
 
 def from_zero(adapter: Adapter, pair: Pair) -> Adapter:
     old, new = map(open_base, pair)
-    return replace(adapter, updates=_of_kind(adapter, old, new), metadata=with_port(adapter, _entry(old, new)))
+    return replace(adapter, updates=_of_kind(adapter, old, new), metadata=with_port(adapter, refine_entry(old, new)))
 
 
 def test_other_tokens_are_the_reason_to_learn_from_samples(both: BothModels, old: Path, drifted: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_model_whose_words_are_numbered_otherwise_has_all_of_it_with_the_adapt
     adapter: Adapter, numbered: Pair
 ) -> None:
     old, new = map(open_base, numbered)
-    start = replace(adapter, metadata=with_port(adapter, _entry(old, new)))
+    start = replace(adapter, metadata=with_port(adapter, refine_entry(old, new)))
     result = refine(adapter, old, new, start=start, settings=QUICK)
     assert result.report.objective == "sample"
     assert result.report.recovered == pytest.approx(1.0, abs=1e-3)

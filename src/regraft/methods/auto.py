@@ -69,17 +69,10 @@ def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
         with quiet_libraries():
             models = task.models
             inputs = make_batches(models, task.adapter, task.running.n_inputs, task.seed, task.prompts)
-            held = HeldOut(task, inputs.held_out)
             few = FewSteps.of(task)
+            judge = _by_outputs(chosen, task, inputs) if few is None else _by_purpose(chosen, few)
     except RegraftError as error:
         return f"the bases can't be run to look for more ({error.what})"
-    judge = _Judge(
-        chosen.method,
-        lambda updates: held.score(updates).total() if few is None else few.error(updates),
-        inputs.made
-        if few is None
-        else f"what its {few.steps} unguided steps leave of the way to {MANY} guided ones, which is what it is for",
-    )
     with quiet_libraries():
         return _best(task, inputs, judge)
 
@@ -97,6 +90,16 @@ class _Judge:
     first: str
     error: Callable[[Mapping[ModuleRef, Update]], float]
     made: str
+
+
+def _by_outputs(chosen: Fit, task: AdapterTask, inputs: Batches) -> _Judge:
+    held = HeldOut(task, inputs.held_out)
+    return _Judge(chosen.method, lambda updates: held.score(updates).total(), inputs.made)
+
+
+def _by_purpose(chosen: Fit, few: FewSteps) -> _Judge:
+    made = f"what its {few.steps} unguided steps leave of the way to {MANY} guided ones, which is what it is for"
+    return _Judge(chosen.method, few.error, made)
 
 
 def _best(task: AdapterTask, inputs: Batches, judge: _Judge) -> Carried | str:

@@ -23,7 +23,7 @@ from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import alone, copied, rows
 from regraft.refine.kept import inputs_file, read_or_made
-from regraft.refine.loop import Course, Heard, Look, measured, train
+from regraft.refine.loop import Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
 from regraft.refine.samples import objective_of, sample_aims, samples_of
@@ -31,8 +31,9 @@ from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
+from regraft.refine.told import lineage_entry, look_row, summary_of
 from regraft.refine.useful import check_useful
-from regraft.report.refine_schema import RefineLook, RefineReport
+from regraft.report.refine_schema import RefineReport
 from regraft.runtime.applied import applied, fitting
 from regraft.runtime.both import BothModels, modules_of
 from regraft.runtime.load import Loaded, quiet_libraries
@@ -147,10 +148,10 @@ def refine(
         unkept=course.unkept or unkept,
         recovered=course.best_look.recovered,
         beside=beside,
-        looks=[_row(look, strip.training(look)) for look in course.looks],
+        looks=[look_row(look, strip.training(look)) for look in course.looks],
         prompts=strip.rows,
         pictures=strip.columns,
-        summary=_summary(begin, course),
+        summary=summary_of(begin.how, course),
         trained=trained,
         modules=modules,
         untrained=untrained,
@@ -228,19 +229,6 @@ def _untrained(student: Student) -> dict[str, str]:
     return said
 
 
-def _row(look: Look, seconds: float) -> RefineLook:
-    return RefineLook(step=look.step, recovered=look.recovered, drift=look.kept, seconds=round(seconds, 2))
-
-
-def _summary(begin: Start, course: Course) -> str:
-    before, after = course.looks[0], course.best_look
-    if after.step == 0:
-        return f"Nothing gained: the start ({begin.how}) is at {before.recovered:.0%} of what is wanted, and is kept."
-    return (
-        f"From {before.recovered:.0%} ({begin.how}) to {after.recovered:.0%} of what is wanted, in {after.step} steps."
-    )
-
-
 def _told(adapter: Adapter, report: RefineReport) -> dict[str, str]:
     """The metadata with the refine in the lineage's last port."""
     lineage = lineage_of(adapter)
@@ -248,13 +236,5 @@ def _told(adapter: Adapter, report: RefineReport) -> dict[str, str]:
         raise InputError(
             "has no lineage that tells of its port", file=adapter.path, remedy="Port it with `regraft port`."
         )
-    refined = {
-        "objective": report.objective,
-        "start": report.start if report.start_reason != "as given" else "given",
-        "steps": report.steps,
-        "inputs": report.n_inputs,
-        "how": report.inputs[:4096],
-        "recovered": round(report.recovered, 4),
-    }
-    ports = [*lineage["ports"][:-1], {**lineage["ports"][-1], "refined": refined}]
+    ports = [*lineage["ports"][:-1], {**lineage["ports"][-1], "refined": lineage_entry(report)}]
     return {**adapter.metadata, KEY: dumped({**lineage, "ports": ports})}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from regraft.runtime.load import Loaded
 MOST_NUMBERS = 1 << 26
 LIKELIEST = 128
 # An adapter that moves the outputs of no batch further than this does nothing that could be taught.
-_NO_EFFECT = 1e-7
+NO_EFFECT = 1e-7
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ class Aim:
         return _told(outputs, self.tokens, self.language, self.batch.rows("new"))
 
 
-@torch.no_grad()
 def aims_of(
     models: BothModels,
     adapter: Adapter,
@@ -88,22 +90,39 @@ def aims_of(
     Raises:
         InputError: the adapter has no effect on the old base, or outputs can't be compared.
     """
+    at_work = partial(applied, models.old.components, adapter)
+    return aims_by(models, models.old, at_work, adapter.path, batches, pull, stay=stay, tick=tick)
+
+
+@torch.no_grad()
+def aims_by(
+    models: BothModels,
+    teacher: Loaded,
+    at_work: Callable[[], AbstractContextManager[None]],
+    path: Path | None,
+    batches: Sequence[Batch],
+    pull: float,
+    *,
+    stay: float = 0.0,
+    tick: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Aim]:
+    """See `aims_of`; the teacher is any model on the old base's inputs, run inside of ``at_work``."""
     language, n = models.old.kind == "language", len(batches)
     with models.turn("old"):
         with_it = []
-        with applied(models.old.components, adapter):
+        with at_work():
             for i, batch in enumerate(batches):
                 tick(i, 3 * n, "the old base with its adapter")
-                with_it.append(_run(batch, models.old, "old", None, language))
+                with_it.append(outputs_of(batch, teacher, "old", None, language))
         without = []
         for i, (batch, (_, tokens)) in enumerate(zip(batches, with_it, strict=True)):
             tick(n + i, 3 * n, "the old base without it")
-            without.append(_run(batch, models.old, "old", tokens, language)[0])
+            without.append(outputs_of(batch, models.old, "old", tokens, language)[0])
     aims, moved = [], 0.0
     for i, (batch, (y_a, tokens), y_s) in enumerate(zip(batches, with_it, without, strict=True)):
         tick(2 * n + i, 3 * n, "the new base")
         with models.turn("new"):
-            y_t, _ = _run(batch, models.new, "new", tokens, language)
+            y_t, _ = outputs_of(batch, models.new, "new", tokens, language)
         if y_s.shape != y_t.shape:
             raise InputError(
                 f"gives outputs of another shape ({tuple(y_t.shape)}) than the old base ({tuple(y_s.shape)})",
@@ -116,21 +135,21 @@ def aims_of(
         moved = max(moved, float(distance(effect, y_t, language)))
         size = float(distance(effect if kept else wanted, y_t, language))
         aims.append(Aim(batch, wanted, tokens, language, size, kept))
-    if moved <= _NO_EFFECT:
-        raise no_effect(adapter)
+    if moved <= NO_EFFECT:
+        raise no_effect(path)
     return aims
 
 
-def no_effect(adapter: Adapter) -> InputError:
+def no_effect(path: Path | None) -> InputError:
     """The error for an adapter that does nothing to the old base."""
     return InputError(
         "has no effect on the old base: there is nothing to bring over",
-        file=adapter.path,
+        file=path,
         remedy="Is it the base that it was trained on? `regraft identify` looks for the right one.",
     )
 
 
-def _run(
+def outputs_of(
     batch: Batch, model: Loaded, side: Side, tokens: Tensor | None, language: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs (rows, k) on the CPU; and the tokens that were chosen, where the caller has chosen none."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +14,6 @@ import torch
 from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
-from regraft.cache import cache_folder
 from regraft.content import content_of
 from regraft.errors import OutputError, first_line
 from regraft.output import whole
@@ -25,6 +22,7 @@ from regraft.probes.batches_diffusion import DiffusionBatch
 from regraft.refine.drawn import PictureBatch
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import RefineSettings
+from regraft.refine.state import kept_file
 
 # Of the settings, those that inputs depend on; of the retention, whether there is any.
 _ASKED = ("n_inputs", "prompts", "filter", "seed", "config")
@@ -52,8 +50,7 @@ def inputs_file(adapter: Adapter, old: Base, new: Base, settings: RefineSettings
         "kept": settings.retention > 0,
         "sampled": sampled,
     }
-    text = json.dumps(content, sort_keys=True, default=str)
-    return cache_folder() / "refine" / f"inputs-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+    return kept_file(content, "inputs-")
 
 
 def read_or_made(file: Path, make: Callable[[], Batches]) -> tuple[Batches, str]:

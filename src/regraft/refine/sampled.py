@@ -13,7 +13,7 @@ from regraft.adapter import Adapter
 from regraft.methods._choosing import between, likelihoods
 from regraft.probes.batches import TOGETHER, Batch, Batches, Maker, TextBatch, aligned_batches
 from regraft.probes.text import encode, sample_texts
-from regraft.refine.aims import _NO_EFFECT, Aim, _run, distance, no_effect
+from regraft.refine.aims import NO_EFFECT, Aim, distance, no_effect, outputs_of
 from regraft.refine.firsts import FirstCharacters
 from regraft.refine.useful import useless
 from regraft.runtime.applied import applied
@@ -258,14 +258,14 @@ def text_aims(
             for i, batch in enumerate(batches):
                 tick(i, 2 * len(batches), "the old base with its adapter")
                 wanted.append(_said(batch, models))
-        if float((wanted[first] - _said(batches[first], models)).abs().max()) <= _NO_EFFECT:
-            raise no_effect(adapter)
+        if float((wanted[first] - _said(batches[first], models)).abs().max()) <= NO_EFFECT:
+            raise no_effect(adapter.path)
     aims: list[Aim] = []
     for i, (batch, said) in enumerate(zip(batches, wanted, strict=True)):
         tick(len(batches) + i, 2 * len(batches), "the new base without it")
         with models.turn("new"):
             if batch.made_by == "new":
-                own, tokens = _run(batch, models.new, "new", None, True)
+                own, tokens = outputs_of(batch, models.new, "new", None, True)
                 aims.append(Aim(batch, own, tokens, True, 0.0, True))
                 continue
             aim = TextAim(batch, said, None, True, 0.0, False, changes.get(i), firsts)

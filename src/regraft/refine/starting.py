@@ -84,7 +84,7 @@ def from_zero(adapter: Adapter, old: Base, new: Base) -> Start:
             file=adapter.path,
             remedy="Let it begin from a port: leave out --start zero.",
         )
-    return Start(replace(adapter, updates=zero, metadata=with_port(adapter, _entry(old, new))), ZERO, "as asked")
+    return Start(replace(adapter, updates=zero, metadata=with_port(adapter, refine_entry(old, new))), ZERO, "as asked")
 
 
 def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: str) -> Start:
@@ -95,12 +95,13 @@ def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: 
     except InputError as error:
         if not zero:
             raise
-        metadata = with_port(adapter, _entry(old, new))
+        metadata = with_port(adapter, refine_entry(old, new))
         return Start(replace(adapter, updates=zero, metadata=metadata), ZERO, f"{why}; stream: {error.what}")
     return Start(_fully_named(result.adapter, adapter, old, new), "stream", why)
 
 
-def _entry(old: Base, new: Base) -> dict[str, object]:
+def refine_entry(old: Base, new: Base) -> dict[str, object]:
+    """The lineage's port of what was not ported by any method, and is refined at once."""
     return {
         "from": from_summary(summarise(old)),
         "to": from_summary(summarise(new)),

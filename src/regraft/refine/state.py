@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from regraft.adapter import Adapter
 from regraft.base import Base
@@ -29,8 +31,13 @@ def state_file(
         "start": content_of(start) if isinstance(start, Adapter) else start,
         "settings": asked,
     }
+    return kept_file(content)
+
+
+def kept_file(content: Mapping[str, Any], kind: str = "") -> Path:
+    """The cache's file of what depends on this content alone."""
     text = json.dumps(content, sort_keys=True, default=str)
-    return cache_folder() / "refine" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+    return cache_folder() / "refine" / f"{kind}{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
 
 
 def forget(state: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regraft._version import __version__
 from regraft.adapter import Adapter
@@ -31,14 +30,15 @@ from regraft.lineage import with_port
 from regraft.memory import peak_mb
 from regraft.methods._embeddings import common_embeddings, width_map
 from regraft.migration import summarise
-from regraft.migrations.base_id import from_summary
 from regraft.output import ADAPTER_CONFIG, write_whole
-from regraft.probes.batches import Batch, TextBatch, make_batches
-from regraft.refine.aims import Aim, distance
+from regraft.probes.batches import TextBatch, make_batches, other_tokens, writes
+from regraft.refine.aims import aims_by
 from regraft.refine.loop import Course, Heard, train
 from regraft.refine.settings import PULLS, RefineSettings
+from regraft.refine.starting import refine_entry
 from regraft.refine.student import Student
-from regraft.report.refine_schema import Refined, RefineLook, RefineReport
+from regraft.refine.told import lineage_entry, look_row, summary_of
+from regraft.report.refine_schema import Refined, RefineReport
 from regraft.runtime.both import BothModels
 from regraft.runtime.load import Loaded, library, quiet_libraries
 
@@ -46,8 +46,6 @@ from regraft.runtime.load import Loaded, library, quiet_libraries
 PREFIX = "PREFIX_TUNING"
 KINDS = ("PROMPT_TUNING", "P_TUNING", PREFIX)
 WEIGHTS, _KEY = "adapter_model.safetensors", "prompt_embeddings"
-# A soft prompt that moves the old base's predictions by less does nothing that could be taught.
-_NO_EFFECT = 1e-7
 
 
 @dataclass(frozen=True)
@@ -158,17 +156,11 @@ def refine_soft_prompt(
         batches = make_batches(
             BothModels(teacher, models.new), None, settings.n_inputs, settings.seed, settings.prompts
         )
-        _check_alike(batches.fit, new)
         chosen = "output" if settings.objective == "auto" else settings.objective
-        aims = [_aim(batch, teacher, models, PULLS.get(chosen, 1.0)) for batch in (*batches.fit, *batches.held_out)]
-        if max(aim.size for aim in aims) <= _NO_EFFECT:
-            raise InputError(
-                "has no effect on the old base: there is nothing to bring over",
-                file=prompt.path,
-                remedy="Is it the base that it was trained on?",
-            )
+        # Its own texts are read with the prompt, too: without it the new base is as it was, with nothing to retain.
+        texts = [replace(b, made_by="given") for b in (*batches.fit, *batches.held_out) if isinstance(b, TextBatch)]
+        aims = aims_by(models, teacher, nullcontext, prompt.path, texts, PULLS.get(chosen, 1.0))
         fit, held = aims[: len(batches.fit)], aims[len(batches.fit) :]
-        # Without the prompt the new base is as it was: there is nothing to retain.
         trained = Student(student, {}, {}, {})
         course = train(trained, fit, held, replace(settings, retention=0.0), heard=heard, state=state)
         values = _table(student).detach().cpu().clone() if course.best_look.step else start
@@ -181,8 +173,8 @@ def refine_soft_prompt(
 
 def start_of(prompt: SoftPrompt, old: Base, new: Base, model: Loaded) -> tuple[Tensor, str]:
     """Where the training begins, float32, and how it was made."""
-    width = _fresh_table(model, prompt).shape[1]
     if prompt.is_prefix:
+        width = _table(_prompted(model, prompt)).shape[1]
         if prompt.values.shape[1] == width:
             return prompt.values.float(), "copy"
         return torch.zeros(len(prompt.values), width), "zero"
@@ -219,10 +211,6 @@ def _config_of(prompt: SoftPrompt) -> Any:
     return kind(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt.values))
 
 
-def _fresh_table(model: Loaded, prompt: SoftPrompt) -> Tensor:
-    return _table(_prompted(model, prompt))
-
-
 def _prompted(model: Loaded, prompt: SoftPrompt) -> Loaded:
     with torch.random.fork_rng():
         made = _Prompted(library("peft").get_peft_model(model.main, _config_of(prompt)))
@@ -254,46 +242,18 @@ def _table(model: Loaded) -> Tensor:
 
 
 def _check_readable(prompt: SoftPrompt, models: BothModels) -> None:
-    if models.old.kind != "language" or getattr(models.old.main.config, "is_encoder_decoder", False):
+    if not writes(models.old):
         raise InputError(
             "is no language model that writes: soft prompts of others aren't refined", file=models.old.path
         )
+    if other_tokens(models.old, models.new):
+        raise InputError("splits text into other tokens than the old base", file=models.new.path)
     if prompt.config.get("prefix_projection"):
         raise InputError("goes through a projection, which isn't stored in its file", file=prompt.path)
 
 
-def _check_alike(batches: Sequence[Batch], new: Base) -> None:
-    if any(batch.rows("old") is not None for batch in batches):
-        raise InputError("splits text into other tokens than the old base", file=new.path)
-
-
-@torch.no_grad()
-def _aim(batch: Batch, teacher: Loaded, models: BothModels, pull: float) -> Aim:
-    """See `regraft.refine.aims.aims_of`."""
-    assert isinstance(batch, TextBatch)
-    # With the same tokens, both sides of a batch are the same.
-    y_a, y_s, y_t = (
-        F.log_softmax(batch.run(model, "new").float().cpu(), -1).flatten(0, 1)
-        for model in (teacher, models.old, models.new)
-    )
-    wanted = F.log_softmax(y_t + (y_a - y_s) + pull * (y_s - y_t), -1)
-    return Aim(batch, wanted, None, True, float(distance(wanted, y_t, True)), False)
-
-
 def _refined(prompt: SoftPrompt, values: Tensor, report: RefineReport, old: Base, new: Base) -> SoftPrompt:
-    entry = {
-        "from": from_summary(summarise(old)),
-        "to": from_summary(summarise(new)),
-        "method": "refine",
-        "refined": {
-            "objective": report.objective,
-            "start": report.start,
-            "steps": report.steps,
-            "inputs": report.n_inputs,
-            "how": report.inputs[:4096],
-            "recovered": round(report.recovered, 4),
-        },
-    }
+    entry = {**refine_entry(old, new), "refined": lineage_entry(report)}
     metadata = with_port(Adapter({}, "peft", metadata={**prompt.metadata, "format": "pt"}, path=prompt.path), entry)
     known = ("task_type", "num_virtual_tokens", "revision")
     config = {
@@ -310,9 +270,6 @@ def _report(
 ) -> RefineReport:
     objective, inputs, count = made
     first, best = course.looks[0], course.best_look
-    summary = f"From {first.recovered:.0%} ({how}) to {best.recovered:.0%} of what is wanted, in {best.step} steps."
-    if not best.step:
-        summary = f"Nothing gained: the start ({how}) is at {first.recovered:.0%} of what is wanted, and is kept."
     return RefineReport(
         regraft_version=__version__,
         input=str(prompt.path),
@@ -331,11 +288,8 @@ def _report(
             Refined(title=how, recovered=first.recovered),
             Refined(title="refined", recovered=best.recovered),
         ],
-        looks=[
-            RefineLook(step=look.step, recovered=look.recovered, drift=look.kept, seconds=round(look.seconds, 2))
-            for look in course.looks
-        ],
-        summary=summary,
+        looks=[look_row(look, look.seconds) for look in course.looks],
+        summary=summary_of(how, course),
         trained=0,
         modules=1,
         source=summarise(old),

@@ -54,10 +54,10 @@ class BothModels:
                 not.
         """
         in_turns = in_turns and device != "cpu"
-        check_room((old, new), "cpu" if in_turns else device)
+        place = "cpu" if in_turns else device
+        check_room((old, new), place)
         for base in (old, new) if in_turns else ():
             check_room((base,), device)
-        place = "cpu" if in_turns else device
         with quiet_libraries():
             first = load_model(old.path, config=config, device=place)
             second = load_model(new.path, config=config, device=place)
