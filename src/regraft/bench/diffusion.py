@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,18 @@ class DiffusionWorld:
     def native(self, pair: str, name: str, seed: int) -> Path:
         """The same recipe, pictures and number of steps on the pair's new base."""
         return self.shop.adapter(_name(pair, "new"), name, seed)
+
+    def trained_in(self, pair: str, name: str, seed: int) -> float | None:
+        """Seconds of the native adapter's training by its log; None where that is lost."""
+        log = self.shop.work("adapter", _name(pair, "new"), name, str(seed)).with_suffix(".log")
+        if not log.is_file():
+            return None
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        # Each line is the mean over the steps since the one before it.
+        made = [
+            later["step"] - earlier for later, earlier in zip(lines, [0, *(x["step"] for x in lines)], strict=False)
+        ]
+        return sum(n * line["seconds_per_step"] for n, line in zip(made, lines, strict=True)) or None
 
     def scorer(self, pair: str, which: Which, name: str) -> AbstractContextManager[Scorer]:
         """See `regraft.bench.diffusion_score.scoring`."""

@@ -20,7 +20,7 @@ from regraft.base import Base, open_base
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
 from regraft.bench.memory import Peak
-from regraft.bench.variants import Variant
+from regraft.bench.variants import REFINE, Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
 from regraft.check import check
@@ -140,6 +140,10 @@ class Group:
 
     def method(self, variant: Variant) -> Cell:
         """One method's row."""
+        if variant.method == REFINE:
+            from regraft.bench.refined import refined
+
+            return self._measured(*refined(self, variant))
         with Peak() as peak:
             started = time.process_time()
             result = self.ported(variant)

@@ -63,6 +63,11 @@ class LanguageWorld:
     def native(self, pair: str, name: str, seed: int) -> Path:
         return self._adapter(self._name(pair, "new"), name, seed)
 
+    def trained_in(self, pair: str, name: str, seed: int) -> float | None:
+        """Processor time of the native adapter's training, in seconds."""
+        found = self.record(self.native(pair, name, seed)).get("cpu_seconds")
+        return None if found is None else float(found)
+
     @contextmanager
     def scorer(self, pair: str, which: Which, name: str) -> Iterator[Scorer]:
         model = load_model(self.base(pair, which))

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from regraft._version import __version__
+from regraft.bench.variants import REFINE
 from regraft.methods import get_method
 
 _METHODS = "regraft.methods"
@@ -19,12 +20,15 @@ _METHODS = "regraft.methods"
 def source_of(name: str) -> str:
     """Digest of a method's module and of what it imports beyond what `copy` imports; of `auto`, of every method's.
 
+    `refine` is `regraft.refine` with all that `auto` is, which it starts from.
+
     What copy imports carries every port: `regraft.bench.cells.VERSION` tells when that changes a figure.
     """
     common = _common()
     # `auto` finds the others in the registry.
-    start = _METHODS if name == "auto" else get_method(name).function.__module__
-    mine = _all_methods() if name == "auto" else _closure(start)
+    start = {"auto": _METHODS, REFINE: "regraft.refine"}.get(name) or get_method(name).function.__module__
+    mine = _all_methods() if name in ("auto", REFINE) else frozenset[str]()
+    mine |= frozenset() if name == "auto" else _closure(start)
     return _digest((mine - common) | {start})
 
 

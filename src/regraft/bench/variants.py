@@ -49,6 +49,8 @@ FURTHER = (
 
 #: Measured always, as a control.
 CONTROLS = ("copy",)
+#: No method of a port, and a row of the grid all the same; see `regraft.bench.refined`.
+REFINE = "refine"
 
 
 def default_variants() -> list[Variant]:
@@ -62,7 +64,7 @@ def default_variants() -> list[Variant]:
 
 
 def parse_variants(given: Iterable[str]) -> list[Variant]:
-    """Variants by name, by method alone, or written out: ``effect rank=16 pull=0.5``.
+    """Variants by name, by method alone, or written out: ``effect rank=16 pull=0.5``, ``refine steps=80 start=zero``.
 
     Raises:
         UsageError: no such method or option, or what stands behind the method is no ``name=value``.
@@ -76,7 +78,7 @@ def _parse(text: str) -> Variant:
         get_method(named.method).check_options(named.options)
         return named
     name, *rest = text.split()
-    method = get_method(name)
+    check = _check_refine if name == REFINE else get_method(name).check_options
     options: dict[str, Any] = {}
     for part in rest:
         option, equals, value = part.partition("=")
@@ -87,10 +89,16 @@ def _parse(text: str) -> Variant:
             )
         options[option.replace("-", "_")] = _value(value)
     rank, n_inputs = options.pop("rank", None), options.pop("n_inputs", None)
-    method.check_options(options)
+    check(options)
     if isinstance(rank, str) and rank != "full":
         raise UsageError(f"rank={rank} in {text!r} is no rank", remedy="Give a number, a share such as 0.9, or full.")
     return Variant(" ".join([name, *rest]), name, options, rank, n_inputs)
+
+
+def _check_refine(options: Mapping[str, Any]) -> None:
+    from regraft.bench.refined import check_refine
+
+    check_refine(options)
 
 
 def _value(text: str) -> Any:

@@ -47,7 +47,8 @@ def bench(
         typer.Option(
             "--methods",
             metavar="METHOD",
-            help="By name, with options where wanted ('effect rank=16 pull=0.5'); repeatable. All by default.",
+            help="By name, with options where wanted ('effect rank=16 pull=0.5'), and refine ('refine start=zero'); "
+            "repeatable. Every method by default.",
         ),
     ] = None,
     adapters: Adapters = None,
