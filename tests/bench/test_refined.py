@@ -1,4 +1,4 @@
-"""`refine` as a row of the grid: its options are those of its settings, and its cell tells start, objective and cost."""
+"""`refine` as a row of the grid: its options are its settings, and its cell tells start, objective and cost."""
 
 from __future__ import annotations
 

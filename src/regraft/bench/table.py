@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.bench.controls import CONTROLS
-from regraft.bench.goals import goals
+from regraft.bench.goals import Goal, goals
 from regraft.bench.results import WORLDS
 from regraft.report.bench_schema import BenchGroup, BenchPair, BenchReport, BenchRow
 from regraft.report.schema import Interval
@@ -81,11 +81,13 @@ def _signed(value: float, digits: int = 2) -> str:
     return text.replace("-", "−") if float(text) else text.removeprefix("-")
 
 
-def _figure(value: Interval | None, digits: int = 2) -> str:
+def figure(value: Interval | None, digits: int = 2) -> str:
+    """A mean as tables show it."""
     return "–" if value is None or value.mean is None else _signed(value.mean, digits)
 
 
-def _spread(value: Interval) -> str:
+def spread(value: Interval) -> str:
+    """A mean with its interval."""
     if value.mean is None or value.low is None or value.high is None:
         return "–"
     return f"{_signed(value.mean, 3)} [{_signed(value.low)}, {_signed(value.high)}]"
@@ -158,11 +160,16 @@ def _for_makers(record: BenchReport) -> str:
 
 def between(text: str, record: BenchReport) -> str:
     """A page with its generated part made anew; as it is where it has none."""
-    if BEGIN not in text or END not in text:
+    return replaced(text, BEGIN, END, block(record))
+
+
+def replaced(text: str, begin: str, end: str, made: str) -> str:
+    """A text with what stands between two marks replaced; as it is where it lacks one of them."""
+    if begin not in text or end not in text:
         return text
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{block(record)}\n\n{END}{after}"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
 def page(record: BenchReport) -> str:
@@ -176,9 +183,9 @@ def page(record: BenchReport) -> str:
         "## Methods by kind of pair",
         *_told(record),
         "## Goals",
-        _goals(record),
+        goal_table(goals(record)),
         "## Pair by pair",
-        *(part for pair in record.pairs for part in _pair(pair)),
+        *(part for pair in record.pairs for part in pair_part(pair)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -203,14 +210,16 @@ def _meanings() -> str:
     return "Controls:\n\n" + "\n".join(lines) + "\n\nFigures:\n\n" + "\n".join(figures)
 
 
-def _goals(record: BenchReport) -> str:
+def goal_table(found: Sequence[Goal]) -> str:
+    """Claims, whether each holds, and what that rests on."""
     said = {True: "holds", False: "**does not hold**", None: "not measured"}
     return markdown(
-        ("claim", "", "figures"), [(goal.claim, said[goal.held], goal.figures or "–") for goal in goals(record)]
+        ("claim", "", "figures"), [(goal.claim, said[goal.held], goal.figures or "–") for goal in found]
     ).replace("---:", "---")
 
 
-def _pair(pair: BenchPair) -> Iterator[str]:
+def pair_part(pair: BenchPair) -> Iterator[str]:
+    """A pair's own part of a page."""
     yield f"### {pair.name}"
     checks = [f"{adapter.name} {adapter.check.verdict or 'not judged'}" for adapter in pair.adapters]
     seeds = sorted({seed for adapter in pair.adapters for seed in adapter.seeds})
@@ -221,12 +230,12 @@ def _pair(pair: BenchPair) -> Iterator[str]:
     head = ["method", "recovery", "less the copy's", "share of the teacher", "retention", "effect cosine", "norm ratio"]
     extra = list(dict.fromkeys(name for row in pair.rows for name in row.extra))
     yield markdown([*head, *extra, "energy kept", "seconds", "MB"], [_line(row, extra) for row in pair.rows])
-    errors = {row.name: _errors(pair, row) for row in pair.rows if row.errors}
+    errors = {row.name: errors_of(pair, row) for row in pair.rows if row.errors}
     if errors:
         yield "\n".join(f"- {name}: {'; '.join(texts)}" for name, texts in errors.items())
 
 
-def _errors(pair: BenchPair, row: BenchRow) -> Iterator[str]:
+def errors_of(pair: BenchPair, row: BenchRow) -> Iterator[str]:
     """A row's errors, each with the adapters that it came up on, unless it was all of them."""
     for text in row.errors:
         names = [a.name for a in pair.adapters if any(text in r.errors for r in a.rows if r.name == row.name)]
@@ -240,13 +249,13 @@ def _line(row: BenchRow, extra: Sequence[str]) -> list[str]:
         return [name, "×", *["–"] * (8 + len(extra))]
     return [
         f"{name}{chosen}",
-        f"{_spread(row.recovery)}{mark(row)}{some_of(row)}",
-        _figure(row.versus_copy, 3),
-        _figure(row.teacher_share),
-        _figure(row.retention),
-        _figure(row.effect_cosine),
-        _figure(row.effect_norm_ratio),
-        *(_number(row.extra.get(figure), 2) for figure in extra),
+        f"{spread(row.recovery)}{mark(row)}{some_of(row)}",
+        figure(row.versus_copy, 3),
+        figure(row.teacher_share),
+        figure(row.retention),
+        figure(row.effect_cosine),
+        figure(row.effect_norm_ratio),
+        *(_number(row.extra.get(name), 2) for name in extra),
         _number(row.energy_kept, 2),
         _number(row.seconds, 1),
         _number(row.peak_mb, 0),

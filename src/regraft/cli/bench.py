@@ -118,7 +118,7 @@ def make(pairs: Pairs = None, adapters: Adapters = None, seeds: Seeds = None, ca
 
 
 @app.command("table")
-def table(
+def table_again(
     file: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="A record that `bench --out` wrote.")],
     markdown: Annotated[
         list[Path] | None,
@@ -133,15 +133,18 @@ def table(
     quiet: o.Quiet = False,
 ) -> None:
     """Show a record again: as tables here, as Markdown, or as one HTML page."""
+    from regraft.bench import refine_table, table
     from regraft.bench.results import load
-    from regraft.bench.table import BEGIN, between, page, print_table
 
     record = load(file)
+    about = refine_table.of_refine(record)
+    begin = refine_table.BEGIN if about else table.BEGIN
+    between, page = (refine_table.refine_between, refine_table.refine_page) if about else (table.between, table.page)
     for target in markdown or ():
         text = target.read_text(encoding="utf-8") if target.is_file() else ""
-        write_text(between(text, record) if BEGIN in text else page(record), target, overwrite=True)
+        write_text(between(text, record) if begin in text else page(record), target, overwrite=True)
     _write_page(record, report)
-    emit(record, json=json, quiet=quiet, table=lambda console: print_table(record, console))
+    emit(record, json=json, quiet=quiet, table=lambda console: table.print_table(record, console))
 
 
 def _write_page(record: BenchReport, report: Path | None) -> None:
