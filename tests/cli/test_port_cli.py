@@ -100,6 +100,16 @@ def test_a_stale_migration_is_refused(here: Path, run: Run) -> None:
     assert not (here / "other").exists()
 
 
+def test_a_check_by_a_migration_looks_at_the_bases_that_it_is_given(here: Path, run: Run) -> None:
+    run("port", "lora", *PAIR, "-o", "out", "--save-migration", "m.safetensors")
+    assert run("check", "lora", "--migration", "m.safetensors", *PAIR).code == 0
+    assert run("check", "lora", "--migration", "m.safetensors", "--to", "unrelated.safetensors").code == 3
+    for more in (["--deep"], ["--method", "ridge"]):
+        ran = run("check", "lora", "--migration", "m.safetensors", *more)
+        assert ran.code == 2
+        assert "a migration has its method" in ran.err
+
+
 def test_the_cache_is_listed_and_cleared(here: Path, run: Run) -> None:
     run("port", "lora", *PAIR, "-m", "prolora", "-o", "out")
     first = load_file(here / "out" / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -182,7 +183,10 @@ def drawings(name: str, cache: Path, *, test: bool = False) -> Pixels:
             )
             for icon in CONCEPTS.values()
         ]
-        np.save(kept, np.stack(sheets))
+        # Written beside and renamed: another process finds the whole of it or nothing.
+        beside = kept.with_name(f".{os.getpid()}-{kept.name}")
+        np.save(beside, np.stack(sheets))
+        beside.replace(kept)
     loaded: Pixels = np.load(kept)
     return loaded
 

@@ -13,7 +13,7 @@ from regraft.cli._sink import emit, progress
 from regraft.cli._ways import Ends, migration_along
 from regraft.errors import Refused, UsageError
 from regraft.formats import load_adapter
-from regraft.migration_file import load_migration
+from regraft.migration_file import check_fingerprints, load_migration
 from regraft.output import check_writable, write_text
 from regraft.report.tables import check_table
 
@@ -78,15 +78,23 @@ def check(
         raise UsageError("--to-fingerprint belongs to --migrations", remedy="Give --migrations FOLDER.")
     if migrations is not None and migration is not None:
         raise UsageError("--migrations excludes --migration", remedy="Give one of them.")
-    if migrations is not None:
+    if (migration is not None or migrations is not None) and (deep or method != "auto" or options):
+        raise UsageError(
+            "a migration has its method, and needs no survey of the bases",
+            remedy="Leave --deep, --method and the method's options out.",
+        )
+    source, goal = None, None
+    if migration is not None or migrations is not None:
         source, goal = (open_base(path) if path is not None else None for path in (old, new))
+    if migrations is not None:
         read, _ = migration_along(adapter, migrations, Ends(source, goal, to_fingerprint), (), quiet=quiet or json)
         loaded = load_adapter(adapter, names=o.names_of(read))
         record = check_migration(loaded, read, chosen, source, goal)
     elif migration is not None:
         read = load_migration(migration)
+        check_fingerprints(read, source, goal)
         loaded = load_adapter(adapter, names=o.names_of(read))
-        record = check_migration(loaded, read, chosen)
+        record = check_migration(loaded, read, chosen, source, goal)
     else:
         # These two judge by how near the weights are, for which a sample of a base on the hub is enough.
         source, target = o.open_bases(old, new, whole=deep or probe or method not in ("auto", "copy"))

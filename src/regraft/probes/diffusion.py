@@ -20,6 +20,7 @@ from regraft.adapter import Adapter
 from regraft.errors import InputError, RegraftError, first_line
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.runtime.applied import applied
+from regraft.runtime.latents import predicted
 from regraft.runtime.load import Loaded
 
 N_INPUTS, STATES, STEPS, CONTEXT_TOKENS = 16, 4, 8, 16
@@ -285,9 +286,7 @@ def reads(model: Loaded) -> tuple[Any, ...]:
     """What two models must have in common for their predictions to be compared."""
     if model.pipeline is None:
         return tuple((name, tuple(v.shape)) for name, v in made_up(model, 0).items() if isinstance(v, Tensor))
-    scheduler = getattr(model.pipeline, "scheduler", None)
-    flow = type(scheduler).__name__.startswith("FlowMatch")
-    return ("flow" if flow else getattr(getattr(scheduler, "config", None), "prediction_type", None),)
+    return (predicted(model.pipeline),)
 
 
 def _words(reads: tuple[Any, ...]) -> str:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from regraft.runtime.load import Loaded
+
+
+def predicted(pipeline: Any) -> str:
+    """What a pipeline's denoiser predicts: ``flow``, or as diffusers' schedulers name it."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    return str(getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,4 @@ class Latents:
 
     @property
     def _predicts(self) -> str:
-        scheduler = self.model.pipeline.scheduler
-        flow = type(scheduler).__name__.startswith("FlowMatch")
-        return "flow" if flow else str(getattr(scheduler.config, "prediction_type", "epsilon"))
+        return predicted(self.model.pipeline)
