@@ -10,7 +10,7 @@ from running import Run
 
 from regraft.bench import refine_table
 from regraft.bench.refine_goals import refine_goals
-from regraft.bench.results import save
+from regraft.bench.results import load, save
 from regraft.report.bench_schema import (
     BenchAdapter,
     BenchCheck,
@@ -23,6 +23,7 @@ from regraft.report.bench_schema import (
 )
 from regraft.report.schema import Interval
 
+ROOT = Path(__file__).parents[2]
 OTHERS = {"refine start=zero": {"start": "zero"}, "refine steps=40": {"steps": 40}, "refine steps=160": {"steps": 160}}
 
 
@@ -151,3 +152,14 @@ def test_the_command_writes_the_page_of_its_kind(run: Run, record: BenchReport, 
     assert page.read_text().startswith("# The benchmark of refine")
     assert "| lm-near, near | 0.50 | 0.60 | **0.900 [0.80, 1.00]** | 0.80 |" in marked.read_text()
     assert marked.read_text().endswith("\nafter\n")
+
+
+def test_the_committed_pages_are_those_of_the_committed_record() -> None:
+    file = ROOT / "results" / "refine.json"
+    if not file.exists():
+        pytest.skip("no results in this checkout")
+    record = load(file)
+    page = (ROOT / "docs" / "refine-benchmark.md").read_text(encoding="utf-8")
+    assert page == refine_table.refine_page(record)
+    text = (ROOT / "docs" / "refine.md").read_text(encoding="utf-8")
+    assert refine_table.refine_between(text, record) == text

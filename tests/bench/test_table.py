@@ -225,6 +225,23 @@ def test_what_was_not_measured_yet_is_counted_and_comes_seed_by_seed(
     assert load(out).pairs == load(whole).pairs
 
 
+def test_a_group_that_could_not_be_made_ends_it_with_an_error_and_the_rest_is_written(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def burnt(self: toyworld.ToyWorld, pair: str, name: str, seed: int) -> Path:
+        if name == "one":
+            raise OSError("no space left on device")
+        return self._lora(pair, name, seed, toyworld.WANTED)
+
+    in_this_process(monkeypatch, tmp_path)
+    monkeypatch.setattr(toyworld.ToyWorld, "native", burnt)
+    out = tmp_path / "bench.json"
+    ran = run("bench", "--pairs", "toy-near", "--seeds", "0", "--methods", "procrustes", "--out", out, "-q")
+    assert ran.code == 1
+    assert "9 cells could not be made" in ran.err
+    assert [adapter.name for adapter in load(out).pairs[0].adapters] == ["two"]
+
+
 def test_nothing_can_be_kept_without_a_file(run: Run, tmp_path: Path) -> None:
     ran = run("bench", "--keep", "--cache", tmp_path)
     assert ran.code == 2

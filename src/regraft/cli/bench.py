@@ -11,7 +11,7 @@ import typer
 from regraft.cache import cache_folder
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, err, progress
-from regraft.errors import UsageError
+from regraft.errors import RegraftError, UsageError
 from regraft.output import check_writable, write_text
 from regraft.report.bench_schema import BenchReport
 
@@ -96,6 +96,7 @@ def bench(
     command += f" --out {out.name if out.is_absolute() else out}{' --keep' * keep}" if out is not None else ""
     today = datetime.now(timezone.utc).date().isoformat()
     record = assemble(wanted, variants, folder, command=command, date=today)
+    lost = record.missing
     if keep:
         nothing = record.model_copy(update={"runs": [], "pairs": [], "groups": []})
         record = kept(record, earlier or nothing, known_pairs(folder))
@@ -103,6 +104,12 @@ def bench(
         save(record, out)
     _write_page(record, report)
     emit(record, json=json, quiet=quiet, table=lambda console: print_table(record, console))
+    if lost:
+        raise RegraftError(
+            f"{lost} cells could not be made",
+            file=folder / "bench.log",
+            remedy="See why; --resume makes what is missing.",
+        )
 
 
 @app.command("make")
