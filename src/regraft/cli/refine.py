@@ -178,9 +178,25 @@ def _teller(
 
     def heard(look: Look) -> None:
         steps.append(look.step)
-        tick(look.step, settings.steps, f"{look.recovered:.1%} of what is wanted, on held-out inputs")
+        tick(look.step, settings.steps, told(look, settings))
 
     return heard, lambda: steps[-1]
+
+
+def told(look: Look, settings: RefineSettings) -> str:
+    """A look as the progress line has it; the time left is that of all steps, or of the budget if that is less."""
+    said = f"{look.recovered:.1%} of what is wanted, on held-out inputs"
+    if look.learnt is None:
+        return said
+    left = look.seconds / look.step * (settings.steps - look.step)
+    if settings.budget is not None:
+        left = min(left, settings.budget - look.seconds)
+    return f"loss {look.learnt:.3f}; {said}; at most {_time(max(0.0, left))} left"
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def _told(

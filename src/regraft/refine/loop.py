@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -38,12 +38,14 @@ class Look:
         loss: mean distance from what is wanted, in that of the new base alone: 1 is the new base, 0 all that is wanted.
         kept: the same on inputs that the new base made, in distances of the adapter's own effect; None without any.
         seconds: since the start.
+        learnt: mean loss of the training steps since the look before, in the new base's mean distance; None before any.
     """
 
     step: int
     loss: float
     kept: float | None
     seconds: float
+    learnt: float | None = None
 
     @property
     def recovered(self) -> float:
@@ -139,6 +141,7 @@ class _Run:
         )
         self.optimizer = _optimizer(student, settings)
         self.step, self.spent = 0, 0.0
+        self.losses: list[float] = []
         self.course = Course()
         # One unit for all: a batch on which the adapter does little counts little.
         self.size = sum(aim.size for aim in self.tasks) / len(self.tasks)
@@ -171,6 +174,7 @@ class _Run:
                     raise InputError("the loss is not a number", remedy="Lower --rate, or run in float32.")
                 course.stopped = f"the loss was no number at step {self.step}; the last good state is kept"
                 return
+            self.losses.append(loss)
             self.spent = perf_counter() - began
             over = settings.budget is not None and self.spent > settings.budget
             if self.step % settings.look == 0 or over or self.step == settings.steps:
@@ -214,7 +218,9 @@ class _Run:
     @torch.no_grad()
     def look(self, began: float) -> None:
         task, kept = measured(self.held, self.student.model)
-        look = Look(self.step, math.inf if task is None else task, kept, perf_counter() - began)
+        learnt = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses.clear()
+        look = Look(self.step, math.inf if task is None else task, kept, perf_counter() - began, learnt)
         if math.isfinite(look.loss) and (not self.course.looks or look.loss < self.course.best_look.loss):
             self.course.best = self.student.state()
         self.course.looks.append(look)
@@ -226,7 +232,7 @@ class _Run:
             "spent": self.spent,
             "now": self.student.state(),
             "best": self.course.best,
-            "looks": [[look.step, look.loss, look.kept, look.seconds] for look in self.course.looks],
+            "looks": [list(astuple(look)) for look in self.course.looks],
             "optimizer": self.optimizer.state_dict(),
         }
         try:

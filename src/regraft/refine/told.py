@@ -16,7 +16,13 @@ def summary_of(start: str, course: Course) -> str:
 
 def look_row(look: Look, seconds: float) -> RefineLook:
     """A look as reports have it."""
-    return RefineLook(step=look.step, recovered=look.recovered, drift=look.kept, seconds=round(seconds, 2))
+    return RefineLook(
+        step=look.step,
+        recovered=look.recovered,
+        drift=look.kept,
+        seconds=round(seconds, 2),
+        training_loss=look.learnt,
+    )
 
 
 def lineage_entry(report: RefineReport) -> dict[str, object]:

@@ -21,6 +21,9 @@ class RefineLook(Record):
         default=None, description="distance from what is wanted on the new base's own inputs, in adapter effects"
     )
     seconds: float
+    training_loss: float | None = Field(
+        default=None, description="mean over the steps since the look before, in the new base's distance from its aims"
+    )
 
 
 class Refined(Record):
