@@ -18,7 +18,7 @@ from regraft.formats import get_format, load_adapter
 from regraft.output import check_writable, write_text
 from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
-from regraft.refine.settings import Objective
+from regraft.refine.settings import STEPS, Objective
 from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
 from regraft.refine.strip import PROMPTS
@@ -41,7 +41,12 @@ def refine(
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the training, at most.")] = RefineSettings.steps,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="Of the training, at most; by default 240, or 480 between bases built differently."
+        ),
+    ] = None,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = RefineSettings.rate,
     objective: Annotated[
         str, typer.Option("--objective", metavar="|".join(get_args(Objective)), help="What is matched.")
@@ -152,7 +157,7 @@ def refine(
             (PROMPTS if report is not None else 0) if pictures is None else pictures,
             settings.prompts,
             seed,
-            lambda what: tick(done(), settings.steps, what),
+            lambda what: tick(*done(), what),
         )
         result = refine_adapter(
             trained,
@@ -172,13 +177,13 @@ def refine(
 
 def _teller(
     tick: Callable[[int, int, str], None], settings: RefineSettings
-) -> tuple[Callable[[Look], None], Callable[[], int]]:
-    """What tells of looks, and at which step the last one was."""
-    steps = [0]
+) -> tuple[Callable[[Look], None], Callable[[], tuple[int, int]]]:
+    """What tells of looks; and at which step of how many the last one was."""
+    steps = [(0, settings.steps or STEPS)]
 
     def heard(look: Look) -> None:
-        steps.append(look.step)
-        tick(look.step, settings.steps, told(look, settings))
+        steps.append((look.step, look.most))
+        tick(look.step, look.most, told(look, settings))
 
     return heard, lambda: steps[-1]
 
@@ -188,7 +193,7 @@ def told(look: Look, settings: RefineSettings) -> str:
     said = f"{look.recovered:.1%} of what is wanted, on held-out inputs"
     if look.learnt is None:
         return said
-    left = look.seconds / look.step * (settings.steps - look.step)
+    left = look.seconds / look.step * (look.most - look.step)
     if settings.budget is not None:
         left = min(left, settings.budget - look.seconds)
     return f"loss {look.learnt:.3f}; {said}; at most {_time(max(0.0, left))} left"

@@ -27,8 +27,8 @@ from regraft.refine.loop import Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
 from regraft.refine.samples import objective_of, sample_aims, samples_of
-from regraft.refine.settings import PULLS, Objective, RefineSettings
-from regraft.refine.starting import ZERO, Start, from_zero, start_of
+from regraft.refine.settings import PULLS, Objective, RefineSettings, settled
+from regraft.refine.starting import STREAM, ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
 from regraft.refine.told import lineage_entry, look_row, summary_of
@@ -105,6 +105,8 @@ def refine(
         models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
         chosen, why = objective_of(settings.objective, models)
         sampled = chosen == "sample"
+        far = begin.how in (ZERO, STREAM) or old.structure != new.structure
+        settings = settled(settings, far=far, texts=models.old.kind == "language")
         file = inputs_file(adapter, old, new, settings, sampled)
         inputs, unkept = read_or_made(file, partial(inputs_of, models, adapter, settings, sampled=sampled))
         batches = (*inputs.fit, *inputs.held_out)

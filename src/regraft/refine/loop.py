@@ -17,7 +17,7 @@ from regraft.errors import InputError, OutputError, RegraftError, first_line
 from regraft.output import whole
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
-from regraft.refine.settings import RefineSettings
+from regraft.refine.settings import STEPS, RefineSettings
 from regraft.refine.student import Student
 from regraft.runtime.load import Loaded, library
 
@@ -39,6 +39,7 @@ class Look:
         kept: the same on inputs that the new base made, in distances of the adapter's own effect; None without any.
         seconds: since the start.
         learnt: mean loss of the training steps since the look before, in the new base's mean distance; None before any.
+        most: steps that there will be at most.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Look:
     kept: float | None
     seconds: float
     learnt: float | None = None
+    most: int = STEPS
 
     @property
     def recovered(self) -> float:
@@ -142,6 +144,7 @@ class _Run:
         self.optimizer = _optimizer(student, settings)
         self.step, self.spent = 0, 0.0
         self.losses: list[float] = []
+        self.most = settings.steps or STEPS
         self.course = Course()
         # One unit for all: a batch on which the adapter does little counts little.
         self.size = sum(aim.size for aim in self.tasks) / len(self.tasks)
@@ -166,7 +169,7 @@ class _Run:
             if course.looks[0].loss < _ALL:
                 course.stopped = "the start has all that is wanted"
                 return
-        while self.step < settings.steps:
+        while self.step < self.most:
             loss = self.one_step(self.chosen())
             self.step += 1
             if not math.isfinite(loss):
@@ -177,7 +180,7 @@ class _Run:
             self.losses.append(loss)
             self.spent = perf_counter() - began
             over = settings.budget is not None and self.spent > settings.budget
-            if self.step % settings.look == 0 or over or self.step == settings.steps:
+            if self.step % settings.look == 0 or over or self.step == self.most:
                 self.look(began)
                 if state is not None:
                     self.save(state)
@@ -188,7 +191,7 @@ class _Run:
             if over:
                 course.stopped = f"the budget of {settings.budget:.0f} s was spent"
                 return
-        course.stopped = f"all {settings.steps} steps were made"
+        course.stopped = f"all {self.most} steps were made"
 
     def chosen(self) -> Aim:
         """The next step's aim: in the seed's order, every so many of them for retention."""
@@ -200,7 +203,7 @@ class _Run:
         return pool[int(order[place])]
 
     def one_step(self, aim: Aim) -> float:
-        rate = self.settings.rate * _schedule(self.step, self.settings.steps)
+        rate = self.settings.rate * _schedule(self.step, self.most)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.enable_grad(), self.accelerator.autocast():
@@ -220,7 +223,7 @@ class _Run:
         task, kept = measured(self.held, self.student.model)
         learnt = sum(self.losses) / len(self.losses) if self.losses else None
         self.losses.clear()
-        look = Look(self.step, math.inf if task is None else task, kept, perf_counter() - began, learnt)
+        look = Look(self.step, math.inf if task is None else task, kept, perf_counter() - began, learnt, self.most)
         if math.isfinite(look.loss) and (not self.course.looks or look.loss < self.course.best_look.loss):
             self.course.best = self.student.state()
         self.course.looks.append(look)

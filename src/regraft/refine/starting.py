@@ -24,6 +24,8 @@ from regraft.updates import LowRank
 
 #: The name of the start without effect.
 ZERO: Literal["zero"] = "zero"
+#: The method of a start where no map of weights works.
+STREAM = "stream"
 
 Tick = Callable[[int, int, str], None]
 
@@ -91,13 +93,13 @@ def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: 
     """Where no map of weights works."""
     zero = _of_kind(adapter, old, new)
     try:
-        result = port(adapter, old, new, "stream", settings=replace(settings, force=True))
+        result = port(adapter, old, new, STREAM, settings=replace(settings, force=True))
     except InputError as error:
         if not zero:
             raise
         metadata = with_port(adapter, refine_entry(old, new))
         return Start(replace(adapter, updates=zero, metadata=metadata), ZERO, f"{why}; stream: {error.what}")
-    return Start(_fully_named(result.adapter, adapter, old, new), "stream", why)
+    return Start(_fully_named(result.adapter, adapter, old, new), STREAM, why)
 
 
 def refine_entry(old: Base, new: Base) -> dict[str, object]:
