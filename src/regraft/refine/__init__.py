@@ -31,6 +31,7 @@ from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
+from regraft.refine.teacher import Teacher
 from regraft.refine.told import lineage_entry, look_row, summary_of
 from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineReport
@@ -108,9 +109,9 @@ def refine(
         file = inputs_file(adapter, old, new, settings, sampled)
         inputs, unkept = read_or_made(file, partial(inputs_of, models, adapter, settings, sampled=sampled))
         batches = (*inputs.fit, *inputs.held_out)
-        check_useful(batches, adapter)
+        check_useful(batches, adapter.path)
         if sampled:
-            aims = sample_aims(models, adapter, batches, tick=tick)
+            aims = sample_aims(models, Teacher.of(models, adapter), batches, tick=tick)
         else:
             aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
