@@ -206,7 +206,8 @@ class _Run:
         state = self._state(trained.digest, None)
         with progress("Refining", quiet=self.quiet) as tick:
             heard, _ = _teller(tick, self.settings)
-            result = kind.refine(trained, self.old, self.new, settings=self.settings, state=state, heard=heard)
+            asked = {"settings": self.settings, "state": state, "heard": heard, "tick": tick}
+            result = kind.refine(trained, self.old, self.new, **asked)
             written = result.save(self.output, overwrite=self.overwrite)
         forget(state)
         return _with_outputs(result.report, written)
