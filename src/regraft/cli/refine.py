@@ -19,6 +19,7 @@ from regraft.formats import get_format, load_adapter
 from regraft.output import check_writable, write_text
 from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
+from regraft.refine.bottleneck import is_bottleneck, load_bottlenecks, refine_bottlenecks
 from regraft.refine.settings import Objective
 from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
@@ -160,7 +161,10 @@ class _Kind:
     refine: Callable[..., Any]
 
 
-_UNPORTED = (_Kind("a soft prompt", is_soft_prompt, load_soft_prompt, refine_soft_prompt),)
+_UNPORTED = (
+    _Kind("a soft prompt", is_soft_prompt, load_soft_prompt, refine_soft_prompt),
+    _Kind("a bottleneck adapter", is_bottleneck, load_bottlenecks, refine_bottlenecks),
+)
 
 
 @dataclass(frozen=True)

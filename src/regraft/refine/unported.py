@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -44,12 +44,14 @@ class Started:
         how: it was made.
         modules: how many modules it has.
         zero: sets it to no effect; None where it has no such state.
+        untrained: what of the old one is not trained → what became of it.
     """
 
     at_work: Callable[[], AbstractContextManager[None]]
     how: str
     modules: int
     zero: Callable[[], None] | None = None
+    untrained: Mapping[str, str] = field(default_factory=dict)
 
 
 class Unported(Protocol):
@@ -158,6 +160,7 @@ def taught(
         summary=summary_of(how, course),
         trained=trained,
         modules=start.modules,
+        untrained=dict(start.untrained),
         source=summarise(old),
         target=summarise(new),
         seconds=perf_counter() - began,
