@@ -21,7 +21,7 @@ from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.lineage import KEY, with_port
 from regraft.output import write_whole
-from regraft.refine.bottleneck.files import Bottlenecks, is_bottleneck, load_bottlenecks, written
+from regraft.refine.bottleneck.files import Bottlenecks, check_base, is_bottleneck, load_bottlenecks, written
 from regraft.refine.bottleneck.layers import placed
 from regraft.refine.bottleneck.places import Spot
 from regraft.refine.bottleneck.starting import First, first_state
@@ -94,6 +94,7 @@ class _Course:
         return self._first
 
     def teacher(self, models: BothModels) -> Teacher:
+        check_base(self.bottlenecks, models.old)
         return Teacher(_in_place(models.old, self.bottlenecks.modules()), self.path)
 
     def start(self, old: Base, new: Base, models: BothModels) -> Started:

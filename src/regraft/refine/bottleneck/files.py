@@ -24,7 +24,8 @@ from regraft.formats import Written
 from regraft.lineage import KEY, dumped
 from regraft.output import ADAPTER_CONFIG
 from regraft.refine.bottleneck.layers import Bottleneck, Form, activation, built
-from regraft.refine.bottleneck.places import LAYOUTS, Position, Spot
+from regraft.refine.bottleneck.places import LAYOUTS, Position, Spot, blocks_of, layout_of, width_of
+from regraft.runtime.load import Loaded
 from regraft.tensors import check_finite, read_tensor_file
 
 #: Names of the weights file; the library takes the first, or the second with ``use_safetensors``.
@@ -191,6 +192,26 @@ def _check_whole(table: Mapping[str, Tensor], spot: Spot, form: Form, file: Path
     except RuntimeError as error:
         what = " ".join(str(error).split()[:40])
         raise InputError(f"does not fit its configuration ({what})", file=file, key=where) from None
+
+
+def check_base(bottlenecks: Bottlenecks, base: Loaded) -> None:
+    """Whether they can be those of a base.
+
+    Raises:
+        InputError: they are for models of another type, width or depth.
+    """
+    kind, width = bottlenecks.config["model_type"], next(iter(bottlenecks.modules().values())).down.in_features
+    remedy = "Is it the base that it was trained on?"
+    if layout_of(base) is not LAYOUTS[kind]:
+        what = f"is for models of type {kind}, and {base.path.name} is of type {base.main.config.model_type}"
+        raise InputError(what, file=bottlenecks.path, remedy=remedy)
+    if width_of(base) != width:
+        what = f"reads states of {width} numbers, and those of {base.path.name} have {width_of(base)}"
+        raise InputError(what, file=bottlenecks.path, remedy=remedy)
+    last, depth = max(spot.block for spot in bottlenecks.tables), len(blocks_of(base))
+    if last >= depth:
+        what = f"has a bottleneck for block {last}, and {base.path.name} has {depth} blocks"
+        raise InputError(what, file=bottlenecks.path, remedy=remedy)
 
 
 def written(bottlenecks: Bottlenecks) -> Written:

@@ -151,16 +151,13 @@ def placed(model: Loaded, modules: Mapping[Spot, nn.Module]) -> Iterator[None]:
     """Bottlenecks at work in a model, as modules of its own; on leaving it is as it was.
 
     Args:
-        model: of a known layout.
+        model: with a block for every spot.
         modules: a `Bottleneck` for each spot; they are moved to the model's device.
 
     Raises:
-        InputError: the model has no such block.
+        InputError: bottlenecks aren't placed in models of its type.
     """
     layout, blocks, handles = layout_of(model), blocks_of(model), []
-    beyond = next((spot for spot in modules if spot.block >= len(blocks)), None)
-    if beyond is not None:
-        raise InputError(f"has {len(blocks)} blocks, and a bottleneck is for block {beyond.block}", file=model.path)
     names = {f"{spot.block}_{spot.position}": module for spot, module in modules.items()}
     model.main.add_module(_IN_MODEL, nn.ModuleDict(names).to(model.device))
     try:

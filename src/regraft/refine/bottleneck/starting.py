@@ -21,6 +21,10 @@ from regraft.refine.bottleneck.places import Layout, Spot, blocks_of, layout_of,
 from regraft.refine.starting import ZERO
 from regraft.runtime.both import BothModels
 
+# Directions of embeddings that are smaller than this, relative to the largest, are rounding's: a wider base may have
+# been made of a narrower one, and hold no more than that.
+_NOISE = 1e-4
+
 
 @dataclass(frozen=True)
 class First:
@@ -93,7 +97,8 @@ def _maps(old: Base, new: Base, widths: tuple[int, int]) -> tuple[tuple[Tensor, 
     shared = common_embeddings(old, new, component if component in new.components else MODEL, spelt=True)
     if shared is None or len(shared[0]) < max(widths):
         return None, ZERO
-    return (width_map(*shared), width_map(shared[1], shared[0])), f"embedding map of {len(shared[0])} shared tokens"
+    maps = width_map(*shared, rtol=_NOISE), width_map(shared[1], shared[0], rtol=_NOISE)
+    return maps, f"embedding map of {len(shared[0])} shared tokens"
 
 
 @torch.no_grad()
