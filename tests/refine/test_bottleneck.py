@@ -323,20 +323,29 @@ def test_a_start_that_does_worse_than_nothing_is_dropped(words: Path, old: Path,
 # --- The command, and what is not read.
 
 
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        ({"config": {"head_type": "tagging"}}, "kept as it is"),
+        ({"config": None, "model_class": "LlamaForCausalLM"}, "left out: the new base has one"),
+    ],
+)
 def test_the_command_reads_and_writes_the_library_s_folder(
-    words: Path, old: Path, drifted: Path, tmp_path: Path, run: Run
+    words: Path, old: Path, drifted: Path, tmp_path: Path, run: Run, head: dict[str, Any], what: str
 ) -> None:
-    head = tmp_path / "words"
-    shutil.copytree(words, head)
-    (head / "head_config.json").write_text("{}")
-    ran = run("refine", head, "--from", old, "--to", drifted, "-o", tmp_path / "out", "--steps", "4", "--json")
+    shutil.copytree(words, tmp_path / "words")
+    (tmp_path / "words" / "head_config.json").write_text(json.dumps(head))
+    ran = run(
+        "refine", tmp_path / "words", "--from", old, "--to", drifted, "-o", tmp_path / "out", "--steps", "4", "--json"
+    )
     assert ran.code == 0, ran.err
+    kept = {"head_config.json"} if what == "kept as it is" else set()
     assert {Path(file).name for file in ran.record["outputs"]} == {
         "adapter_config.json",
-        "head_config.json",
         "pytorch_adapter.bin",
+        *kept,
     }
-    assert ran.record["untrained"] == {"prediction head": "kept as it is"}
+    assert what in ran.record["untrained"]["prediction head"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from regraft import open_base
 from regraft.probes.batches import make_batches
 from regraft.refine.aims import aims_of
+from regraft.refine.bottleneck import load_bottlenecks, refine_bottlenecks
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.settings import RefineSettings
 from regraft.refine.virtual import load_soft_prompt, refine_soft_prompt
@@ -78,6 +79,18 @@ def test_a_soft_prompt_is_taught_in_turns(
     moves = watched(monkeypatch, models)
     settings = RefineSettings(steps=1, n_inputs=8, low_memory=True)
     refine_soft_prompt(load_soft_prompt(tmp_path / "prompt"), open_base(old), open_base(drifted), settings=settings)
+    assert moves[-1] == "new to device"
+
+
+def test_bottlenecks_are_taught_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Path(__file__).parents[1] / "data" / "adapterhub"
+    models = BothModels(load_model(hub / "llama"), load_model(hub / "llama"), turns="device")
+    monkeypatch.setattr(BothModels, "load", lambda *args, **more: models)
+    moves = watched(monkeypatch, models)
+    settings = RefineSettings(steps=1, n_inputs=8, low_memory=True)
+    refine_bottlenecks(
+        load_bottlenecks(hub / "pfeiffer"), open_base(hub / "llama"), open_base(hub / "llama"), settings=settings
+    )
     assert moves[-1] == "new to device"
 
 

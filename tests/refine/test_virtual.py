@@ -128,9 +128,10 @@ def test_across_tokenizers_a_drifted_base_learns_what_the_old_one_writes(
     model.save_pretrained(tmp_path / "drifted")
     load_model(new).tokenizer.save_pretrained(tmp_path / "drifted")
     before = load_soft_prompt(made(old, tmp_path / "prompt"))
-    result = refine_soft_prompt(before, open_base(old), open_base(tmp_path / "drifted"), settings=QUICK)
+    settings = replace(QUICK, n_inputs=64, rate=3e-2)
+    result = refine_soft_prompt(before, open_base(old), open_base(tmp_path / "drifted"), settings=settings)
     assert result.report.start == "embedding map of 48 shared tokens"
-    assert result.report.recovered > result.report.looks[0].recovered + 0.02
+    assert result.report.recovered > result.report.looks[0].recovered + 0.05
 
 
 def test_a_space_is_the_same_however_it_is_spelt(tmp_path: Path) -> None:

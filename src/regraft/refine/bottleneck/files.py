@@ -45,6 +45,8 @@ _OTHERS = {
     "use_gating": "gated",
     "cross_adapter": "cross-attention",
 }
+# Heads of language models, by the library's type of head or by transformers' class.
+_LANGUAGE = ("causal_lm", "masked_lm", "seq2seq_lm", "ForCausalLM", "ForMaskedLM", "LMHeadModel", "ForPreTraining")
 _READ = "Bottlenecks one behind the other are: seq_bn, double_seq_bn, adapter_plus."
 
 
@@ -84,6 +86,20 @@ class Bottlenecks:
     def modules(self) -> dict[Spot, Bottleneck]:
         """A module for each spot, with the file's numbers in float32."""
         return {spot: built(table, self.form) for spot, table in self.tables.items()}
+
+    def says_words(self) -> bool:
+        """Whether the prediction head beside them is that of a language model.
+
+        Raises:
+            InputError: its configuration is damaged.
+        """
+        file = self.files.get(HEAD[0])
+        if file is None:
+            return False
+        with reading(file), understanding(HEAD[0], file):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            kind = (found.get("config") or {}).get("head_type") or found.get("model_class") or ""
+            return bool(kind.endswith(_LANGUAGE))
 
     @property
     def metadata(self) -> dict[str, str]:

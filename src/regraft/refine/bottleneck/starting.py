@@ -24,6 +24,7 @@ from regraft.runtime.both import BothModels
 # Directions of embeddings that are smaller than this, relative to the largest, are rounding's: a wider base may have
 # been made of a narrower one, and hold no more than that.
 _NOISE = 1e-4
+_KEPT = "kept as it is"
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def first_state(bottlenecks: Bottlenecks, old: Base, new: Base, models: BothMode
         raise InputError("has no block that a bottleneck belongs to", file=new.path)
     lost = sorted({spot.block for spot in own} - set(origin.values()))
     untrained = {f"block {block}": "has no counterpart in the new base, and is left out" for block in lost}
-    config, like = _configured(bottlenecks, models, modules, widths, depths[1])
-    if any(name in bottlenecks.files for name in HEAD):
-        kept = any(name in like.files for name in HEAD)
-        untrained["prediction head"] = "kept as it is" if kept else "does not fit the new base, and is left out"
+    head = _head(bottlenecks, models, widths)
+    if head:
+        untrained["prediction head"] = head
+    config, like = _configured(bottlenecks, models, modules, widths[1], keep_head=head == _KEPT)
     return First(modules, how, config, like, untrained)
 
 
@@ -151,12 +152,19 @@ def _paired(old: Base, new: Base, layouts: tuple[Layout, Layout], depths: tuple[
     return {j: i for i, j in monotone_alignment(-apart.abs())}
 
 
+def _head(bottlenecks: Bottlenecks, models: BothModels, widths: tuple[int, int]) -> str:
+    """What becomes of the prediction head; empty where there is none."""
+    if not any(name in bottlenecks.files for name in HEAD):
+        return ""
+    if bottlenecks.says_words():
+        # The library saves such a head with every adapter of a language model, trained or not.
+        return "is the old language model's own, and is left out: the new base has one"
+    same = models.new.main.config.model_type == bottlenecks.config["model_type"] and widths[0] == widths[1]
+    return _KEPT if same else "does not fit the new base, and is left out"
+
+
 def _configured(
-    bottlenecks: Bottlenecks,
-    models: BothModels,
-    modules: Mapping[Spot, Bottleneck],
-    widths: tuple[int, int],
-    depth: int,
+    bottlenecks: Bottlenecks, models: BothModels, modules: Mapping[Spot, Bottleneck], width: int, *, keep_head: bool
 ) -> tuple[dict[str, Any], Bottlenecks]:
     """The configuration for the new base, and an adapter whose files are those of the result."""
     before, main = bottlenecks.config, models.new.main
@@ -164,23 +172,13 @@ def _configured(
     sizes = {spot.block: module.down.out_features for spot, module in modules.items()}
     options = {
         **before["config"],
-        "reduction_factor": _reduction(before["config"].get("reduction_factor"), sizes, widths[1]),
-        "leave_out": [block for block in range(depth) if block not in sizes],
+        "reduction_factor": _reduction(before["config"].get("reduction_factor"), sizes, width),
+        "leave_out": [block for block in range(len(blocks_of(models.new))) if block not in sizes],
     }
-    config = {
-        **before,
-        "config": options,
-        "model_type": kind,
-        "hidden_size": widths[1],
-        "model_name": models.new.path.name,
-    }
-    same = kind == before["model_type"] and widths[0] == widths[1]
-    files = {
-        name: file
-        for name, file in bottlenecks.files.items()
-        if same or (name not in HEAD and kind == before["model_type"])
-    }
+    new = {"config": options, "model_type": kind, "hidden_size": width, "model_name": models.new.path.name}
+    config = {**before, **new}
     if kind == before["model_type"]:
+        files = {name: file for name, file in bottlenecks.files.items() if keep_head or name not in HEAD}
         return config, replace(bottlenecks, files=files)
     config.pop("model_class", None)
     prefix = f"{main.base_model_prefix}." if bottlenecks.prefix else ""
