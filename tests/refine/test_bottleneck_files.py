@@ -143,6 +143,9 @@ def edited(folder: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], Non
             "an invertible adapter's key",
         ),
         (lambda config, tensors: next(iter(tensors.values())).fill_(float("nan")), "NaN"),
+        (lambda config, tensors: tensors.update({key: value.int() for key, value in tensors.items()}), "no floats"),
+        (lambda config, tensors: config.update(regraft_lineage={"version": "9"}), "later"),
+        (lambda config, tensors: config.update(regraft_lineage=7), "lineage"),
     ],
 )
 def test_what_cannot_be_read_is_told(smalls: list[Small], tmp_path: Path, edit: Any, said: str) -> None:

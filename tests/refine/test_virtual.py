@@ -13,10 +13,11 @@ from running import Run
 from torch import Tensor
 
 from regraft import InputError, open_base
-from regraft.methods._embeddings import common_tokens
 from regraft.refine import RefineSettings
 from regraft.refine.virtual import SoftPrompt, load_soft_prompt, refine_soft_prompt, start_of
+from regraft.refine.words import shared_embeddings
 from regraft.runtime import load_model
+from regraft.runtime.both import BothModels
 from verify import tiny
 
 QUICK = RefineSettings(steps=40, look=10, n_inputs=16, rate=2e-2)
@@ -62,8 +63,7 @@ def test_where_the_embeddings_were_turned_the_prompt_is_turned_as_they_were(
     table.data = table.data @ turn
     model.save_pretrained(tmp_path / "turned")
     tiny.write_tokenizer(tmp_path / "turned")
-    bases = open_base(old), open_base(tmp_path / "turned")
-    start, how = start_of(prompt, *bases, load_model(tmp_path / "turned"))
+    start, how = start_of(prompt, BothModels.load(open_base(old), open_base(tmp_path / "turned")))
     torch.testing.assert_close(start, prompt.values @ turn, rtol=1e-3, atol=1e-3)
     assert how.startswith("embedding map")
 
@@ -135,24 +135,22 @@ def test_across_tokenizers_a_drifted_base_learns_what_the_old_one_writes(
 
 
 def test_a_space_is_the_same_however_it_is_spelt(tmp_path: Path) -> None:
-    for name, words in (("bytes", ("Ġriver", "Ġrain", "a")), ("pieces", ("a", "▁rain", "▁river"))):
+    for name, words in (("bytes", ("Ġriver", "Ġrain", "a", "b")), ("pieces", ("a", "▁rain", "▁river", "c"))):
         tiny.llama(tmp_path / name)
         tiny.write_tokenizer(tmp_path / name, words)
-    bases = open_base(tmp_path / "bytes"), open_base(tmp_path / "pieces")
-    assert common_tokens(*bases, (48, 48), spelt=True) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 5, 4, 3])
-    assert common_tokens(*bases, (48, 48)) == ([0, 1, 2, 5], [0, 1, 2, 3])
+    models = BothModels.load(open_base(tmp_path / "bytes"), open_base(tmp_path / "pieces"))
+    ours, theirs = shared_embeddings(models)
+    assert torch.equal(ours, models.old.main.get_input_embeddings().weight[[0, 1, 2, 3, 4, 5]])
+    assert torch.equal(theirs, models.new.main.get_input_embeddings().weight[[0, 1, 2, 5, 4, 3]])
 
 
-def test_where_few_words_are_shared_it_begins_at_the_mean_embedding(
-    prompt: SoftPrompt, old: Path, folder: Path
-) -> None:
-    bases = []
+def test_where_few_words_are_shared_it_begins_at_the_mean_embedding(prompt: SoftPrompt, folder: Path) -> None:
     for name, words in (("here", ("a", "b")), ("there", ("c", "d"))):
-        bases.append(open_base(tiny.llama(folder / name, seed=len(bases))))
+        tiny.llama(folder / name, seed=len(words[0]))
         tiny.write_tokenizer(folder / name, words)
-    start, how = start_of(prompt, *bases, load_model(folder / "there"))
-    mean = load_model(folder / "there").main.get_input_embeddings().weight.mean(0)
-    torch.testing.assert_close(start, mean.expand(TOKENS, -1))
+    models = BothModels.load(open_base(folder / "here"), open_base(folder / "there"))
+    start, how = start_of(prompt, models)
+    torch.testing.assert_close(start, models.new.main.get_input_embeddings().weight.mean(0).expand(TOKENS, -1))
     assert how == "mean embedding (3 shared tokens are too few for a map)"
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.methods._embeddings import SPELT
 from regraft.runtime.both import BothModels, Side
 
+#: How byte-level and SentencePiece tokens spell a space, and byte-level ones a line break.
+SPELT = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _LEAST = 1e-7
 

@@ -141,7 +141,8 @@ def taught(
             del models, teacher
         none, how, reason = alone(target, held), start.how, ""
         with start.at_work():
-            if start.zero is not None and (lacking := measured(held, target)[0]) is not None and lacking > 1:
+            lacking = measured(held, target)[0]
+            if start.zero is not None and how != ZERO and lacking is not None and lacking > 1:
                 reason = f"the {how} does worse than the new base alone ({1 - lacking:.0%})"
                 how = ZERO
                 start.zero()

@@ -25,20 +25,19 @@ from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.errors import InputError, first_line, reading, understanding
 from regraft.formats import Written
-from regraft.lineage import with_port
-from regraft.methods._embeddings import common_embeddings, width_map
+from regraft.lineage import lineage_of, with_port
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.probes.batches import writes
 from regraft.refine.loop import Heard
 from regraft.refine.settings import RefineSettings
-from regraft.refine.starting import refine_entry
+from regraft.refine.starting import ZERO, refine_entry
 from regraft.refine.teacher import Teacher
 from regraft.refine.told import lineage_entry
 from regraft.refine.unported import Started, Tick, taught
+from regraft.refine.words import shared_embeddings, width_map
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.both import BothModels
 from regraft.runtime.load import Loaded, library
-from regraft.tokens import embedding_table
 
 #: PEFT's kinds; a P-tuning's file holds what its encoder gave, and is the soft prompt that prompt tuning has.
 PREFIX = "PREFIX_TUNING"
@@ -113,6 +112,8 @@ def load_soft_prompt(path: Path) -> SoftPrompt:
             if _KEY not in tensors.keys():  # noqa: SIM118 (it is no mapping)
                 raise InputError(f"holds no {_KEY}", file=file, remedy="Save it with PEFT's save_pretrained.")
             values, metadata = tensors.get_tensor(_KEY), tensors.metadata() or {}
+            # A damaged lineage is told before the training, not after it.
+            lineage_of(Adapter({}, "peft", metadata=metadata, path=file))
     except SafetensorError as error:
         raise InputError(f"can't be read ({first_line(error)})", file=file, remedy="Copy it again.") from error
     if values.dim() != 2 or not bool(values.float().isfinite().all()):
@@ -157,7 +158,7 @@ class _Course:
         return Teacher(_in_place(models.old, _with_prompt(models.old, self.prompt, self.prompt.values)), self.path)
 
     def start(self, old: Base, new: Base, models: BothModels) -> Started:
-        values, how = start_of(self.prompt, old, new, models.new)
+        values, how = start_of(self.prompt, models)
         self.student = _with_prompt(models.new, self.prompt, values)
         return Started(_in_place(models.new, self.student), how, modules=1)
 
@@ -167,30 +168,21 @@ class _Course:
         return self.student.table.detach().float().cpu().clone()
 
 
-def start_of(prompt: SoftPrompt, old: Base, new: Base, model: Loaded) -> tuple[Tensor, str]:
-    """Where the training begins, float32, and how it was made.
-
-    Raises:
-        InputError: a base has no table of embeddings.
-    """
+def start_of(prompt: SoftPrompt, models: BothModels) -> tuple[Tensor, str]:
+    """Where the training begins, float32, and how it was made."""
     if prompt.is_prefix:
-        width = _prompted(model, prompt).table.shape[1]
+        width = _prompted(models.new, prompt).table.shape[1]
         if prompt.values.shape[1] == width:
             return prompt.values.float(), "copy"
-        return torch.zeros(len(prompt.values), width), "zero"
-    component = next(iter(old.components))
-    component = component if component in new.components else next(iter(new.components))
-    shared = common_embeddings(old, new, component, spelt=True)
-    if shared is not None and shared[0].shape == shared[1].shape and torch.equal(*shared):
-        return prompt.values.float(), "copy"
-    n = 0 if shared is None else len(shared[0])
-    if shared is None or n < _LEAST * prompt.values.shape[1]:
-        table = embedding_table(new, component)
-        if table is None:
-            raise InputError("has no table of embeddings", file=new.path)
-        mean = table.load().float().mean(0)
-        return mean.repeat(len(prompt.values), 1), f"mean embedding ({n} shared tokens are too few for a map)"
-    return prompt.values.float() @ width_map(*shared), f"embedding map of {n} shared tokens"
+        return torch.zeros(len(prompt.values), width), ZERO
+    ours, theirs = shared_embeddings(models)
+    n, values = len(ours), prompt.values.float()
+    if n < _LEAST * values.shape[1]:
+        mean = models.new.main.get_input_embeddings().weight.detach().float().cpu().mean(0)
+        return mean.repeat(len(values), 1), f"mean embedding ({n} shared tokens are too few for a map)"
+    if ours.shape == theirs.shape and torch.equal(ours, theirs):
+        return values, "copy"
+    return values @ width_map(ours, theirs), f"embedding map of {n} shared tokens"
 
 
 class _Prompted(nn.Module):

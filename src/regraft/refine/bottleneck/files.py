@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regraft.errors import InputError, reading, understanding
 from regraft.formats import Written
-from regraft.lineage import KEY, dumped
+from regraft.lineage import KEY, dumped, parse_lineage
 from regraft.output import ADAPTER_CONFIG
 from regraft.refine.bottleneck.layers import Bottleneck, Form, activation, built
 from regraft.refine.bottleneck.places import LAYOUTS, Position, Spot, blocks_of, layout_of, width_of
@@ -128,6 +128,10 @@ def load_bottlenecks(path: Path) -> Bottlenecks:
     with reading(file), understanding(ADAPTER_CONFIG, path):
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     form = _form_of(config, file)
+    if KEY in config:
+        # A damaged lineage is told before the training, not after it.
+        with understanding(ADAPTER_CONFIG, path):
+            parse_lineage(dumped(config[KEY]), file=file)
     weights_name = next((name for name in WEIGHTS if (path / name).is_file()), None)
     if weights_name is None:
         raise InputError(f"holds neither {' nor '.join(WEIGHTS)}", file=path, remedy="Save it with save_adapter.")
@@ -152,8 +156,9 @@ def load_bottlenecks(path: Path) -> Bottlenecks:
         tables.setdefault(spot, {})[found[4]] = check_finite(tensor, weights, key)
     if len(prefixes) != 1:
         raise InputError("holds no bottlenecks, or those of two models", file=weights)
-    for spot, table in tables.items():
-        _check_whole(table, spot, form, weights)
+    widths = {_width(table, spot, form, weights) for spot, table in tables.items()}
+    if len(widths) > 1:
+        raise InputError(f"holds bottlenecks of {len(widths)} widths", file=weights)
     files = {name: path / name for name in (*HEAD, INTERFACE) if (path / name).is_file()}
     dtype = next(iter(tensors.values())).dtype
     return Bottlenecks(path, config, form, dict(sorted(tables.items())), prefixes.pop(), weights_name, files, dtype)
@@ -197,14 +202,20 @@ def _form_of(config: Mapping[str, Any], file: Path) -> Form:
     return form
 
 
-def _check_whole(table: Mapping[str, Tensor], spot: Spot, form: Form, file: Path) -> None:
-    """Raises InputError: parameters are missing or more, or of other shapes than they should be."""
+def _width(table: Mapping[str, Tensor], spot: Spot, form: Form, file: Path) -> int:
+    """The width of the states that a bottleneck reads.
+
+    Raises:
+        InputError: parameters are missing or more, or of other shapes or types than they should be.
+    """
     where = f"{spot.position} of block {spot.block}"
     down = f"adapter_down.{int(form.ln_before)}.weight"
-    if down not in table or table[down].dim() != 2:
+    if down not in table or table[down].dim() != 2 or not table[down].numel():
         raise InputError(f"has no {down}", file=file, key=where)
+    if not all(tensor.is_floating_point() for tensor in table.values()):
+        raise InputError("holds numbers that are no floats", file=file, key=where)
     try:
-        built(table, form)
+        return built(table, form).down.in_features
     except RuntimeError as error:
         what = " ".join(str(error).split()[:40])
         raise InputError(f"does not fit its configuration ({what})", file=file, key=where) from None

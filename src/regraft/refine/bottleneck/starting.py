@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.adapter import MODEL
 from regraft.base import Base
 from regraft.errors import InputError
-from regraft.methods._embeddings import common_embeddings, width_map
 from regraft.pairing import monotone_alignment, pair_bases
 from regraft.refine.bottleneck.files import HEAD, Bottlenecks
 from regraft.refine.bottleneck.layers import Bottleneck, empty
 from regraft.refine.bottleneck.places import Layout, Spot, blocks_of, layout_of, width_of
 from regraft.refine.starting import ZERO
+from regraft.refine.words import shared_embeddings, width_map
 from regraft.runtime.both import BothModels
 
-# Directions of embeddings that are smaller than this, relative to the largest, are rounding's: a wider base may have
-# been made of a narrower one, and hold no more than that.
-_NOISE = 1e-4
 _KEPT = "kept as it is"
 
 
@@ -67,7 +63,7 @@ def first_state(bottlenecks: Bottlenecks, old: Base, new: Base, models: BothMode
     widths = width_of(models.old), width_of(models.new)
     origin = _paired(old, new, layouts, depths)
     own = bottlenecks.modules()
-    maps, how = _maps(old, new, widths)
+    maps, how = _maps(models, widths)
     sizes = sorted(module.down.out_features for module in own.values())
     modules: dict[Spot, Bottleneck] = {}
     for block in range(depths[1]):
@@ -90,16 +86,14 @@ def first_state(bottlenecks: Bottlenecks, old: Base, new: Base, models: BothMode
     return First(modules, how, config, like, untrained)
 
 
-def _maps(old: Base, new: Base, widths: tuple[int, int]) -> tuple[tuple[Tensor, Tensor] | None, str]:
+def _maps(models: BothModels, widths: tuple[int, int]) -> tuple[tuple[Tensor, Tensor] | None, str]:
     """W (h, h') and V (h', h) of two widths, and how the start is made; None where none are needed or can be had."""
     if widths[0] == widths[1]:
         return None, "copy"
-    component = next(iter(old.components))
-    shared = common_embeddings(old, new, component if component in new.components else MODEL, spelt=True)
-    if shared is None or len(shared[0]) < max(widths):
+    ours, theirs = shared_embeddings(models)
+    if len(ours) < max(widths):
         return None, ZERO
-    maps = width_map(*shared, rtol=_NOISE), width_map(shared[1], shared[0], rtol=_NOISE)
-    return maps, f"embedding map of {len(shared[0])} shared tokens"
+    return (width_map(ours, theirs), width_map(theirs, ours)), f"embedding map of {len(ours)} shared tokens"
 
 
 @torch.no_grad()
