@@ -18,7 +18,7 @@ from regraft.memory import peak_mb
 from regraft.metadata import with_ranks
 from regraft.methods.task import Running
 from regraft.migration import summarise
-from regraft.probes.batches import Batch, Batches, make_batches
+from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import alone, copied, rows
@@ -26,6 +26,7 @@ from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
+from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, Objective, RefineSettings
 from regraft.refine.starting import ZERO, Start, from_zero, start_of
@@ -174,7 +175,6 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *,
         settings: how many, from which seed and prompts.
         sampled: as samples to learn from; see `regraft.refine.samples`.
     """
-    kept = settings.retention > 0
     draws = models.old.pipeline is not None and reads_prompts(models.old)
     prompts, told = picture_prompts(adapter, settings.prompts, settings.seed) if draws else (settings.prompts, "")
     if sampled or draws:
@@ -185,13 +185,7 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *,
     if models.old.kind == "denoiser" and models.old.pipeline is not None:
         return _states_of(models, adapter, settings)
     found = make_batches(models, adapter, settings.n_inputs, settings.seed, settings.prompts)
-    if not kept or all(batch.made_by == "given" for batch in found.fit):
-        return found
-    n = sum(len(batch) for batch in found.fit)
-    more = make_batches(models, None, max(2, n // 2), settings.seed + 1, settings.prompts, held_out=0)
-    own: list[Batch] = [batch for batch in more.fit if batch.made_by == "new"]
-    made = f"{found.made}; {sum(len(batch) for batch in own)} more from the new base, for retention"
-    return Batches((*found.fit, *own), found.held_out, made)
+    return with_own(found, models, settings)
 
 
 def _states_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from regraft.adapter import Adapter
+from regraft.probes.batches import AtWork
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels
 
@@ -22,7 +21,7 @@ class Teacher:
         path: of the adapter, for errors.
     """
 
-    at_work: Callable[[], AbstractContextManager[None]]
+    at_work: AtWork
     path: Path | None
 
     @classmethod

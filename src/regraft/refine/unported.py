@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,12 @@ from regraft.base import Base
 from regraft.errors import UsageError
 from regraft.memory import peak_mb
 from regraft.migration import summarise
-from regraft.probes.batches import Batch, Batches, TextBatch, make_batches
+from regraft.probes.batches import AtWork, Batches, TextBatch, make_batches
 from regraft.refine.aims import aims_by
 from regraft.refine.beside import alone, rows
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, measured, train
+from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, texts_of
 from regraft.refine.settings import PULLS, RefineSettings
 from regraft.refine.starting import ZERO
@@ -47,7 +47,7 @@ class Started:
         untrained: what of the old one is not trained → what became of it.
     """
 
-    at_work: Callable[[], AbstractContextManager[None]]
+    at_work: AtWork
     how: str
     modules: int
     zero: Callable[[], None] | None = None
@@ -117,7 +117,9 @@ def taught(
         chosen, why = objective_of(settings.objective, models)
         sampled = chosen == "sample"
         file = inputs_file(adapter.digest, old, new, settings, sampled)
-        inputs, unkept = read_or_made(file, partial(_inputs_of, models, teacher, settings, sampled))
+        inputs, unkept = read_or_made(
+            file, partial(_inputs_of, models, teacher, settings, sampled=sampled, retains=adapter.retains)
+        )
         batches = (*inputs.fit, *inputs.held_out)
         check_useful(batches, adapter.path)
         if sampled:
@@ -177,21 +179,19 @@ def taught(
     )
 
 
-def _inputs_of(models: BothModels, teacher: Teacher, settings: RefineSettings, sampled: bool) -> Batches:
-    """Texts by the old base with the adapter and by the new base; without retention, these are read like any other."""
+def _inputs_of(
+    models: BothModels, teacher: Teacher, settings: RefineSettings, *, sampled: bool, retains: bool
+) -> Batches:
+    """Texts by the old base with the adapter and without it, and for retention by the new base.
+
+    Where there is nothing to retain, samples of the new base are left out, and its other texts are read like any.
+    """
     if sampled:
         found = texts_of(models, teacher, settings)
-        if settings.retention > 0:
-            return found
-        return replace(found, held_out=tuple(batch for batch in found.held_out if batch.made_by != "new"))
-    with teacher.at_work():
-        found = make_batches(models, None, settings.n_inputs, settings.seed, settings.prompts)
-
-    def signed(batch: Batch) -> Batch:
-        assert isinstance(batch, TextBatch)
-        if batch.made_by == "old":
-            return replace(batch, made_by="adapter")
-        return replace(batch, made_by="given") if settings.retention == 0 else batch
-
-    made = found.made.replace("the old and the new base", "the old base with its adapter and the new base")
-    return Batches(tuple(map(signed, found.fit)), tuple(map(signed, found.held_out)), made)
+        return found if retains else replace(found, held_out=found.held("adapter"))
+    asked = (settings.n_inputs, settings.seed, settings.prompts)
+    found = make_batches(models, None, *asked, at_work=teacher.at_work)
+    if not retains:
+        held = (replace(batch, made_by="given") for batch in found.held_out if isinstance(batch, TextBatch))
+        return replace(found, held_out=tuple(held))
+    return with_own(found, models, settings)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from regraft.errors import InputError, first_line, reading, understanding
 from regraft.formats import Written
 from regraft.lineage import lineage_of, with_port
 from regraft.output import ADAPTER_CONFIG, write_whole
-from regraft.probes.batches import writes
+from regraft.probes.batches import AtWork, writes
 from regraft.refine.loop import Heard
 from regraft.refine.settings import RefineSettings
 from regraft.refine.starting import ZERO, refine_entry
@@ -238,7 +238,7 @@ def _with_prompt(model: Loaded, prompt: SoftPrompt, values: Tensor) -> _Prompted
     return found
 
 
-def _in_place(model: Loaded, prompted: _Prompted) -> Callable[[], AbstractContextManager[None]]:
+def _in_place(model: Loaded, prompted: _Prompted) -> AtWork:
     """A context inside of which the model is the one with the prompt, on whichever device it is."""
 
     @contextmanager

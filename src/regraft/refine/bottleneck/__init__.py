@@ -9,8 +9,7 @@ says where in a model it sits, `starting` makes the first state for the new base
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.lineage import KEY, with_port
 from regraft.output import write_whole
+from regraft.probes.batches import AtWork
 from regraft.refine.bottleneck.files import Bottlenecks, check_base, is_bottleneck, load_bottlenecks, written
 from regraft.refine.bottleneck.layers import placed
 from regraft.refine.bottleneck.places import Spot
@@ -104,5 +104,5 @@ class _Course:
         return Started(at_work, first.how, len(first.modules), zero, first.untrained)
 
 
-def _in_place(model: Loaded, modules: Mapping[Spot, nn.Module]) -> Callable[[], AbstractContextManager[None]]:
+def _in_place(model: Loaded, modules: Mapping[Spot, nn.Module]) -> AtWork:
     return partial(placed, model, modules)
