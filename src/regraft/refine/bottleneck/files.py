@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -182,22 +183,27 @@ def _form_of(config: Mapping[str, Any], file: Path) -> Form:
     other = next((what for option, what in _OTHERS.items() if options.get(option)), None)
     if other is not None:
         raise unread(f"an adapter of the {other} kind")
-    if config.get("model_type") not in LAYOUTS:
+    kind = str(config.get("model_type"))
+    if kind not in LAYOUTS:
         raise InputError(
-            f"is for a model of type {config.get('model_type')}, whose bottlenecks aren't read",
+            f"is for a model of type {kind}, whose bottlenecks aren't read",
             file=file,
             remedy=f"Those of {', '.join(LAYOUTS)} are.",
         )
     with understanding(ADAPTER_CONFIG, file):
         activity = str(options["non_linearity"]).lower()
         given = {name: options[name] for name in Form.__dataclass_fields__ if options.get(name) is not None}
-        scaling = given.get("scaling", 1.0)
+        scaling = given.pop("scaling", 1.0)
         if scaling not in ("learned", "channel"):
             scaling = float(scaling)
-        if given.get("residual_before_ln", True) not in (True, False, "post_add"):
-            raise ValueError(f"residual_before_ln is {given['residual_before_ln']!r}")
+        skip = given.pop("residual_before_ln", True)
         activity = activity if "version" in config else _RENAMED.get(activity, activity)
-        form = Form(**{**given, "non_linearity": activity, "scaling": scaling})
+        form = Form(**{**given, "residual_before_ln": skip, "scaling": scaling, "non_linearity": activity})
+        odd = [name for name in given if name != "non_linearity" and not isinstance(given[name], bool)]
+        odd += ["residual_before_ln"] * (not isinstance(skip, bool) and skip != "post_add")
+        odd += ["scaling"] * (isinstance(scaling, float) and not math.isfinite(scaling))
+        if odd:
+            raise ValueError(f"{odd[0]} is {options[odd[0]]!r}")
     activation(form.non_linearity)
     return form
 
