@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 
 from regraft import open_base
 from regraft.probes.batches import make_batches
 from regraft.refine.aims import aims_of
+from regraft.refine.bottleneck import load_bottlenecks, refine_bottlenecks
 from regraft.refine.pictures import picture_inputs
+from regraft.refine.settings import RefineSettings
+from regraft.refine.virtual import load_soft_prompt, refine_soft_prompt
 from regraft.runtime import load_model
 from regraft.runtime.both import BothModels
 from regraft.runtime.load import Loaded
@@ -60,6 +64,34 @@ def test_a_pipeline_runs_alone_on_the_device(tmp_path: Path, monkeypatch: pytest
     watched(monkeypatch, models)
     inputs = picture_inputs(models, adapter, 24, 0, ("a", "b"), kept=True)
     aims_of(models, adapter, (*inputs.fit, *inputs.held_out), 0.0)
+
+
+def test_a_soft_prompt_is_taught_in_turns(
+    old: Path, drifted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompted = peft.get_peft_model(
+        load_model(old).main, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    prompted.prompt_encoder["default"].embedding.weight.data.normal_()
+    prompted.save_pretrained(tmp_path / "prompt")
+    models = BothModels(load_model(old), load_model(drifted), turns="device")
+    monkeypatch.setattr(BothModels, "load", lambda *args, **more: models)
+    moves = watched(monkeypatch, models)
+    settings = RefineSettings(steps=1, n_inputs=8, low_memory=True)
+    refine_soft_prompt(load_soft_prompt(tmp_path / "prompt"), open_base(old), open_base(drifted), settings=settings)
+    assert moves[-1] == "new to device"
+
+
+def test_bottlenecks_are_taught_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Path(__file__).parents[1] / "data" / "adapterhub"
+    models = BothModels(load_model(hub / "llama"), load_model(hub / "llama"), turns="device")
+    monkeypatch.setattr(BothModels, "load", lambda *args, **more: models)
+    moves = watched(monkeypatch, models)
+    settings = RefineSettings(steps=1, n_inputs=8, low_memory=True)
+    refine_bottlenecks(
+        load_bottlenecks(hub / "pfeiffer"), open_base(hub / "llama"), open_base(hub / "llama"), settings=settings
+    )
+    assert moves[-1] == "new to device"
 
 
 def test_on_the_machines_own_memory_there_is_nothing_to_move(old: Path, drifted: Path) -> None:

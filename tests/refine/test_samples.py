@@ -19,6 +19,7 @@ from regraft.refine.firsts import FirstCharacters
 from regraft.refine.sampled import text_aims, text_samples
 from regraft.refine.samples import objective_of, samples_of
 from regraft.refine.starting import _of_kind, refine_entry, start_of
+from regraft.refine.teacher import Teacher
 from regraft.runtime import applied, load_model
 from regraft.runtime.both import BothModels
 from regraft.updates import LowRank
@@ -71,7 +72,7 @@ def test_from_nothing_the_old_bases_texts_become_likelier_on_texts_that_it_never
     result = refine(adapter, old, new, start=from_zero(adapter, numbered), settings=QUICK)
     assert result.report.beside[-2].recovered == pytest.approx(0.0, abs=1e-6)
     assert result.report.recovered > 0.1
-    fresh = text_samples(both, adapter, 64, 77, None, kept=False).fit
+    fresh = text_samples(both, Teacher.of(both, adapter), 64, 77, None, kept=False).fit
 
     def said(with_: Adapter | None) -> float:
         with torch.no_grad(), applied(both.new.components, with_):
@@ -89,11 +90,11 @@ def test_a_start_is_found_across_tokenizers(adapter: Adapter, numbered: Pair) ->
 
 def test_prompts_are_gone_on_from_and_not_learnt(adapter: Adapter, both: BothModels) -> None:
     beginning = "w3 w4 w5 w6"
-    batch = text_samples(both, adapter, 8, 0, [beginning], kept=False).fit[0]
+    batch = text_samples(both, Teacher.of(both, adapter), 8, 0, [beginning], kept=False).fit[0]
     assert isinstance(batch, TextBatch)
     told = both.new.tokenizer.batch_decode(batch.ids["new"])
     assert all(beginning in text for text in told)
-    whole = text_samples(both, adapter, 8, 0, None, kept=False).fit[0]
+    whole = text_samples(both, Teacher.of(both, adapter), 8, 0, None, kept=False).fit[0]
     assert isinstance(whole, TextBatch)
     given = len(both.new.tokenizer(beginning)["input_ids"])
     assert not between(batch, "new")[:, : given - 1].any()
@@ -112,10 +113,10 @@ def test_a_filter_keeps_the_texts_on_which_the_adapter_matters_most(adapter: Ada
                 after = [sampled._own_likelihood(both.old, text) for text in texts]
         return min(a - b for a, b in zip(after, before, strict=True))
 
-    chosen = sampled._mattering(written, 20, both.old, adapter)
+    chosen = sampled._mattering(written, 20, both.old, Teacher.of(both, adapter))
     assert len(chosen) == 20
     assert gap(chosen) > gap(written)
-    batches = text_samples(both, adapter, 16, 0, None, kept=False, dropped=0.5)
+    batches = text_samples(both, Teacher.of(both, adapter), 16, 0, None, kept=False, dropped=0.5)
     assert sum(len(batch) for batch in batches.fit) == 16
     assert "out of 40" in batches.made
 
@@ -130,7 +131,7 @@ def test_an_old_base_that_writes_nothing_useful_is_told(
         sampled, "sample_texts", lambda model, n, *rest: [torch.tensor([[1, *[token] * 9]]) for _ in range(n)]
     )
     with pytest.raises(InputError, match=said):
-        text_samples(both, adapter, 8, 0, None, kept=False)
+        text_samples(both, Teacher.of(both, adapter), 8, 0, None, kept=False)
 
 
 def test_an_adapter_that_makes_nan_is_told(adapter: Adapter, both: BothModels) -> None:
@@ -140,7 +141,7 @@ def test_an_adapter_that_makes_nan_is_told(adapter: Adapter, both: BothModels) -
         if isinstance(update, LowRank)
     }
     with pytest.raises(InputError, match="no numbers"):
-        text_samples(both, replace(adapter, updates=broken), 8, 0, None, kept=False)
+        text_samples(both, Teacher.of(both, replace(adapter, updates=broken)), 8, 0, None, kept=False)
 
 
 def test_an_adapter_without_effect_is_told(adapter: Adapter, numbered: Pair) -> None:
@@ -185,8 +186,8 @@ def test_more_logits_than_tokens_are_nobodys(folder: Path) -> None:
 def test_of_a_model_that_says_what_is_wanted_of_it_the_next_character_is_right_too(
     adapter: Adapter, both: BothModels
 ) -> None:
-    batches = text_samples(both, adapter, 16, 0, None, kept=False).fit
-    aims = text_aims(both, adapter, batches)
+    batches = text_samples(both, Teacher.of(both, adapter), 16, 0, None, kept=False).fit
+    aims = text_aims(both, Teacher.of(both, adapter), batches)
     for aim in aims:
         with torch.no_grad(), applied(both.new.components, adapter):
             outputs = aim.told(aim.batch.run(both.new, "new"))
@@ -196,7 +197,7 @@ def test_of_a_model_that_says_what_is_wanted_of_it_the_next_character_is_right_t
 
 def test_held_out_texts_go_on_from_every_prompt(adapter: Adapter, both: BothModels) -> None:
     beginnings = ["w3 w4", "w30 w31"]
-    held = text_samples(both, adapter, 16, 0, beginnings, kept=False).held_out
+    held = text_samples(both, Teacher.of(both, adapter), 16, 0, beginnings, kept=False).held_out
     own = [batch for batch in held if isinstance(batch, TextBatch) and batch.made_by == "adapter"]
     told = " / ".join(text for batch in own for text in both.old.tokenizer.batch_decode(batch.ids["old"]))
     assert all(beginning in told for beginning in beginnings)

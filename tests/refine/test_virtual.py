@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -14,7 +15,9 @@ from torch import Tensor
 from regraft import InputError, open_base
 from regraft.refine import RefineSettings
 from regraft.refine.virtual import SoftPrompt, load_soft_prompt, refine_soft_prompt, start_of
+from regraft.refine.words import shared_embeddings
 from regraft.runtime import load_model
+from regraft.runtime.both import BothModels
 from verify import tiny
 
 QUICK = RefineSettings(steps=40, look=10, n_inputs=16, rate=2e-2)
@@ -60,8 +63,7 @@ def test_where_the_embeddings_were_turned_the_prompt_is_turned_as_they_were(
     table.data = table.data @ turn
     model.save_pretrained(tmp_path / "turned")
     tiny.write_tokenizer(tmp_path / "turned")
-    bases = open_base(old), open_base(tmp_path / "turned")
-    start, how = start_of(prompt, *bases, load_model(tmp_path / "turned"))
+    start, how = start_of(prompt, BothModels.load(open_base(old), open_base(tmp_path / "turned")))
     torch.testing.assert_close(start, prompt.values @ turn, rtol=1e-3, atol=1e-3)
     assert how.startswith("embedding map")
 
@@ -98,6 +100,68 @@ def test_the_command_writes_peft_s_folder_with_its_lineage(
     lineage = json.loads(found.metadata["regraft_lineage"])
     assert lineage["ports"][0]["refined"]["objective"] == "output"
     assert found.config["base_model_name_or_path"] == drifted.name
+
+
+def test_across_tokenizers_the_shared_words_start_it_and_the_old_bases_texts_teach_it(
+    numbered: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = numbered
+    before = load_soft_prompt(made(old, tmp_path / "prompt"))
+    bases = open_base(old), open_base(new)
+    settings = replace(QUICK, steps=1, look=1, n_inputs=32)
+    result = refine_soft_prompt(before, *bases, settings=settings)
+    assert result.report.objective == "sample"
+    assert "different tokens" in result.report.objective_reason
+    # The same model whose words have other numbers: what it said with the prompt, it says with it again.
+    assert torch.equal(result.prompt.values, before.values)
+    assert result.report.recovered == pytest.approx(1.0, abs=1e-3)
+
+
+def test_across_tokenizers_a_drifted_base_learns_what_the_old_one_writes(
+    numbered: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = numbered
+    model = load_model(new).main
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        parameter.data += 0.4 * parameter.std().nan_to_num() * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "drifted")
+    load_model(new).tokenizer.save_pretrained(tmp_path / "drifted")
+    before = load_soft_prompt(made(old, tmp_path / "prompt"))
+    settings = replace(QUICK, n_inputs=64, rate=3e-2)
+    result = refine_soft_prompt(before, open_base(old), open_base(tmp_path / "drifted"), settings=settings)
+    assert result.report.start == "embedding map of 48 shared tokens"
+    assert result.report.recovered > result.report.looks[0].recovered + 0.05
+
+
+def test_a_space_is_the_same_however_it_is_spelt(tmp_path: Path) -> None:
+    for name, words in (("bytes", ("Ġriver", "Ġrain", "a", "b")), ("pieces", ("a", "▁rain", "▁river", "c"))):
+        tiny.llama(tmp_path / name)
+        tiny.write_tokenizer(tmp_path / name, words)
+    models = BothModels.load(open_base(tmp_path / "bytes"), open_base(tmp_path / "pieces"))
+    ours, theirs = shared_embeddings(models)
+    assert torch.equal(ours, models.old.main.get_input_embeddings().weight[[0, 1, 2, 3, 4, 5]])
+    assert torch.equal(theirs, models.new.main.get_input_embeddings().weight[[0, 1, 2, 5, 4, 3]])
+
+
+def test_where_few_words_are_shared_it_begins_at_the_mean_embedding(prompt: SoftPrompt, folder: Path) -> None:
+    for name, words in (("here", ("a", "b")), ("there", ("c", "d"))):
+        tiny.llama(folder / name, seed=len(words[0]))
+        tiny.write_tokenizer(folder / name, words)
+    models = BothModels.load(open_base(folder / "here"), open_base(folder / "there"))
+    start, how = start_of(prompt, models)
+    torch.testing.assert_close(start, models.new.main.get_input_embeddings().weight.mean(0).expand(TOKENS, -1))
+    assert how == "mean embedding (3 shared tokens are too few for a map)"
+
+
+def test_a_second_run_writes_no_new_texts(
+    prompt: SoftPrompt, old: Path, drifted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases, asked = (open_base(old), open_base(drifted)), replace(QUICK, steps=1, look=1)
+    first = refine_soft_prompt(prompt, *bases, settings=asked)
+    monkeypatch.setattr("regraft.refine.unported.make_batches", lambda *args: pytest.fail("made again"))
+    again = refine_soft_prompt(prompt, *bases, settings=replace(asked, rate=1e-3))
+    assert again.report.looks[0].recovered == first.report.looks[0].recovered
 
 
 def test_a_prompt_of_another_base_is_told(prompt: SoftPrompt, old: Path, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -18,6 +19,7 @@ from regraft.formats import get_format, load_adapter
 from regraft.output import check_writable, write_text
 from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
+from regraft.refine.bottleneck import is_bottleneck, load_bottlenecks, refine_bottlenecks
 from regraft.refine.settings import STEPS, Objective
 from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
@@ -130,49 +132,99 @@ def refine(
         optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
     )
     o.use_hardware(device, "float32", threads)
-    old_base, new_base = open_base(o.runnable(old)), open_base(o.runnable(new))
-    if is_soft_prompt(adapter):
+    run = _Run(
+        adapter,
+        open_base(o.runnable(old)),
+        open_base(o.runnable(new)),
+        settings,
+        output,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet or json,
+    )
+    kind = next((kind for kind in _UNPORTED if kind.is_one(adapter)), None)
+    if kind is not None:
         if start is not None or format is not None:
-            raise UsageError("a soft prompt has one format and no port", remedy="Leave --start and --format out.")
-        prompt = load_soft_prompt(adapter)
-        state = state_file(prompt.digest, old_base, new_base, None, settings)
-        if not resume:
-            forget(state)
-        with progress("Refining", quiet=quiet or json) as tick:
-            refined = refine_soft_prompt(
-                prompt, old_base, new_base, settings=settings, state=state, heard=_teller(tick, settings)[0]
+            raise UsageError(f"{kind.name} has one format and no port", remedy="Leave --start and --format out.")
+        record = run.without_port(kind)
+    else:
+        record = run.from_port(start, format, (PROMPTS if report is not None else 0) if pictures is None else pictures)
+    if report is not None:
+        from regraft.report.refine_page import render_refine
+
+        write_text(render_refine(record), report, overwrite=overwrite)
+    emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Adapters that change no weights, and so have no port to start from."""
+
+    name: str
+    is_one: Callable[[Path], bool]
+    load: Callable[[Path], Any]
+    refine: Callable[..., Any]
+
+
+_UNPORTED = (
+    _Kind("a soft prompt", is_soft_prompt, load_soft_prompt, refine_soft_prompt),
+    _Kind("a bottleneck adapter", is_bottleneck, load_bottlenecks, refine_bottlenecks),
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every kind of adapter is refined with."""
+
+    path: Path
+    old: Base
+    new: Base
+    settings: RefineSettings
+    output: Path
+    resume: bool
+    overwrite: bool
+    quiet: bool
+
+    def from_port(self, start: Path | None, format: str | None, pictures: int) -> RefineReport:
+        """Refine updates of weights, and write them."""
+        trained = load_adapter(self.path, names=o.names_of(self.old), base_config=o.config_of(self.old))
+        ported = _start(start, self.new)
+        state = self._state(trained, ported)
+        with progress("Refining", quiet=self.quiet) as tick:
+            heard, done = _teller(tick, self.settings)
+            strip = Strip(pictures, self.settings.prompts, self.settings.seed, lambda what: tick(*done(), what))
+            result = refine_adapter(
+                trained,
+                self.old,
+                self.new,
+                start=ported,
+                settings=self.settings,
+                state=state,
+                tick=tick,
+                heard=heard,
+                strip=strip,
             )
-            saved = refined.save(output, overwrite=overwrite)
+            written = result.save(self.output, format=format, overwrite=self.overwrite)
         forget(state)
-        _told(refined.report, saved, report, overwrite=overwrite, json=json, quiet=quiet)
-        return
-    trained = load_adapter(adapter, names=o.names_of(old_base), base_config=o.config_of(old_base))
-    ported = _start(start, new_base)
-    state = state_file(trained, old_base, new_base, ported, settings)
-    if not resume:
+        return _with_outputs(result.report, written)
+
+    def without_port(self, kind: _Kind) -> RefineReport:
+        """Refine one of another kind, and write it."""
+        trained = kind.load(self.path)
+        state = self._state(trained.digest, None)
+        with progress("Refining", quiet=self.quiet) as tick:
+            heard, _ = _teller(tick, self.settings)
+            asked = {"settings": self.settings, "state": state, "heard": heard, "tick": tick}
+            result = kind.refine(trained, self.old, self.new, **asked)
+            written = result.save(self.output, overwrite=self.overwrite)
         forget(state)
-    with progress("Refining", quiet=quiet or json) as tick:
-        heard, done = _teller(tick, settings)
-        strip = Strip(
-            (PROMPTS if report is not None else 0) if pictures is None else pictures,
-            settings.prompts,
-            seed,
-            lambda what: tick(*done(), what),
-        )
-        result = refine_adapter(
-            trained,
-            old_base,
-            new_base,
-            start=ported,
-            settings=settings,
-            state=state,
-            tick=tick,
-            heard=heard,
-            strip=strip,
-        )
-        written = result.save(output, format=format, overwrite=overwrite)
-    forget(state)
-    _told(result.report, written, report, overwrite=overwrite, json=json, quiet=quiet)
+        return _with_outputs(result.report, written)
+
+    def _state(self, trained: Adapter | str, ported: Adapter | str | None) -> Path:
+        state = state_file(trained, self.old, self.new, ported, self.settings)
+        if not self.resume:
+            forget(state)
+        return state
 
 
 def _teller(
@@ -204,15 +256,8 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
-def _told(
-    found: RefineReport, written: Sequence[Path], report: Path | None, *, overwrite: bool, json: bool, quiet: bool
-) -> None:
-    record = found.model_copy(update={"outputs": [str(file) for file in written]})
-    if report is not None:
-        from regraft.report.refine_page import render_refine
-
-        write_text(render_refine(record), report, overwrite=overwrite)
-    emit(record, json=json, quiet=quiet, table=lambda console: refine_table(record, console))
+def _with_outputs(report: RefineReport, written: Sequence[Path]) -> RefineReport:
+    return report.model_copy(update={"outputs": [str(file) for file in written]})
 
 
 def _below_one(share: float) -> float:

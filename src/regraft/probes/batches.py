@@ -6,8 +6,10 @@ which model made it: the old base, the old base with its adapter, or the new bas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -24,6 +26,9 @@ from regraft.runtime.load import Loaded, quiet_libraries
 
 #: Who made an input: the old base, the old base with its adapter, the new base, or none of them.
 Maker = Literal["old", "adapter", "new", "given"]
+
+#: Makes a context inside of which a model has an adapter.
+AtWork = Callable[[], AbstractContextManager[None]]
 
 N_INPUTS, SAMPLED_TOKENS, TOGETHER = 192, 64, 32
 
@@ -82,6 +87,7 @@ def make_batches(
     prompts: Sequence[str] | None = None,
     *,
     held_out: int | None = None,
+    at_work: AtWork | None = None,
 ) -> Batches:
     """Inputs for both models.
 
@@ -92,6 +98,7 @@ def make_batches(
         seed: same seed, same inputs.
         prompts: texts instead of made ones (a denoiser's prompts).
         held_out: further inputs to choose by; by default a quarter as many from each of the three makers.
+        at_work: for language models, a context inside of which the old base has an adapter of another kind.
 
     Raises:
         InputError: there are no inputs that both can read, or prompts and no tokenizer.
@@ -103,7 +110,9 @@ def make_batches(
             from regraft.probes.batches_diffusion import diffusion_batches
 
             return diffusion_batches(models, adapter, n, seed, prompts, held_out)
-        return _text_batches(models, adapter, n, seed, prompts, held_out)
+        if at_work is None and adapter is not None:
+            at_work = partial(applied, models.old.components, adapter)
+        return _text_batches(models, at_work, n, seed, prompts, held_out)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class TextBatch:
 
 
 def _text_batches(
-    models: BothModels, adapter: Adapter | None, n: int, seed: int, prompts: Sequence[str] | None, held_out: int
+    models: BothModels, at_work: AtWork | None, n: int, seed: int, prompts: Sequence[str] | None, held_out: int
 ) -> Batches:
     old, new = models.old, models.new
     aligned = other_tokens(old, new)
@@ -153,14 +162,14 @@ def _text_batches(
         return _given_texts(models, n, prompts, held_out, seed)
     generator = torch.Generator().manual_seed(seed)
     rows: dict[Maker, list[Tensor]] = {}
-    second: Maker = "adapter" if adapter is not None else "new"
+    second: Maker = "adapter" if at_work is not None else "new"
     with models.turn("old"):
         rows["old"] = sample_texts(old, n - n // 2 + held_out, generator, SAMPLED_TOKENS)
-        if adapter is not None:
-            with applied(old.components, adapter):
+        if at_work is not None:
+            with at_work():
                 rows["adapter"] = sample_texts(old, n // 2 + held_out, generator, SAMPLED_TOKENS)
     with models.turn("new"):
-        count = held_out if adapter is not None else n // 2 + held_out
+        count = held_out if at_work is not None else n // 2 + held_out
         rows["new"] = sample_texts(new, count, generator, SAMPLED_TOKENS)
     cap = min(vocabulary_of(old), vocabulary_of(new)) if not aligned else max(vocabulary_of(old), vocabulary_of(new))
     fit: list[Batch] = []
@@ -179,7 +188,7 @@ def _text_batches(
         fit += _together(texts[:count], maker, old, new)
         held += _together(texts[count:], maker, old, new)
     length = rows["old"][0].shape[1]
-    halves = "the old base and the old base with its adapter" if adapter is not None else "the old and the new base"
+    halves = "the old base and the old base with its adapter" if at_work is not None else "the old and the new base"
     made = f"{n} texts of {length} tokens, sampled at temperature 1 from {halves}, half each, seed {seed}"
     return Batches(tuple(fit), tuple(held), made)
 

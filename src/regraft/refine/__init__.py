@@ -18,7 +18,7 @@ from regraft.memory import peak_mb
 from regraft.metadata import with_ranks
 from regraft.methods.task import Running
 from regraft.migration import summarise
-from regraft.probes.batches import Batch, Batches, make_batches
+from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import alone, copied, rows
@@ -26,11 +26,13 @@ from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
+from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, Objective, RefineSettings, settled
 from regraft.refine.starting import STREAM, ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
+from regraft.refine.teacher import Teacher
 from regraft.refine.told import lineage_entry, look_row, summary_of
 from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineReport
@@ -110,9 +112,9 @@ def refine(
         file = inputs_file(adapter, old, new, settings, sampled)
         inputs, unkept = read_or_made(file, partial(inputs_of, models, adapter, settings, sampled=sampled))
         batches = (*inputs.fit, *inputs.held_out)
-        check_useful(batches, adapter)
+        check_useful(batches, adapter.path)
         if sampled:
-            aims = sample_aims(models, adapter, batches, tick=tick)
+            aims = sample_aims(models, Teacher.of(models, adapter), batches, tick=tick)
         else:
             aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
@@ -175,7 +177,6 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *,
         settings: how many, from which seed and prompts.
         sampled: as samples to learn from; see `regraft.refine.samples`.
     """
-    kept = settings.retention > 0
     draws = models.old.pipeline is not None and reads_prompts(models.old)
     prompts, told = picture_prompts(adapter, settings.prompts, settings.seed) if draws else (settings.prompts, "")
     if sampled or draws:
@@ -186,13 +187,7 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *,
     if models.old.kind == "denoiser" and models.old.pipeline is not None:
         return _states_of(models, adapter, settings)
     found = make_batches(models, adapter, settings.n_inputs, settings.seed, settings.prompts)
-    if not kept or all(batch.made_by == "given" for batch in found.fit):
-        return found
-    n = sum(len(batch) for batch in found.fit)
-    more = make_batches(models, None, max(2, n // 2), settings.seed + 1, settings.prompts, held_out=0)
-    own: list[Batch] = [batch for batch in more.fit if batch.made_by == "new"]
-    made = f"{found.made}; {sum(len(batch) for batch in own)} more from the new base, for retention"
-    return Batches((*found.fit, *own), found.held_out, made)
+    return with_own(found, models, settings)
 
 
 def _states_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:

@@ -180,7 +180,7 @@ def _check_useful(drawn: _Pictures, adapter: Adapter) -> None:
         what = "draws nothing but blank pictures"
     else:
         return
-    raise useless(adapter, what)
+    raise useless(adapter.path, what)
 
 
 @torch.no_grad()

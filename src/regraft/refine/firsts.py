@@ -12,8 +12,8 @@ from torch import Tensor
 
 from regraft.runtime.both import BothModels, Side
 
-# How byte-level and SentencePiece tokens spell a space, and byte-level ones a line break.
-_SPELT = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})
+#: How byte-level and SentencePiece tokens spell a space, and byte-level ones a line break.
+SPELT = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _LEAST = 1e-7
 
@@ -54,5 +54,5 @@ def _classes(tokenizer: Any, numbers: dict[str, int]) -> Tensor:
         byte = _BYTE.fullmatch(token)
         text = token if byte is None else chr(int(byte[1], 16))
         if text and token not in special:
-            classes[i] = numbers.setdefault(text.translate(_SPELT)[0], len(numbers) + 1)
+            classes[i] = numbers.setdefault(text.translate(SPELT)[0], len(numbers) + 1)
     return classes

@@ -31,19 +31,23 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-def inputs_file(adapter: Adapter, old: Base, new: Base, settings: RefineSettings, sampled: bool) -> Path:
+def inputs_file(adapter: Adapter | str, old: Base, new: Base, settings: RefineSettings, sampled: bool) -> Path:
     """The file for inputs that these make of each other: by content, not by name.
 
     Args:
-        adapter: as it was trained on ``old``; prompts may come from its metadata.
+        adapter: as it was trained on ``old``; prompts may come from its metadata. Of one that is no change of weights,
+            its digest.
         old: the old base.
         new: the new base.
         settings: how inputs are made.
         sampled: they are samples to learn from, not states to compare outputs on.
     """
+    made_with: object = adapter
+    if isinstance(adapter, Adapter):
+        made_with = [content_of(adapter), dict(adapter.metadata), sorted(map(str, adapter.sidecars))]
     content = {
         "version": __version__,
-        "adapter": [content_of(adapter), dict(adapter.metadata), sorted(map(str, adapter.sidecars))],
+        "adapter": made_with,
         "old": str(old.prints),
         "new": str(new.prints),
         "settings": {name: getattr(settings, name) for name in _ASKED},

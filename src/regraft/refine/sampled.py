@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.adapter import Adapter
 from regraft.methods._choosing import between, likelihoods
 from regraft.probes.batches import TOGETHER, Batch, Batches, Maker, TextBatch, aligned_batches
 from regraft.probes.text import encode, sample_texts
 from regraft.refine.aims import NO_EFFECT, Aim, distance, no_effect, outputs_of
 from regraft.refine.firsts import FirstCharacters
+from regraft.refine.teacher import Teacher
 from regraft.refine.useful import useless
-from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded
 
@@ -71,7 +70,7 @@ class TextAim(Aim):
 
 def text_samples(
     models: BothModels,
-    adapter: Adapter,
+    teacher: Teacher,
     n: int | None,
     seed: int,
     prompts: Sequence[str] | None,
@@ -83,7 +82,7 @@ def text_samples(
 
     Args:
         models: both bases, with tokenizers.
-        adapter: for the old one.
+        teacher: the old one with its adapter.
         n: texts to fit on.
         seed: same seed, same texts.
         prompts: beginnings that the texts go on from, which are not learnt themselves.
@@ -98,10 +97,10 @@ def text_samples(
     generator = torch.Generator().manual_seed(seed)
     written = round((n + held) / (1 - dropped))
     with models.turn("old"):
-        with applied(models.old.components, adapter):
+        with teacher.at_work():
             texts = _written(models.old, written, generator, prompts)
-        _check_useful(texts, models.old, adapter)
-        chosen = _mattering(texts, n + held, models.old, adapter)
+        _check_useful(texts, models.old, teacher)
+        chosen = _mattering(texts, n + held, models.old, teacher)
     fit, held_out = _split(chosen, n, "adapter", models)
     count = max(1, round(_KEPT * n)) if kept else 0
     with models.turn("new"):
@@ -138,7 +137,7 @@ def _written(model: Loaded, n: int, generator: torch.Generator, prompts: Sequenc
     return [found[int(i)] for i in torch.randperm(len(found), generator=generator)]
 
 
-def _check_useful(texts: Sequence[_Written], model: Loaded, adapter: Adapter) -> None:
+def _check_useful(texts: Sequence[_Written], model: Loaded, teacher: Teacher) -> None:
     """Raises InputError where nothing could be learnt from what was written."""
     if model.tokenizer is None:
         return
@@ -149,7 +148,7 @@ def _check_useful(texts: Sequence[_Written], model: Loaded, adapter: Adapter) ->
         what = f"writes the same text every time ({said[0][:40]!r})"
     else:
         return
-    raise useless(adapter, what)
+    raise useless(teacher.path, what)
 
 
 def _decoded(model: Loaded, texts: Sequence[_Written]) -> list[str]:
@@ -158,11 +157,11 @@ def _decoded(model: Loaded, texts: Sequence[_Written]) -> list[str]:
 
 
 @torch.no_grad()
-def _mattering(texts: Sequence[_Written], n: int, model: Loaded, adapter: Adapter) -> list[_Written]:
+def _mattering(texts: Sequence[_Written], n: int, model: Loaded, teacher: Teacher) -> list[_Written]:
     """The ``n`` texts whose likelihood the adapter raises most, per token, in the order that they were written in."""
     if len(texts) <= n:
         return list(texts)
-    with applied(model.components, adapter):
+    with teacher.at_work():
         after = [_own_likelihood(model, text) for text in texts]
     gaps = torch.tensor([a - _own_likelihood(model, text) for a, text in zip(after, texts, strict=True)])
     best = gaps.topk(n).indices.sort().values
@@ -212,7 +211,7 @@ def _said(batch: Batch, models: BothModels) -> Tensor:
 
 @torch.no_grad()
 def _changes(
-    models: BothModels, adapter: Adapter, batches: Sequence[Batch], firsts: FirstCharacters
+    models: BothModels, teacher: Teacher, batches: Sequence[Batch], firsts: FirstCharacters
 ) -> dict[int, Tensor]:
     """Number of each batch by the adapter → wanted log-probabilities of the next character, (rows, classes)."""
     own = {i: batch for i, batch in enumerate(batches) if batch.made_by != "new"}
@@ -222,7 +221,7 @@ def _changes(
         return {i: firsts.logs(_rows(b.run(model, side).float(), b, side), side).cpu() for i, b in own.items()}
 
     with models.turn("old"):
-        with applied(models.old.components, adapter):
+        with teacher.at_work():
             after = said("old")
         before = said("old")
     with models.turn("new"):
@@ -239,7 +238,7 @@ def _rows(logits: Tensor, batch: Batch, side: Side) -> Tensor:
 @torch.no_grad()
 def text_aims(
     models: BothModels,
-    adapter: Adapter,
+    teacher: Teacher,
     batches: Sequence[Batch],
     *,
     tick: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -250,16 +249,16 @@ def text_aims(
         InputError: the adapter changes nothing in the old base.
     """
     firsts = FirstCharacters.of(models) if models.old.tokenizer is not None else None
-    changes = _changes(models, adapter, batches, firsts) if firsts is not None else {}
+    changes = _changes(models, teacher, batches, firsts) if firsts is not None else {}
     wanted: list[Tensor] = []
     first = next(i for i, batch in enumerate(batches) if batch.made_by != "new")
     with models.turn("old"):
-        with applied(models.old.components, adapter):
+        with teacher.at_work():
             for i, batch in enumerate(batches):
                 tick(i, 2 * len(batches), "the old base with its adapter")
                 wanted.append(_said(batch, models))
         if float((wanted[first] - _said(batches[first], models)).abs().max()) <= NO_EFFECT:
-            raise no_effect(adapter.path)
+            raise no_effect(teacher.path)
     aims: list[Aim] = []
     for i, (batch, said) in enumerate(zip(batches, wanted, strict=True)):
         tick(len(batches) + i, 2 * len(batches), "the new base without it")

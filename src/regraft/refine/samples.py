@@ -13,6 +13,7 @@ from regraft.refine.drawn import picture_aims, picture_samples
 from regraft.refine.sampled import text_aims, text_samples
 from regraft.refine.settings import Objective, RefineSettings
 from regraft.refine.shared import unshared
+from regraft.refine.teacher import Teacher
 from regraft.runtime.both import BothModels
 
 Tick = Callable[[int, int, str], None]
@@ -42,8 +43,19 @@ def samples_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
     Raises:
         InputError: nothing can be made of it, or what is made is useless.
     """
-    make = {"language": text_samples, "denoiser": picture_samples}.get(models.old.kind)
-    if make is None:
+    if models.old.kind != "denoiser":
+        return texts_of(models, Teacher.of(models, adapter), settings)
+    asked = (settings.n_inputs, settings.seed, settings.prompts)
+    return picture_samples(models, adapter, *asked, kept=settings.retention > 0, dropped=settings.filter)
+
+
+def texts_of(models: BothModels, teacher: Teacher, settings: RefineSettings) -> Batches:
+    """What a teacher of any kind writes, and for retention the new base.
+
+    Raises:
+        InputError: one of the models writes nothing, or what is written is useless.
+    """
+    if models.old.kind != "language":
         raise InputError("gives hidden states alone: it makes nothing to learn from", file=models.old.path)
     for model in (models.old, models.new):
         if model.kind == "language" and not writes(model):
@@ -51,12 +63,12 @@ def samples_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
                 "does not read from left to right alone: no texts can be drawn from it to learn from", file=model.path
             )
     asked = (settings.n_inputs, settings.seed, settings.prompts)
-    return make(models, adapter, *asked, kept=settings.retention > 0, dropped=settings.filter)
+    return text_samples(models, teacher, *asked, kept=settings.retention > 0, dropped=settings.filter)
 
 
 def sample_aims(
     models: BothModels,
-    adapter: Adapter,
+    teacher: Teacher,
     batches: Sequence[Batch],
     *,
     tick: Tick = lambda done, total, what: None,
@@ -67,13 +79,13 @@ def sample_aims(
         InputError: the new base alone does as well as the old one with the adapter.
     """
     language = models.old.kind == "language"
-    aims = text_aims(models, adapter, batches, tick=tick) if language else picture_aims(models, batches, tick=tick)
+    aims = text_aims(models, teacher, batches, tick=tick) if language else picture_aims(models, batches, tick=tick)
     sizes = [aim.size for aim in aims if not aim.retention]
     mean = sum(sizes) / len(sizes)
     if not mean > 0:
         raise InputError(
             "has no effect that could be learnt: the new base alone does as well on what the old one makes with it",
-            file=adapter.path,
+            file=teacher.path,
             remedy="Is the old base the one that it was trained on? `regraft identify` looks for the right one.",
         )
     return [replace(aim, size=mean) if aim.retention else aim for aim in aims]

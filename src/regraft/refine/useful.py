@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from regraft.adapter import Adapter
 from regraft.errors import InputError
 from regraft.probes.batches import Batch, TextBatch
 from regraft.probes.batches_diffusion import DiffusionBatch
 
 
-def useless(adapter: Adapter, what: str) -> InputError:
-    """The error for an old base that ``what`` with the adapter."""
+def useless(path: Path | None, what: str) -> InputError:
+    """The error for an old base that ``what`` with the adapter of this file."""
     return InputError(
         f"the old base with this adapter {what}: nothing can be learnt from it",
-        file=adapter.path,
+        file=path,
         remedy="Is it the base that it was trained on? If it only answers certain beginnings, give them by --prompts.",
     )
 
 
-def check_useful(batches: Sequence[Batch], adapter: Adapter) -> None:
+def check_useful(batches: Sequence[Batch], path: Path | None) -> None:
     """Look at what the old base made with the adapter.
 
     Raises:
@@ -29,6 +29,6 @@ def check_useful(batches: Sequence[Batch], adapter: Adapter) -> None:
     texts = [text for batch in own if isinstance(batch, TextBatch) for text in batch.ids["old"].tolist()]
     # Behind the first token, which may be drawn at random.
     if len(texts) > 1 and len({tuple(text[1:]) for text in texts}) == 1:
-        raise useless(adapter, "writes the same text every time")
+        raise useless(path, "writes the same text every time")
     if any(not bool(batch.latents[1].isfinite().all()) for batch in own if isinstance(batch, DiffusionBatch)):
-        raise useless(adapter, "draws pictures that are no numbers (NaN)")
+        raise useless(path, "draws pictures that are no numbers (NaN)")

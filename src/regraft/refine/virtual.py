@@ -2,18 +2,18 @@
 
 PEFT's prompt tuning, P-tuning and prefix tuning. Virtual tokens lie in the space of the old base's embeddings. The
 tokens that both bases have tell where that space went: P_new = P_old W, with W the least-squares map of their
-embeddings, E_old W ≈ E_new. A prefix holds keys and values, for which there is no such map: one that fits is taken as
-it is, and any other begins at zero.
+embeddings, E_old W ≈ E_new; where these are too few, each begins at the mean of the new base's embeddings. A prefix
+holds keys and values, for which there is no such map: one that fits is taken as it is, and any other begins at zero.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,31 +21,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
-from regraft.errors import InputError, UsageError, first_line, reading, understanding
+from regraft.errors import InputError, first_line, reading, understanding
 from regraft.formats import Written
-from regraft.lineage import with_port
-from regraft.memory import peak_mb
-from regraft.methods._embeddings import common_embeddings, width_map
-from regraft.migration import summarise
+from regraft.lineage import lineage_of, with_port
 from regraft.output import ADAPTER_CONFIG, write_whole
-from regraft.probes.batches import TextBatch, make_batches, other_tokens, writes
-from regraft.refine.aims import aims_by
-from regraft.refine.loop import Course, Heard, train
-from regraft.refine.settings import PULLS, RefineSettings
-from regraft.refine.starting import refine_entry
-from regraft.refine.student import Student
-from regraft.refine.told import lineage_entry, look_row, summary_of
-from regraft.report.refine_schema import Refined, RefineReport
+from regraft.probes.batches import AtWork, writes
+from regraft.refine.loop import Heard
+from regraft.refine.settings import RefineSettings
+from regraft.refine.starting import ZERO, refine_entry
+from regraft.refine.teacher import Teacher
+from regraft.refine.told import lineage_entry
+from regraft.refine.unported import Started, Tick, taught
+from regraft.refine.words import shared_embeddings, width_map
+from regraft.report.refine_schema import RefineReport
 from regraft.runtime.both import BothModels
-from regraft.runtime.load import Loaded, library, quiet_libraries
+from regraft.runtime.load import Loaded, library
 
 #: PEFT's kinds; a P-tuning's file holds what its encoder gave, and is the soft prompt that prompt tuning has.
 PREFIX = "PREFIX_TUNING"
 KINDS = ("PROMPT_TUNING", "P_TUNING", PREFIX)
 WEIGHTS, _KEY = "adapter_model.safetensors", "prompt_embeddings"
+# Shared tokens for each number of an embedding; of fewer, a map fits whatever it is given.
+_LEAST = 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,8 @@ def load_soft_prompt(path: Path) -> SoftPrompt:
             if _KEY not in tensors.keys():  # noqa: SIM118 (it is no mapping)
                 raise InputError(f"holds no {_KEY}", file=file, remedy="Save it with PEFT's save_pretrained.")
             values, metadata = tensors.get_tensor(_KEY), tensors.metadata() or {}
+            # A damaged lineage is told before the training, not after it.
+            lineage_of(Adapter({}, "peft", metadata=metadata, path=file))
     except SafetensorError as error:
         raise InputError(f"can't be read ({first_line(error)})", file=file, remedy="Copy it again.") from error
     if values.dim() != 2 or not bool(values.float().isfinite().all()):
@@ -128,63 +129,60 @@ def refine_soft_prompt(
     settings: RefineSettings = RefineSettings(),
     state: Path | None = None,
     heard: Heard = lambda look: None,
+    tick: Tick = lambda done, total, what: None,
 ) -> SoftPromptResult:
-    """Distil *old base + soft prompt* into *new base + soft prompt*.
-
-    Args:
-        prompt: as it was trained on ``old``.
-        old: the old base.
-        new: the base that it is to run on.
-        settings: objective, steps, budget and the rest; what speaks of layers has no meaning here.
-        state: a file that the state of the training is kept in, and gone on from.
-        heard: called after each look at held-out inputs.
+    """Distil *old base + soft prompt* into *new base + soft prompt*; see `regraft.refine.unported.taught`.
 
     Raises:
         UsageError: ``settings`` ask for a rank or targets.
-        InputError: the bases are no language models with the same tokens, the prompt does not fit the old one, or it
-            has no effect.
+        InputError: the bases are no language models that write, the prompt does not fit the old one, or it has no
+            effect.
     """
-    if settings.rank is not None or settings.targets:
-        raise UsageError("a soft prompt has no rank and no targets", remedy="Leave --rank and --targets out.")
-    began = perf_counter()
-    with quiet_libraries():
-        models = BothModels.load(old, new, settings.config, settings.device)
-        _check_readable(prompt, models)
-        teacher = _with_prompt(models.old, prompt, prompt.values)
-        start, how = start_of(prompt, old, new, models.new)
-        student = _with_prompt(models.new, prompt, start)
-        batches = make_batches(
-            BothModels(teacher, models.new), None, settings.n_inputs, settings.seed, settings.prompts
-        )
-        chosen = "output" if settings.objective == "auto" else settings.objective
-        # Its own texts are read with the prompt, too: without it the new base is as it was, with nothing to retain.
-        texts = [replace(b, made_by="given") for b in (*batches.fit, *batches.held_out) if isinstance(b, TextBatch)]
-        aims = aims_by(models, teacher, nullcontext, prompt.path, texts, PULLS.get(chosen, 1.0))
-        fit, held = aims[: len(batches.fit)], aims[len(batches.fit) :]
-        trained = Student(student, {}, {}, {})
-        course = train(trained, fit, held, replace(settings, retention=0.0), heard=heard, state=state)
-        values = _table(student).detach().cpu().clone() if course.best_look.step else start
-    report = _report(prompt, old, new, course, how, (chosen, batches.made, sum(len(aim.batch) for aim in fit)))
-    report = report.model_copy(
-        update={"trained": start.numel(), "seconds": perf_counter() - began, "peak_mb": peak_mb()}
-    )
-    return SoftPromptResult(_refined(prompt, values, report, old, new), report)
+    course = _Course(prompt)
+    report = taught(course, old, new, settings, state=state, heard=heard, tick=tick)
+    return SoftPromptResult(_refined(prompt, course.values(), report, old, new), report)
 
 
-def start_of(prompt: SoftPrompt, old: Base, new: Base, model: Loaded) -> tuple[Tensor, str]:
+class _Course:
+    """A soft prompt as `taught` takes it. Its own texts are read with it, too: without it, all is as it was."""
+
+    noun, retains = "soft prompt", False
+
+    def __init__(self, prompt: SoftPrompt) -> None:
+        self.prompt = prompt
+        self.path, self.digest = prompt.path, prompt.digest
+        self.student: _Prompted | None = None
+
+    def teacher(self, models: BothModels) -> Teacher:
+        _check_readable(self.prompt, models)
+        return Teacher(_in_place(models.old, _with_prompt(models.old, self.prompt, self.prompt.values)), self.path)
+
+    def start(self, old: Base, new: Base, models: BothModels) -> Started:
+        values, how = start_of(self.prompt, models)
+        self.student = _with_prompt(models.new, self.prompt, values)
+        return Started(_in_place(models.new, self.student), how, modules=1)
+
+    def values(self) -> Tensor:
+        """Of the student as it is now, float32."""
+        assert self.student is not None
+        return self.student.table.detach().float().cpu().clone()
+
+
+def start_of(prompt: SoftPrompt, models: BothModels) -> tuple[Tensor, str]:
     """Where the training begins, float32, and how it was made."""
     if prompt.is_prefix:
-        width = _table(_prompted(model, prompt)).shape[1]
+        width = _prompted(models.new, prompt).table.shape[1]
         if prompt.values.shape[1] == width:
             return prompt.values.float(), "copy"
-        return torch.zeros(len(prompt.values), width), "zero"
-    component = next(iter(old.components))
-    shared = common_embeddings(old, new, component if component in new.components else next(iter(new.components)))
-    if shared is None:
-        raise InputError("shares no tokens with the old base, or has no table of embeddings", file=new.path)
-    if shared[0].shape == shared[1].shape and torch.equal(*shared):
-        return prompt.values.float(), "copy"
-    return prompt.values.float() @ width_map(*shared), f"embedding map of {len(shared[0])} shared tokens"
+        return torch.zeros(len(prompt.values), width), ZERO
+    ours, theirs = shared_embeddings(models)
+    n, values = len(ours), prompt.values.float()
+    if n < _LEAST * values.shape[1]:
+        mean = models.new.main.get_input_embeddings().weight.detach().float().cpu().mean(0)
+        return mean.repeat(len(values), 1), f"mean embedding ({n} shared tokens are too few for a map)"
+    if ours.shape == theirs.shape and torch.equal(ours, theirs):
+        return values, "copy"
+    return values @ width_map(ours, theirs), f"embedding map of {n} shared tokens"
 
 
 class _Prompted(nn.Module):
@@ -194,6 +192,12 @@ class _Prompted(nn.Module):
         super().__init__()
         self.peft = model
         self.config = model.get_base_model().config
+
+    @property
+    def table(self) -> Tensor:
+        """The virtual tokens' values, as `SoftPrompt` has them."""
+        weight: Tensor = self.peft.prompt_encoder["default"].embedding.weight
+        return weight
 
     def get_input_embeddings(self) -> nn.Module:
         found: nn.Module = self.peft.get_base_model().get_input_embeddings()
@@ -211,43 +215,48 @@ def _config_of(prompt: SoftPrompt) -> Any:
     return kind(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt.values))
 
 
-def _prompted(model: Loaded, prompt: SoftPrompt) -> Loaded:
+def _prompted(model: Loaded, prompt: SoftPrompt) -> _Prompted:
     with torch.random.fork_rng():
-        made = _Prompted(library("peft").get_peft_model(model.main, _config_of(prompt)))
-    return replace(model, components={model.main_name: made})
+        return _Prompted(library("peft").get_peft_model(model.main, _config_of(prompt)))
 
 
-def _with_prompt(model: Loaded, prompt: SoftPrompt, values: Tensor) -> Loaded:
-    """The model with virtual tokens of these values before every text.
+def _with_prompt(model: Loaded, prompt: SoftPrompt, values: Tensor) -> _Prompted:
+    """The model with virtual tokens of these values before every text; it is the very same model inside.
 
     Raises:
         InputError: they are as wide as no token of it.
     """
     found = _prompted(model, prompt)
-    table = _table(found)
-    if table.shape != values.shape:
+    if found.table.shape != values.shape:
         raise InputError(
-            f"holds vectors of {values.shape[1]} numbers, and those of {model.path.name} have {table.shape[1]}",
+            f"holds vectors of {values.shape[1]} numbers, and those of {model.path.name} have {found.table.shape[1]}",
             file=prompt.path / WEIGHTS,
             remedy="Is it the base that it was trained on?",
         )
     with torch.no_grad():
-        table.copy_(values)
+        found.table.copy_(values)
     return found
 
 
-def _table(model: Loaded) -> Tensor:
-    weight: Tensor = model.main.peft.prompt_encoder["default"].embedding.weight
-    return weight
+def _in_place(model: Loaded, prompted: _Prompted) -> AtWork:
+    """A context inside of which the model is the one with the prompt, on whichever device it is."""
+
+    @contextmanager
+    def at_work() -> Iterator[None]:
+        name, alone = model.main_name, model.main
+        model.components[name] = prompted.to(model.device)
+        try:
+            yield
+        finally:
+            model.components[name] = alone
+
+    return at_work
 
 
 def _check_readable(prompt: SoftPrompt, models: BothModels) -> None:
-    if not writes(models.old):
-        raise InputError(
-            "is no language model that writes: soft prompts of others aren't refined", file=models.old.path
-        )
-    if other_tokens(models.old, models.new):
-        raise InputError("splits text into other tokens than the old base", file=models.new.path)
+    for model in (models.old, models.new):
+        if not writes(model):
+            raise InputError("is no language model that writes: soft prompts of others aren't refined", file=model.path)
     if prompt.config.get("prefix_projection"):
         raise InputError("goes through a projection, which isn't stored in its file", file=prompt.path)
 
@@ -263,37 +272,3 @@ def _refined(prompt: SoftPrompt, values: Tensor, report: RefineReport, old: Base
         "inference_mode": True,
     }
     return SoftPrompt(prompt.path, config, values.to(prompt.values.dtype), metadata)
-
-
-def _report(
-    prompt: SoftPrompt, old: Base, new: Base, course: Course, how: str, made: tuple[str, str, int]
-) -> RefineReport:
-    objective, inputs, count = made
-    first, best = course.looks[0], course.best_look
-    return RefineReport(
-        regraft_version=__version__,
-        input=str(prompt.path),
-        outputs=[],
-        start=how,
-        objective=objective,
-        objective_reason="both bases give comparable outputs on the same inputs",
-        inputs=inputs.replace("its adapter", "its soft prompt"),
-        n_inputs=count,
-        steps=best.step,
-        stopped=course.stopped,
-        unkept=course.unkept,
-        recovered=best.recovered,
-        beside=[
-            Refined(title="none", recovered=0.0),
-            Refined(title=how, recovered=first.recovered),
-            Refined(title="refined", recovered=best.recovered),
-        ],
-        looks=[look_row(look, look.seconds) for look in course.looks],
-        summary=summary_of(how, course),
-        trained=0,
-        modules=1,
-        source=summarise(old),
-        target=summarise(new),
-        seconds=0.0,
-        peak_mb=0.0,
-    )

@@ -1,0 +1,1 @@
+"""Bottleneck adapters by AdapterHub's own library, for tests."""
