@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regraft.adapter import MODEL
 from regraft.checkpoints import open_checkpoint
+from regraft.checkpoints.quantised import is_read
 from regraft.errors import InputError, RegraftError, first_line, reading
 
 #: What a model gives: logits over a vocabulary, hidden states, or a prediction of noise.
@@ -133,6 +134,9 @@ def _folder(path: Path, dtype: torch.dtype) -> Loaded:
         with reading(path), quiet_libraries():
             model = cls.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
         return _denoiser(model, path)
+    if is_read(config):
+        # transformers would keep the packed weights, which no adapter can be merged into.
+        return _file(path, path, dtype)
     cls = _transformers_class(config, path)
     with _config_in_order(path), reading(path), quiet_libraries(), _fitting_shapes(path):
         model, info = cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, output_loading_info=True)
@@ -303,7 +307,8 @@ def _transformers_config(fields: Mapping[str, Any], place: Path) -> Any:
     kind = fields.get("model_type")
     if kind is None or kind not in transformers.CONFIG_MAPPING:
         raise InputError(f"this version of transformers has no model type {kind!r}", file=place)
-    return transformers.CONFIG_MAPPING[kind].from_dict(dict(fields))
+    plain = {name: value for name, value in fields.items() if name != "quantization_config"}
+    return transformers.CONFIG_MAPPING[kind].from_dict(plain)
 
 
 def _kind(model: nn.Module) -> Kind:
