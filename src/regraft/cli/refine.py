@@ -47,6 +47,12 @@ def refine(
         str, typer.Option("--objective", metavar="|".join(get_args(Objective)), help="What is matched.")
     ] = "auto",
     retention: Annotated[
+    hidden: Annotated[
+        float,
+        typer.Option(
+            "--hidden", metavar="WEIGHT", help="Match the change of hidden states, too; 1 counts it as the outputs."
+        ),
+    ] = RefineSettings.hidden,
         float,
         typer.Option("--retention", help="Share of the steps that keep the new base as it is on inputs of its own."),
     ] = RefineSettings.retention,
@@ -112,6 +118,7 @@ def refine(
         stay=o.share(stay, "--stay"),
         n_inputs=n_inputs,
         prompts=o.texts(prompts),
+        hidden=o.at_least_zero(hidden, "--hidden"),
         filter=_below_one(o.share(filter, "--filter")),
         seed=seed,
         budget=seconds(budget),

@@ -22,6 +22,7 @@ from regraft.probes.batches import Batch, Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import alone, copied, rows
+from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
@@ -116,6 +117,9 @@ def refine(
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
         strip.before(models, adapter)
         # The old base has said all that is wanted of it: its memory is the training's.
+        hidden = ""
+        if settings.hidden > 0:
+            fit, hidden = with_hidden(models, adapter, (old, new), fit, stay=settings.stay, tick=tick)
         target = models.new
         with models.turn("new"):
             del models
@@ -153,6 +157,7 @@ def refine(
         pictures=strip.columns,
         summary=summary_of(begin.how, course),
         trained=trained,
+        hidden=hidden,
         modules=modules,
         untrained=untrained,
         source=summarise(old),

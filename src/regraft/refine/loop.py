@@ -18,6 +18,7 @@ from regraft.output import whole
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import RefineSettings
+from regraft.refine.states import watching
 from regraft.refine.student import Student
 from regraft.runtime.load import Loaded, library
 
@@ -199,11 +200,14 @@ class _Run:
         rate = self.settings.rate * _schedule(self.step, self.settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.enable_grad(), self.accelerator.autocast():
+        blocks = () if aim.hidden is None else aim.hidden.wanted
+        with torch.enable_grad(), self.accelerator.autocast(), watching(self.student.model, blocks) as seen:
             outputs = aim.told(_forward(aim, self.student))
         with torch.enable_grad():
             loss = aim.loss(outputs) / self.size
         self.accelerator.backward(loss)
+            if aim.hidden is not None:
+                loss = loss + self.settings.hidden * aim.hidden.distance(seen)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         value = float(loss.detach())
         if math.isfinite(value):

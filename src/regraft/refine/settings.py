@@ -24,6 +24,7 @@ class RefineSettings:
         rate: AdamW's learning rate at its peak.
         retention: share of the steps that are spent on inputs that the new base made.
         stay: how far the new base is to stay itself there, 0 (with the adapter's effect) to 1 (as it is alone).
+        hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
         patience: looks at held-out inputs without a gain, after which it stops.
         look: steps from one such look to the next.
         n_inputs: that the old base and the old base with its adapter make; None for the default.
@@ -47,6 +48,7 @@ class RefineSettings:
     retention: float = 0.25
     stay: float = 0.0
     patience: int = 4
+    hidden: float = 0.0
     look: int = 20
     n_inputs: int | None = None
     prompts: tuple[str, ...] | None = None

@@ -137,6 +137,7 @@ def refine_table(report: RefineReport, console: Console) -> None:
     rows = [
         ("start", f"{report.start}{why}"),
         ("objective", f"{report.objective} ({report.objective_reason})"),
+        *([("hidden", report.hidden)] if report.hidden else []),
         ("inputs", report.inputs),
         ("trained", f"{report.trained:,} numbers in {report.modules} modules"),
         ("stopped", report.stopped),
