@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from regraft.refine.quantised import Quantize
+
 #: What is matched: the adapter's effect, the old base's own outputs with it, something between; or no outputs at all,
 #: but what the old base writes or draws with it is learnt.
 Objective = Literal["auto", "effect", "output", "mixed", "sample"]
@@ -22,9 +24,9 @@ class RefineSettings:
             pair shares.
         steps: at most.
         rate: AdamW's learning rate at its peak.
+        hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
         retention: share of the steps that are spent on inputs that the new base made.
         stay: how far the new base is to stay itself there, 0 (with the adapter's effect) to 1 (as it is alone).
-        hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
         patience: looks at held-out inputs without a gain, after which it stops.
         look: steps from one such look to the next.
         n_inputs: that the old base and the old base with its adapter make; None for the default.
@@ -37,6 +39,7 @@ class RefineSettings:
         config: of bare weights files.
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: of the student's passes, as accelerate names it.
+        quantize: how the student's base is held; see `regraft.refine.quantised`.
         low_memory: never hold both bases on the device at once: they take turns, and what the old one says is kept.
         checkpointing: save memory by computing activations twice.
         optimizer: ``adamw``, or ``adamw8bit`` (bitsandbytes).
@@ -45,10 +48,10 @@ class RefineSettings:
     objective: Objective = "auto"
     steps: int = 240
     rate: float = 2e-3
+    hidden: float = 0.0
     retention: float = 0.25
     stay: float = 0.0
     patience: int = 4
-    hidden: float = 0.0
     look: int = 20
     n_inputs: int | None = None
     prompts: tuple[str, ...] | None = None
@@ -60,6 +63,7 @@ class RefineSettings:
     config: Path | None = None
     device: str = "cpu"
     precision: Literal["no", "fp16", "bf16"] = "no"
+    quantize: Quantize = "none"
     low_memory: bool = False
     checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

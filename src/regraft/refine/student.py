@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
+from regraft.refine.quantised import Quantize, quantise
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.load import Loaded, library
@@ -34,12 +35,14 @@ class Student:
         layers: module of the new base → PEFT's layer in its place.
         start: the updates that the layers were started from, by the new base's names.
         rest: updates that are not trained: norms, biases, embeddings. They are merged into the model.
+        quantised: how the model's own layers are held, where not whole; in words.
     """
 
     model: Loaded
     layers: Mapping[ModuleRef, Any]
     start: Mapping[ModuleRef, LowRank]
     rest: Mapping[ModuleRef, Update]
+    quantised: str = ""
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -89,6 +92,8 @@ def student_of(
     rank: int | None = None,
     targets: Sequence[str] = (),
     seed: int = 0,
+    quantize: Quantize = "none",
+    precision: str = "no",
 ) -> Iterator[Student]:
     """A student on the tensors of a loaded base, which stay as they are.
 
@@ -98,12 +103,16 @@ def student_of(
         rank: of every trained update; None for each one's own. Added directions start at zero effect.
         targets: patterns (``*.q_proj``) of further modules to train, from zero.
         seed: of added directions.
+        quantize: hold the base's linear layers in so many bits; see `regraft.refine.quantised`.
+        precision: that quantised layers compute in.
 
     Raises:
         InputError: nothing of the adapter can be trained, or a pattern matches no module.
     """
     own = {ref: update for ref, update in start.updates.items() if isinstance(update, LowRank)}
     model = twin(base)
+    # Where nobody else holds it, quantising lets go of the whole weights.
+    del base
     trained = {ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module)}
     rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +126,8 @@ def student_of(
         stack.enter_context(applied(model.components, replace(start, updates=rest)))
         for part in model.components.values():
             part.requires_grad_(False)
-        yield Student(model, _injected(model, trained), trained, rest)
+        quantised = quantise(model, quantize, precision)
+        yield Student(model, _injected(model, trained), trained, rest, quantised)
 
 
 def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None) -> str:

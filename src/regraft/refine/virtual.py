@@ -140,12 +140,16 @@ def refine_soft_prompt(
         heard: called after each look at held-out inputs.
 
     Raises:
-        UsageError: ``settings`` ask for a rank or targets.
+        UsageError: ``settings`` ask for a rank, targets, hidden states or a quantised base.
         InputError: the bases are no language models with the same tokens, the prompt does not fit the old one, or it
             has no effect.
     """
     if settings.rank is not None or settings.targets:
         raise UsageError("a soft prompt has no rank and no targets", remedy="Leave --rank and --targets out.")
+    if settings.hidden > 0 or settings.quantize != "none":
+        raise UsageError(
+            "a soft prompt is learnt from outputs of the whole base", remedy="Leave --hidden and --quantize out."
+        )
     began = perf_counter()
     with quiet_libraries():
         models = BothModels.load(old, new, settings.config, settings.device)

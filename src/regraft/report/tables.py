@@ -140,6 +140,7 @@ def refine_table(report: RefineReport, console: Console) -> None:
         *([("hidden", report.hidden)] if report.hidden else []),
         ("inputs", report.inputs),
         ("trained", f"{report.trained:,} numbers in {report.modules} modules"),
+        *([("quantised", report.quantised)] if report.quantised else []),
         ("stopped", report.stopped),
         *([("not kept", f"the state to go on from: {report.unkept}")] if report.unkept else []),
         ("took", f"{report.seconds:.0f} s, {report.peak_mb:.0f} MB at most"),
