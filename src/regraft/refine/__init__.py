@@ -242,7 +242,7 @@ def _untrained(student: Student) -> dict[str, str]:
     modules = modules_of(student.model, student.rest)
     for ref, update in student.rest.items():
         low_rank = isinstance(update, LowRank)
-        what = why_not(student.model, ref, modules.get(ref)) if low_rank else f"a {update.kind}"
+        what = why_not(student.model, ref, modules.get(ref), student.encoders) if low_rank else f"a {update.kind}"
         said[str(ref)] = f"{what}: kept as it was ported"
     return said
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
+from regraft.refine.encoders import trainable_encoders
 from regraft.refine.quantised import Quantize, quantise
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
@@ -36,6 +37,7 @@ class Student:
         start: the updates that the layers were started from, by the new base's names.
         rest: updates that are not trained: norms, biases, embeddings. They are merged into the model.
         quantised: how the model's own layers are held, where not whole; in words.
+        encoders: a pipeline's text encoders that are trained: its prompts are encoded anew at every step.
     """
 
     model: Loaded
@@ -43,6 +45,7 @@ class Student:
     start: Mapping[ModuleRef, LowRank]
     rest: Mapping[ModuleRef, Update]
     quantised: str = ""
+    encoders: frozenset[str] = frozenset()
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -113,10 +116,13 @@ def student_of(
     model = twin(base)
     # Where nobody else holds it, quantising lets go of the whole weights.
     del base
-    trained = {ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module)}
+    encoders = trainable_encoders(model, own, targets)
+    trained = {
+        ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module, encoders)
+    }
     rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
-    trained |= _further(model, targets, trained, rank)
+    trained |= _further(model, targets, trained, rank, encoders)
     trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
     if not trained:
         raise InputError(
@@ -127,20 +133,32 @@ def student_of(
         for part in model.components.values():
             part.requires_grad_(False)
         quantised = quantise(model, quantize, precision)
-        yield Student(model, _injected(model, trained), trained, rest, quantised)
+        encoders &= {ref.component for ref in trained}
+        yield Student(model, _injected(model, trained), trained, rest, quantised, encoders)
 
 
-def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None) -> str:
-    """Why no LoRA can be trained there; empty where one can."""
-    if model.pipeline is not None and ref.component != model.main_name:
-        return "a pipeline encodes its prompts without gradients"
+def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None, encoders: Collection[str] = ()) -> str:
+    """Why no LoRA can be trained there; empty where one can.
+
+    Args:
+        model: the new base.
+        ref: its module.
+        module: the same, loaded.
+        encoders: as `regraft.refine.encoders.trainable_encoders` gives them.
+    """
+    if model.pipeline is not None and ref.component != model.main_name and ref.component not in encoders:
+        return f"its pipeline runs the {ref.component} without gradients"
     if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
         return ""
     return "its module is no linear layer or convolution"
 
 
 def _further(
-    model: Loaded, targets: Sequence[str], trained: Mapping[ModuleRef, LowRank], rank: int | None
+    model: Loaded,
+    targets: Sequence[str],
+    trained: Mapping[ModuleRef, LowRank],
+    rank: int | None,
+    encoders: Collection[str],
 ) -> dict[ModuleRef, LowRank]:
     found: dict[ModuleRef, LowRank] = {}
     ranks = sorted(update.rank for update in trained.values())
@@ -150,7 +168,8 @@ def _further(
             (ModuleRef(component, name), module)
             for component, part in model.components.items()
             for name, module in part.named_modules()
-            if isinstance(module, nn.Linear) and fnmatchcase(name, pattern)
+            if fnmatchcase(name, pattern) and isinstance(module, nn.Linear)
+            if not why_not(model, ModuleRef(component, name), module, encoders)
         ]
         if not hits:
             raise InputError(f"no module of the new base matches {pattern!r}", file=model.path, remedy="See --targets.")
