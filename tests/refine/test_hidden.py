@@ -11,6 +11,7 @@ from running import Run
 from torch import Tensor
 
 from regraft import Adapter, UsageError, load_adapter, open_base
+from regraft.lineage import lineage_of
 from regraft.probes.batches import make_batches
 from regraft.refine import RefineSettings, refine
 from regraft.refine.aims import Aim, aims_of
@@ -170,6 +171,9 @@ def test_the_command_and_its_report_name_it(run: Run, adapter: Adapter, old: Pat
     ran = run(*asked, tmp_path / "out", "--steps", 2, "--hidden", 0.5, "--json")
     assert ran.code == 0, ran.err
     assert ran.record["hidden"].startswith("after model.layers.0 (as it is, ")
+    lineage = lineage_of(load_adapter(tmp_path / "out"))
+    assert lineage is not None
+    assert lineage["ports"][-1]["refined"]["objective"] == "output+hidden"
     ran = run(*asked, tmp_path / "other", "--hidden", -1)
     assert ran.code == 2
     assert "--hidden" in ran.err

@@ -101,21 +101,36 @@ def test_what_quantising_loses_is_made_up_for(adapter: Adapter, old: Path, new: 
     assert report.recovered > report.looks[0].recovered + 0.02
 
 
-def test_a_base_that_is_stored_in_4_bits_is_taken_for_the_whole_one_that_it_stands_for(
-    adapter: Adapter, old: Path, new: Path, tmp_path: Path
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_is_stored_quantised_is_run_as_the_weights_that_it_stands_for(
+    adapter: Adapter, old: Path, new: Path, tmp_path: Path, bits: int
 ) -> None:
-    stored = stored_in_4_bits(new, tmp_path / "stored")
+    stored = stored_in(bits, new, tmp_path / "stored")
     model, base = load_model(stored), open_base(stored)
     name = "model.layers.0.mlp.up_proj"
     weight = model.main.get_submodule(name).weight
     assert torch.equal(weight, base.weight(ModuleRef(MODEL, name)))
-    with student_of(model, tiny.lora(model.main, ROLES), quantize="4bit") as student:
-        packed = student.model.main.get_submodule(name).weight
-        again = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
-    # What was rounded to nf4 once is left as it is by the second time.
-    torch.testing.assert_close(again, weight, rtol=1e-5, atol=1e-6)
-    report = refine(adapter, open_base(old), base, settings=replace(QUICK, quantize="4bit")).report
+    if bits == 4:
+        # What was rounded to nf4 once is left as it is by the second time.
+        with student_of(model, tiny.lora(model.main, ROLES), quantize="4bit") as student:
+            packed = student.model.main.get_submodule(name).weight
+            again = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+        torch.testing.assert_close(again, weight, rtol=1e-5, atol=1e-6)
+    report = refine(adapter, open_base(old), base, settings=QUICK).report
     assert report.recovered > report.looks[0].recovered
+
+
+def stored_in(bits: int, base: Path, out: Path) -> Path:
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    LlamaForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32).save_pretrained(out)
+    return out
 
 
 def test_a_base_of_other_widths_is_told(folder: Path) -> None:
@@ -125,14 +140,6 @@ def test_a_base_of_other_widths_is_told(folder: Path) -> None:
         student_of(model, tiny.lora(model.main, ROLES), quantize="4bit"),
     ):
         pass
-
-
-def stored_in_4_bits(base: Path, out: Path) -> Path:
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    LlamaForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32).save_pretrained(out)
-    return out
 
 
 def test_without_bitsandbytes_it_is_told_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -347,6 +348,10 @@ _DIFFUSERS = "DIFFUSERS_VERBOSITY"
 def quiet_libraries() -> Iterator[None]:
     """Silence transformers' and diffusers' reports and bars: what matters of them is raised as an error here."""
     silenced: list[tuple[Any, int, bool]] = []
+    # PEFT imports it where it is there, and on a CPU it warns of kernels that it looks for on the hub.
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     told = os.environ.get(_DIFFUSERS)
     # diffusers is slow to import and may not be needed; where it is, it reads from here how loud to be.
     os.environ[_DIFFUSERS] = "critical"
@@ -355,25 +360,26 @@ def quiet_libraries() -> Iterator[None]:
         # transformers speaks while diffusers imports it.
         if name not in sys.modules and (name == "diffusers" or find_spec(name) is None):
             continue
-        logging = import_module(f"{name}.utils.logging")
-        silenced.append((logging, logging.get_verbosity(), bool(logging.is_progress_bar_enabled())))
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
+        its = import_module(f"{name}.utils.logging")
+        silenced.append((its, its.get_verbosity(), bool(its.is_progress_bar_enabled())))
+        its.set_verbosity(its.CRITICAL)
+        its.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # They warn of their own older spellings, which we use to run with older versions of them, too.
             warnings.simplefilter("ignore")
             yield
     finally:
+        bitsandbytes.setLevel(level)
         if told is None:
             del os.environ[_DIFFUSERS]
         else:
             os.environ[_DIFFUSERS] = told
         if late and "diffusers" in sys.modules:
-            logging = import_module("diffusers.utils.logging")
+            its = import_module("diffusers.utils.logging")
             # Within another such block it stays as quiet as that one wants it.
-            silenced.append((logging, logging.CRITICAL if told == "critical" else logging.WARNING, False))
-        for logging, verbosity, bars in silenced:
-            logging.set_verbosity(verbosity)
+            silenced.append((its, its.CRITICAL if told == "critical" else its.WARNING, False))
+        for its, verbosity, bars in silenced:
+            its.set_verbosity(verbosity)
             if bars:
-                logging.enable_progress_bar()
+                its.enable_progress_bar()
