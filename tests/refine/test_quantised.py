@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import sys
 import weakref
 from dataclasses import replace
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from running import Run
+from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import Adapter, InputError, load_adapter, open_base
 from regraft.adapter import MODEL, ModuleRef
 from regraft.refine import RefineSettings, refine
+from regraft.refine.quantised import quantise
 from regraft.refine.student import student_of
 from regraft.runtime import Loaded, applied, load_model
 from regraft.tensors import InMemory
@@ -150,3 +154,21 @@ def test_without_bitsandbytes_it_is_told_at_once(
     assert ran.code == 1
     assert "bitsandbytes is not installed" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_pipeline_with_a_quantised_denoiser_is_run_as_the_weights_that_it_stands_for(tmp_path: Path) -> None:
+    whole = tiny.pipeline(tmp_path / "whole", channels=(64, 64), context=64)
+    model = load_model(whole)
+    stored = shutil.copytree(whole, tmp_path / "stored")
+    place = stored / "unet"
+    quantise(model, "4bit")
+    save_file(model.main.state_dict(), place / "diffusion_pytorch_model.safetensors")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    packed = model.main.get_submodule(name).weight
+    wanted = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+    for path in (stored, place):
+        weight = load_model(path).main.get_submodule(name).weight
+        torch.testing.assert_close(weight, wanted, rtol=1e-6, atol=1e-7)
