@@ -109,6 +109,12 @@ def test_members_that_are_not_known_survive_a_port(bases: tuple[Base, Base]) -> 
     assert second["to"]["fingerprint"] == bases[1].fingerprint
 
 
+def test_the_sketch_of_a_quantised_base_is_a_valid_one() -> None:
+    sketch = "s1:model:F32,bnb nf4:xwSgvjow"
+    lineage = parse_lineage(json.dumps({"version": "1.0", "base": {**BASE, "sketch": sketch}, "ports": []}))
+    assert lineage["base"]["sketch"] == sketch
+
+
 def test_a_later_major_version_is_not_guessed_at(bases: tuple[Base, Base], tmp_path: Path) -> None:
     text = json.dumps({"version": "2.0", "root": "something new"})
     with pytest.raises(InputError, match=r"of version 2\.0, which is later\. Update regraft"):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
-from regraft.refine import _untrained
 from regraft.refine.student import student_of
 from regraft.runtime import Loaded, applied, load_model
 from regraft.tensors import InMemory
@@ -104,16 +103,6 @@ def test_what_cannot_be_trained_stays_as_it_was_ported(tmp_path: Path) -> None:
     with student_of(model, start) as student:
         assert student.updates()[norm] is shift
         torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_a_pipelines_text_encoder_is_kept_as_it_was_ported(tmp_path: Path) -> None:
-    base = tiny.pipeline(tmp_path / "base")
-    start = tiny.lora(load_model(base).components, ("to_q", "q_proj"))
-    model = load_model(base)
-    with student_of(model, start) as student:
-        assert {ref.component for ref in student.layers} == {"unet"}
-        assert {ref.component for ref in student.rest} == {"text_encoder"}
-        assert all("without gradients" in why for why in _untrained(student).values())
 
 
 def test_an_adapter_of_whole_parameters_alone_has_nothing_to_train(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ import torch
 from running import Run
 from torch import Tensor
 
-from regraft import InputError, open_base
+from regraft import InputError, UsageError, open_base
 from regraft.refine import RefineSettings
 from regraft.refine.virtual import SoftPrompt, load_soft_prompt, refine_soft_prompt, start_of
 from regraft.refine.words import shared_embeddings
@@ -168,6 +169,12 @@ def test_a_prompt_of_another_base_is_told(prompt: SoftPrompt, old: Path, tmp_pat
     wider = tiny.llama(tmp_path / "wider", width=24)
     with pytest.raises(InputError, match="vectors of 16 numbers"):
         refine_soft_prompt(prompt, open_base(wider), open_base(old), settings=QUICK)
+
+
+@pytest.mark.parametrize("asked", [{"hidden": 1.0}, {"quantize": "4bit"}])
+def test_what_has_no_meaning_for_a_prompt_is_told(prompt: SoftPrompt, old: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="outputs of the whole base"):
+        refine_soft_prompt(prompt, open_base(old), open_base(old), settings=replace(QUICK, **asked))
 
 
 def test_a_damaged_file_is_told_in_a_line(

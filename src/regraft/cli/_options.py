@@ -188,6 +188,13 @@ def above_zero(number: float, option: str) -> float:
     return number
 
 
+def at_least_zero(number: float, option: str) -> float:
+    """``number``, or a usage error where it is below 0."""
+    if not finite(number, option) >= 0:
+        raise UsageError(f"{option} {number} is out of range", remedy="Give 0 or more.")
+    return number
+
+
 def share(number: float, option: str) -> float:
     """``number``, or a usage error where it is no share of 1."""
     if not 0 <= finite(number, option) <= 1:

@@ -20,6 +20,7 @@ from regraft.output import check_writable, write_text
 from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
 from regraft.refine.bottleneck import is_bottleneck, load_bottlenecks, refine_bottlenecks
+from regraft.refine.quantised import Quantize
 from regraft.refine.settings import STEPS, Objective
 from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
@@ -53,6 +54,12 @@ def refine(
     objective: Annotated[
         str, typer.Option("--objective", metavar="|".join(get_args(Objective)), help="What is matched.")
     ] = "auto",
+    hidden: Annotated[
+        float,
+        typer.Option(
+            "--hidden", metavar="WEIGHT", help="Match the change of hidden states, too; 1 counts it as the outputs."
+        ),
+    ] = RefineSettings.hidden,
     retention: Annotated[
         float,
         typer.Option("--retention", help="Share of the steps that keep the new base as it is on inputs of its own."),
@@ -77,6 +84,9 @@ def refine(
     precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the student's passes.")] = (
         "no"
     ),
+    quantize: Annotated[
+        str, typer.Option("--quantize", metavar="none|4bit|8bit", help="Of the new base, while its adapter is trained.")
+    ] = "none",
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Never hold both bases on the device at once: they take turns.")
     ] = False,
@@ -115,6 +125,7 @@ def refine(
         objective=o.one_of(objective, "--objective", get_args(Objective)),
         steps=steps,
         rate=o.above_zero(rate, "--rate"),
+        hidden=o.at_least_zero(hidden, "--hidden"),
         retention=o.share(retention, "--retention"),
         stay=o.share(stay, "--stay"),
         n_inputs=n_inputs,
@@ -127,6 +138,7 @@ def refine(
         config=config,
         device=device,
         precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        quantize=o.one_of(quantize, "--quantize", get_args(Quantize)),
         low_memory=low_memory,
         checkpointing=checkpointing,
         optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),

@@ -21,6 +21,8 @@ Text = Annotated[str, Field(max_length=4096)]
 Word = Annotated[str, Field(min_length=1, max_length=256)]
 #: Compared as a string; `regraft.fingerprint` says how each is made.
 Fingerprint = Annotated[str, Field(pattern=r"^[!-~]{8,4096}$")]
+# It names kinds of stored values, and some names are of two words (``bnb nf4``).
+Sketch = Annotated[str, Field(pattern=r"^[ -~]{8,4096}$")]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -60,7 +62,7 @@ class BaseId(Open):
 
     fingerprint: Fingerprint
     structure: Fingerprint | None = None
-    sketch: Fingerprint | None = None
+    sketch: Sketch | None = None
     components: dict[Word, Hash] = Field(default_factory=dict)
     content: dict[Word, Hash] = Field(default_factory=dict)
     family: Word | None = None

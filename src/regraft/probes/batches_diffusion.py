@@ -61,12 +61,16 @@ class DiffusionBatch:
         with torch.no_grad():
             return self.predict(model, self.conditions(model))
 
-    @torch.no_grad()
-    def conditions(self, model: Loaded) -> Call:
-        """What the denoiser is handed beside states and timesteps, a row for each state."""
+    def conditions(self, model: Loaded, *, gradients: bool = False) -> Call:
+        """What the denoiser is handed beside states and timesteps, a row for each state.
+
+        Args:
+            model: to run.
+            gradients: of its text encoders are kept (`regraft.probes.diffusion.first_call`).
+        """
         distinct = list(dict.fromkeys(self.prompts))
         which = torch.tensor([distinct.index(prompt) for prompt in self.prompts])
-        call: Call = _taken(_conditions(model, distinct, self.latents[1], self.seed), which, len(distinct))
+        call: Call = _taken(_conditions(model, distinct, self.latents[1], self.seed, gradients), which, len(distinct))
         return call
 
     def predict(self, model: Loaded, conditions: Call) -> Tensor:
@@ -166,11 +170,11 @@ def _pure_noise(model: Loaded, count: int, seed: int, maker: Maker) -> Diffusion
     )
 
 
-def _conditions(model: Loaded, prompts: Sequence[str | None], like: Tensor, seed: int) -> Call:
+def _conditions(model: Loaded, prompts: Sequence[str | None], like: Tensor, seed: int, gradients: bool) -> Call:
     """What the pipeline hands to its denoiser for these prompts, without guidance: one row for each."""
     if model.pipeline is None:
         return made_up(model, seed)
-    return first_call(model, [prompt or "" for prompt in prompts], like)
+    return first_call(model, [prompt or "" for prompt in prompts], like, gradients=gradients)
 
 
 def _taken(value: Any, which: Tensor, rows: int) -> Any:

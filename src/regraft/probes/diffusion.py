@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,17 +171,26 @@ def _trajectory(model: Loaded, prompt: str, seed: int) -> tuple[Call, ...]:
 
 
 @torch.no_grad()
-def first_call(model: Loaded, prompts: str | list[str], latents: Tensor) -> Call:
-    """What the pipeline hands to its denoiser for the prompts, without guidance, at the size of ``latents``."""
-    sizes = {}
+def first_call(model: Loaded, prompts: str | list[str], latents: Tensor, *, gradients: bool = False) -> Call:
+    """What the pipeline hands to its denoiser for the prompts, without guidance, at the size of ``latents``.
+
+    Args:
+        model: a pipeline.
+        prompts: one or several.
+        latents: four dimensions say the size; any other leave it to the pipeline.
+        gradients: of the text encoders' trained parameters are kept, where the pipeline lets them through.
+    """
+    sizes: dict[str, Any] = {}
     if latents.dim() == 4:
         scale = getattr(model.pipeline, "vae_scale_factor", 8)
         sizes = {"height": latents.shape[2] * scale, "width": latents.shape[3] * scale}
     # Models distilled with guidance read it as an input; for the others 1 switches the second pass off.
     guided = getattr(model.main.config, "guidance_embeds", False)
     calls: list[Call] = []
-    with recording(model.main, calls, stop=True), suppress(Enough):
-        sample_latents(model, prompts, 0, **sizes, **({} if guided else {"guidance_scale": 1.0}))
+    if not guided:
+        sizes["guidance_scale"] = 1.0
+    with recording(model.main, calls, stop=True), suppress(Enough), torch.set_grad_enabled(gradients):
+        sample_latents(model, prompts, 0, gradients=gradients, **sizes)
     return calls[0]
 
 
@@ -214,16 +224,22 @@ def recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Ite
         handle.remove()
 
 
-def sample_latents(model: Loaded, prompt: str | list[str], seed: int, **settings: Any) -> Any:
+def sample_latents(
+    model: Loaded, prompt: str | list[str], seed: int, *, gradients: bool = False, **settings: Any
+) -> Any:
     """Latents for a prompt, or several together, as the pipeline gives them; settings that are None are left out."""
+    run = model.pipeline.__call__
+    if gradients:
+        # Pipelines are called under `torch.no_grad`.
+        run = partial(
+            getattr(type(model.pipeline).__call__, "__wrapped__", type(model.pipeline).__call__), model.pipeline
+        )
     accepted = inspect.signature(model.pipeline.__call__).parameters
     settings = {"prompt": prompt, "num_inference_steps": STEPS, "output_type": "latent", **settings}
     several = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt))] if isinstance(prompt, list) else []
     generator = several or torch.Generator().manual_seed(seed)
     try:
-        made = model.pipeline(
-            generator=generator, **{k: v for k, v in settings.items() if k in accepted and v is not None}
-        )
+        made = run(generator=generator, **{k: v for k, v in settings.items() if k in accepted and v is not None})
     except (Enough, RegraftError):
         raise
     except Exception as error:

@@ -22,10 +22,12 @@ from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import alone, copied, rows
+from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, measured, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
+from regraft.refine.quantised import check_quantiser
 from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, Objective, RefineSettings, settled
@@ -93,6 +95,7 @@ def refine(
         InputError: the bases can't be run or compared, the adapter has no effect, or nothing of it can be trained.
     """
     began = perf_counter()
+    check_quantiser(settings.quantize)
     strip = strip or Strip(0)
     # The start that looks at outputs would hold both models on the device.
     apart = settings.low_memory and settings.device != "cpu"
@@ -118,6 +121,9 @@ def refine(
         else:
             aims = aims_of(models, adapter, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
+        hidden = ""
+        if settings.hidden > 0:
+            fit, hidden = with_hidden(models, adapter, (old, new), fit, stay=settings.stay, tick=tick)
         strip.before(models, adapter)
         # The old base has said all that is wanted of it: its memory is the training's.
         target = models.new
@@ -125,17 +131,27 @@ def refine(
             del models
         if start is None:
             begin = _better_than_none(begin, adapter, (old, new), target, held)
-        with student_of(
-            target, begin.adapter, rank=settings.rank, targets=settings.targets, seed=settings.seed
-        ) as student:
+        none, copy = alone(target, held), copied(adapter, target, held)
+        made = student_of(
+            target,
+            begin.adapter,
+            rank=settings.rank,
+            targets=settings.targets,
+            seed=settings.seed,
+            quantize=settings.quantize,
+            precision=settings.precision,
+        )
+        # Likewise of the whole new base, where the student's is quantised.
+        del target
+        with made as student:
             course = train(student, fit, held, settings, heard=strip.beside(student.model, heard), state=state)
             strip.after(course.best_look, student.model)
             # Where nothing was gained, the very bytes of the start.
             gained = course.best_look.step > 0 or settings.rank is not None
             updates = student.updates() if gained else dict(begin.adapter.updates)
             trained, modules = sum(p.numel() for p in student.parameters()), len(student.layers)
-            untrained = _untrained(student)
-        beside = rows(begin.how, course, alone(target, held), copied(adapter, target, held))
+            untrained, quantised = _untrained(student), student.quantised
+        beside = rows(begin.how, course, none, copy)
     refined = replace(begin.adapter, updates=updates)
     report = RefineReport(
         regraft_version=__version__,
@@ -145,6 +161,8 @@ def refine(
         start_reason=begin.reason,
         objective=chosen,
         objective_reason=why,
+        hidden=hidden,
+        quantised=quantised,
         inputs=inputs.made,
         n_inputs=sum(len(batch) for batch in inputs.fit),
         steps=course.best_look.step,
@@ -221,7 +239,7 @@ def _untrained(student: Student) -> dict[str, str]:
     modules = modules_of(student.model, student.rest)
     for ref, update in student.rest.items():
         low_rank = isinstance(update, LowRank)
-        what = why_not(student.model, ref, modules.get(ref)) if low_rank else f"a {update.kind}"
+        what = why_not(student.model, ref, modules.get(ref), student.encoders) if low_rank else f"a {update.kind}"
         said[str(ref)] = f"{what}: kept as it was ported"
     return said
 

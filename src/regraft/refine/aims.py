@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from regraft.adapter import Adapter
 from regraft.errors import InputError
 from regraft.probes.batches import Batch
+from regraft.refine.states import HiddenAim
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded
@@ -37,6 +38,7 @@ class Aim:
         language: whether outputs are log-probabilities.
         size: mean distance of the new base alone from what is wanted; on its own inputs, from the adapter's effect.
         retention: the new base made the inputs: it is to stay itself there.
+        hidden: what is wanted of hidden states beside; see `regraft.refine.hidden`.
     """
 
     batch: Batch
@@ -45,6 +47,7 @@ class Aim:
     language: bool
     size: float
     retention: bool
+    hidden: HiddenAim | None = field(default=None, kw_only=True)
 
     def distance(self, outputs: Tensor) -> Tensor:
         """Mean over rows of KL(wanted ‖ outputs), or of the squared error.

@@ -18,6 +18,7 @@ from regraft.output import whole
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import STEPS, RefineSettings
+from regraft.refine.states import watching
 from regraft.refine.student import Student
 from regraft.runtime.load import Loaded, library
 
@@ -114,7 +115,8 @@ def train(
     run = _Run(student, fit, held, settings, heard)
     if state is not None and state.is_file():
         run.resume(state)
-    prepared = [aim.batch for aim in (*fit, *held) if isinstance(aim.batch, PreparedBatch)]
+    batches = () if student.encoders else [aim.batch for aim in (*fit, *held)]
+    prepared = [batch for batch in batches if isinstance(batch, PreparedBatch)]
     for batch in prepared:
         batch.prepare(student.model)
     try:
@@ -206,10 +208,13 @@ class _Run:
         rate = self.settings.rate * _schedule(self.step, self.most)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.enable_grad(), self.accelerator.autocast():
+        blocks = () if aim.hidden is None else aim.hidden.wanted
+        with torch.enable_grad(), self.accelerator.autocast(), watching(self.student.model, blocks) as seen:
             outputs = aim.told(_forward(aim, self.student))
         with torch.enable_grad():
             loss = aim.loss(outputs) / self.size
+            if aim.hidden is not None:
+                loss = loss + self.settings.hidden * aim.hidden.distance(seen)
         self.accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         value = float(loss.detach())
@@ -290,7 +295,8 @@ def _forward(aim: Aim, student: Student) -> Tensor:
     """`Batch.run` with gradients."""
     batch, model = aim.batch, student.model
     if isinstance(batch, PreparedBatch):
-        return batch.predict(model, batch.known[id(model.main)])
+        known = batch.known.get(id(model.main))
+        return batch.predict(model, batch.conditions(model, gradients=True) if known is None else known)
     run = type(batch).run
     # Batches run without gradients for everyone else.
     outputs: Tensor = getattr(run, "__wrapped__", run)(batch, model, "new")

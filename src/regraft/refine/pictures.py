@@ -28,7 +28,7 @@ _DRAWN, _STEPS = 16, 20
 
 @dataclass(frozen=True)
 class PreparedBatch(DiffusionBatch):
-    """States whose conditioning is computed once for a model whose text encoders are not trained."""
+    """States whose conditioning is computed once for a model, where its text encoders are not trained."""
 
     known: dict[int, Call] = field(default_factory=dict, compare=False)
 

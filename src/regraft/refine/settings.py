@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from regraft.refine.quantised import Quantize
+
 #: What is matched: the adapter's effect, the old base's own outputs with it, something between; or no outputs at all,
 #: but what the old base writes or draws with it is learnt.
 Objective = Literal["auto", "effect", "output", "mixed", "sample"]
@@ -25,6 +27,7 @@ class RefineSettings:
             pair shares.
         steps: at most; None for `STEPS`, or `FAR_STEPS`.
         rate: AdamW's learning rate at its peak.
+        hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
         retention: share of the steps that are spent on inputs that the new base made.
         stay: how far the new base is to stay itself there, 0 (with the adapter's effect) to 1 (as it is alone).
         patience: looks at held-out inputs without a gain, after which it stops.
@@ -39,6 +42,7 @@ class RefineSettings:
         config: of bare weights files.
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: of the student's passes, as accelerate names it.
+        quantize: how the student's base is held; see `regraft.refine.quantised`.
         low_memory: never hold both bases on the device at once: they take turns, and what the old one says is kept.
         checkpointing: save memory by computing activations twice.
         optimizer: ``adamw``, or ``adamw8bit`` (bitsandbytes).
@@ -47,6 +51,7 @@ class RefineSettings:
     objective: Objective = "auto"
     steps: int | None = None
     rate: float = 2e-3
+    hidden: float = 0.0
     retention: float = 0.25
     stay: float = 0.0
     patience: int = 4
@@ -61,6 +66,7 @@ class RefineSettings:
     config: Path | None = None
     device: str = "cpu"
     precision: Literal["no", "fp16", "bf16"] = "no"
+    quantize: Quantize = "none"
     low_memory: bool = False
     checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

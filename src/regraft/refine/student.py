@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.errors import InputError
+from regraft.refine.encoders import trainable_encoders
+from regraft.refine.quantised import Quantize, quantise
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.load import Loaded, library
@@ -34,12 +36,16 @@ class Student:
         layers: module of the new base → PEFT's layer in its place.
         start: the updates that the layers were started from, by the new base's names.
         rest: updates that are not trained: norms, biases, embeddings. They are merged into the model.
+        quantised: how the model's own layers are held, where not whole; in words.
+        encoders: a pipeline's text encoders that are trained: its prompts are encoded anew at every step.
     """
 
     model: Loaded
     layers: Mapping[ModuleRef, Any]
     start: Mapping[ModuleRef, LowRank]
     rest: Mapping[ModuleRef, Update]
+    quantised: str = ""
+    encoders: frozenset[str] = frozenset()
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -89,6 +95,8 @@ def student_of(
     rank: int | None = None,
     targets: Sequence[str] = (),
     seed: int = 0,
+    quantize: Quantize = "none",
+    precision: str = "no",
 ) -> Iterator[Student]:
     """A student on the tensors of a loaded base, which stay as they are.
 
@@ -98,16 +106,23 @@ def student_of(
         rank: of every trained update; None for each one's own. Added directions start at zero effect.
         targets: patterns (``*.q_proj``) of further modules to train, from zero.
         seed: of added directions.
+        quantize: hold the base's linear layers in so many bits; see `regraft.refine.quantised`.
+        precision: that quantised layers compute in.
 
     Raises:
         InputError: nothing of the adapter can be trained, or a pattern matches no module.
     """
     own = {ref: update for ref, update in start.updates.items() if isinstance(update, LowRank)}
     model = twin(base)
-    trained = {ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module)}
+    # Where nobody else holds it, quantising lets go of the whole weights.
+    del base
+    encoders = trainable_encoders(model, own, targets)
+    trained = {
+        ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module, encoders)
+    }
     rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
-    trained |= _further(model, targets, trained, rank)
+    trained |= _further(model, targets, trained, rank, encoders)
     trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
     if not trained:
         raise InputError(
@@ -117,20 +132,33 @@ def student_of(
         stack.enter_context(applied(model.components, replace(start, updates=rest)))
         for part in model.components.values():
             part.requires_grad_(False)
-        yield Student(model, _injected(model, trained), trained, rest)
+        quantised = quantise(model, quantize, precision)
+        encoders &= {ref.component for ref in trained}
+        yield Student(model, _injected(model, trained), trained, rest, quantised, encoders)
 
 
-def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None) -> str:
-    """Why no LoRA can be trained there; empty where one can."""
-    if model.pipeline is not None and ref.component != model.main_name:
-        return "a pipeline encodes its prompts without gradients"
+def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None, encoders: Collection[str] = ()) -> str:
+    """Why no LoRA can be trained there; empty where one can.
+
+    Args:
+        model: the new base.
+        ref: its module.
+        module: the same, loaded.
+        encoders: as `regraft.refine.encoders.trainable_encoders` gives them.
+    """
+    if model.pipeline is not None and ref.component != model.main_name and ref.component not in encoders:
+        return f"its pipeline runs the {ref.component} without gradients"
     if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
         return ""
     return "its module is no linear layer or convolution"
 
 
 def _further(
-    model: Loaded, targets: Sequence[str], trained: Mapping[ModuleRef, LowRank], rank: int | None
+    model: Loaded,
+    targets: Sequence[str],
+    trained: Mapping[ModuleRef, LowRank],
+    rank: int | None,
+    encoders: Collection[str],
 ) -> dict[ModuleRef, LowRank]:
     found: dict[ModuleRef, LowRank] = {}
     ranks = sorted(update.rank for update in trained.values())
@@ -140,7 +168,8 @@ def _further(
             (ModuleRef(component, name), module)
             for component, part in model.components.items()
             for name, module in part.named_modules()
-            if isinstance(module, nn.Linear) and fnmatchcase(name, pattern)
+            if fnmatchcase(name, pattern) and isinstance(module, nn.Linear)
+            if not why_not(model, ModuleRef(component, name), module, encoders)
         ]
         if not hits:
             raise InputError(f"no module of the new base matches {pattern!r}", file=model.path, remedy="See --targets.")

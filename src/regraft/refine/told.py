@@ -28,7 +28,7 @@ def look_row(look: Look, seconds: float) -> RefineLook:
 def lineage_entry(report: RefineReport) -> dict[str, object]:
     """What a lineage tells of a refine, under ``refined`` (docs/standard.md)."""
     return {
-        "objective": report.objective,
+        "objective": f"{report.objective}+hidden" if report.hidden else report.objective,
         "start": report.start if report.start_reason != "as given" else "given",
         "steps": report.steps,
         "inputs": report.n_inputs,

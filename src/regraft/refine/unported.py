@@ -104,11 +104,15 @@ def taught(
         tick: told of what is at work.
 
     Raises:
-        UsageError: ``settings`` ask for a rank or targets.
+        UsageError: ``settings`` ask for a rank, targets, hidden states or a quantised base.
         InputError: the bases can't be run with it or compared, or it has no effect.
     """
     if settings.rank is not None or settings.targets:
         raise UsageError(f"a {adapter.noun} has no rank and no targets", remedy="Leave --rank and --targets out.")
+    if settings.hidden > 0 or settings.quantize != "none":
+        raise UsageError(
+            f"a {adapter.noun} is learnt from outputs of the whole base", remedy="Leave --hidden and --quantize out."
+        )
     began = perf_counter()
     settings = settings if adapter.retains else replace(settings, retention=0.0)
     with quiet_libraries():

@@ -44,6 +44,10 @@ class RefineReport(VersionedRecord):
     start_reason: str = ""
     objective: str
     objective_reason: str = ""
+    hidden: str = Field(
+        default="", description="after which blocks the change of hidden states was matched beside the outputs"
+    )
+    quantised: str = Field(default="", description="how the new base was held in the training, where not whole")
     inputs: str = Field(description="how the inputs were made")
     n_inputs: int
     steps: int = Field(description="the step that was best on held-out inputs, and was kept")

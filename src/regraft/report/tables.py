@@ -137,8 +137,10 @@ def refine_table(report: RefineReport, console: Console) -> None:
     rows = [
         ("start", f"{report.start}{why}"),
         ("objective", f"{report.objective} ({report.objective_reason})"),
+        *([("hidden", report.hidden)] if report.hidden else []),
         ("inputs", report.inputs),
         ("trained", f"{report.trained:,} numbers in {report.modules} modules"),
+        *([("quantised", report.quantised)] if report.quantised else []),
         ("stopped", report.stopped),
         *([("not kept", f"the state to go on from: {report.unkept}")] if report.unkept else []),
         ("took", f"{report.seconds:.0f} s, {report.peak_mb:.0f} MB at most"),

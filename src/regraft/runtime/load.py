@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from regraft.adapter import MODEL
 from regraft.checkpoints import open_checkpoint
+from regraft.checkpoints.quantised import is_read
 from regraft.errors import InputError, RegraftError, first_line, reading
 
 #: What a model gives: logits over a vocabulary, hidden states, or a prediction of noise.
@@ -128,6 +130,9 @@ def _folder(path: Path, dtype: torch.dtype) -> Loaded:
     if (path / "model_index.json").is_file():
         return _pipeline(path, dtype)
     config = _read_config(path)
+    if is_read(config):
+        # The libraries would keep the packed weights, which no adapter can be merged into.
+        return _file(path, path, dtype)
     if "_class_name" in config:
         cls = _unet_class(config, path)
         with reading(path), quiet_libraries():
@@ -148,9 +153,24 @@ def _pipeline(path: Path, dtype: torch.dtype) -> Loaded:
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     with reading(path), quiet_libraries():
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(path), torch_dtype=dtype, local_files_only=True, **without
+            str(path), torch_dtype=dtype, local_files_only=True, **without, **_stored_quantised(path, index, dtype)
         )
     return _around(pipeline, path)
+
+
+def _stored_quantised(path: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """A pipeline's components whose weights are stored quantised, as those that they stand for (see `_folder`)."""
+    found: dict[str, nn.Module] = {}
+    for name in _COMPONENTS:
+        place = path / name
+        if name not in index or not (place / "config.json").is_file() or not is_read(_read_config(place)):
+            continue
+        fields = _read_config(place)
+        if "_class_name" in fields:
+            found[name] = _filled(_diffusers_class(fields, place), fields, place, dtype)
+        else:
+            found[name] = _file(place, place, dtype).main
+    return found
 
 
 def _around(pipeline: Any, path: Path) -> Loaded:
@@ -177,12 +197,9 @@ def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
     if place.is_dir() and (place / "model_index.json").is_file() and not (place / "config.json").is_file():
         return _single_file_pipeline(path, place, dtype)
     fields = _read_config(place)
-    tensors = open_checkpoint(path).components.get(MODEL, {})
-    state = {name: ref.load() for name, ref in tensors.items()}
     if "_class_name" in fields:
-        model = _unet_class(fields, place).from_config(fields)
-        _fill(model, state, path)
-        return _denoiser(model.to(dtype), path)
+        return _denoiser(_filled(_unet_class(fields, place), fields, path, dtype), path)
+    state = _state_of(path)
     cls, settings = _transformers_class(fields, place), _transformers_config(fields, place)
     # The Auto classes want a folder; their table gives the class itself.
     cls = cls._model_mapping[type(settings)] if hasattr(cls, "_model_mapping") else cls
@@ -211,10 +228,25 @@ def _single_file_pipeline(path: Path, place: Path, dtype: torch.dtype) -> Loaded
     return _around(pipeline, path)
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _filled(cls: Any, fields: Mapping[str, Any], path: Path, dtype: torch.dtype) -> nn.Module:
+    """A diffusers model of these fields with a checkpoint's weights."""
+    model: nn.Module = cls.from_config(_plain(fields))
     with _fitting_shapes(path):
-        result = model.load_state_dict(dict(state), strict=False)
+        result = model.load_state_dict(_state_of(path), strict=False)
     _check_keys(result.missing_keys, result.unexpected_keys, path)
+    return model.to(dtype)
+
+
+def _state_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of one model, by name; quantised ones as plain weights."""
+    components = open_checkpoint(path).components
+    tensors = components.get(MODEL, {}) if len(components) != 1 else next(iter(components.values()))
+    return {name: ref.load() for name, ref in tensors.items()}
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of the weights that quantised ones stand for."""
+    return {name: value for name, value in fields.items() if name != "quantization_config"}
 
 
 @contextmanager
@@ -273,11 +305,16 @@ def _read_config(place: Path) -> dict[str, Any]:
     return config
 
 
-def _unet_class(config: Mapping[str, Any], path: Path) -> Any:
+def _diffusers_class(config: Mapping[str, Any], path: Path) -> Any:
     name = str(config["_class_name"])
     cls = getattr(library("diffusers"), name, None)
     if cls is None:
         raise InputError(f"this version of diffusers has no {name}", file=path, remedy="Upgrade diffusers.")
+    return cls
+
+
+def _unet_class(config: Mapping[str, Any], path: Path) -> Any:
+    cls, name = _diffusers_class(config, path), str(config["_class_name"])
     if not name.startswith("UNet"):
         raise InputError(
             f"a {name} alone can't be run: its inputs come from the pipeline",
@@ -303,7 +340,7 @@ def _transformers_config(fields: Mapping[str, Any], place: Path) -> Any:
     kind = fields.get("model_type")
     if kind is None or kind not in transformers.CONFIG_MAPPING:
         raise InputError(f"this version of transformers has no model type {kind!r}", file=place)
-    return transformers.CONFIG_MAPPING[kind].from_dict(dict(fields))
+    return transformers.CONFIG_MAPPING[kind].from_dict(_plain(fields))
 
 
 def _kind(model: nn.Module) -> Kind:
@@ -342,6 +379,10 @@ _DIFFUSERS = "DIFFUSERS_VERBOSITY"
 def quiet_libraries() -> Iterator[None]:
     """Silence transformers' and diffusers' reports and bars: what matters of them is raised as an error here."""
     silenced: list[tuple[Any, int, bool]] = []
+    # PEFT imports it where it is there, and on a CPU it warns of kernels that it looks for on the hub.
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     told = os.environ.get(_DIFFUSERS)
     # diffusers is slow to import and may not be needed; where it is, it reads from here how loud to be.
     os.environ[_DIFFUSERS] = "critical"
@@ -350,25 +391,26 @@ def quiet_libraries() -> Iterator[None]:
         # transformers speaks while diffusers imports it.
         if name not in sys.modules and (name == "diffusers" or find_spec(name) is None):
             continue
-        logging = import_module(f"{name}.utils.logging")
-        silenced.append((logging, logging.get_verbosity(), bool(logging.is_progress_bar_enabled())))
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
+        its = import_module(f"{name}.utils.logging")
+        silenced.append((its, its.get_verbosity(), bool(its.is_progress_bar_enabled())))
+        its.set_verbosity(its.CRITICAL)
+        its.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # They warn of their own older spellings, which we use to run with older versions of them, too.
             warnings.simplefilter("ignore")
             yield
     finally:
+        bitsandbytes.setLevel(level)
         if told is None:
             del os.environ[_DIFFUSERS]
         else:
             os.environ[_DIFFUSERS] = told
         if late and "diffusers" in sys.modules:
-            logging = import_module("diffusers.utils.logging")
+            its = import_module("diffusers.utils.logging")
             # Within another such block it stays as quiet as that one wants it.
-            silenced.append((logging, logging.CRITICAL if told == "critical" else logging.WARNING, False))
-        for logging, verbosity, bars in silenced:
-            logging.set_verbosity(verbosity)
+            silenced.append((its, its.CRITICAL if told == "critical" else its.WARNING, False))
+        for its, verbosity, bars in silenced:
+            its.set_verbosity(verbosity)
             if bars:
-                logging.enable_progress_bar()
+                its.enable_progress_bar()

@@ -82,6 +82,12 @@ def plain_weights(tensors: Mapping[str, TensorRef], config: Mapping[str, Any] | 
     return Plain(shown, tuple(kinds), tuple(left_out))
 
 
+def is_read(config: Mapping[str, Any]) -> bool:
+    """Whether a model's ``config.json`` says that its weights are quantised by a method that is read here."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, Mapping) and settings.get("quant_method") in _READ
+
+
 def _find(tensors: Mapping[str, TensorRef], settings: Mapping[str, Any]) -> dict[str, Found]:
     """Module path → its quantised weight."""
     marks = [(mark, scheme) for scheme in schemes() for mark in scheme.marks]
