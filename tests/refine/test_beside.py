@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from regraft import Adapter, load_adapter, open_base
+from regraft import Adapter, InputError, load_adapter, open_base
+from regraft.adapter import ModuleRef
 from regraft.refine import RefineResult, RefineSettings, refine
 from regraft.refine.beside import rows
 from regraft.refine.loop import Course, Look
@@ -56,6 +58,19 @@ def test_every_row_has_its_drift_on_the_new_bases_own_inputs(result: RefineResul
     assert copy.drift is not None
     assert start.drift == result.report.looks[0].drift
     assert refined.drift in {look.drift for look in result.report.looks}
+
+
+def test_a_native_adapter_stands_beside_the_refined_one(adapter: Adapter, old: Path, new: Path, folder: Path) -> None:
+    model = load_model(new).main
+    tiny.lora(model, ("q_proj", "v_proj"), size=0.3).save(folder / "native")
+    native = load_adapter(folder / "native")
+    found = refine(adapter, open_base(old), open_base(new), start="zero", settings=QUICK, native=native).report
+    assert [row.title for row in found.beside] == ["none", "copy", "zero", "refined", "native"]
+    # Random updates of another draw: they don't make what is wanted.
+    assert found.beside[-1].recovered < 0.5
+    nowhere = replace(native, updates={ModuleRef("model", "no.such.module"): next(iter(native.updates.values()))})
+    with pytest.raises(InputError, match="changes no module of the new base"):
+        refine(adapter, open_base(old), open_base(new), start="zero", settings=QUICK, native=nowhere)
 
 
 def test_a_start_that_is_the_copy_is_told_once() -> None:

@@ -41,6 +41,10 @@ def refine(
         Path | None,
         typer.Option("--start", metavar="PORTED|zero", help="To begin from; by default the port that auto makes."),
     ] = None,
+    native: Annotated[
+        Path | None,
+        typer.Option("--native", metavar="FILE", help="An adapter trained on the new base, to show beside the result."),
+    ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
     ] = None,
@@ -156,11 +160,13 @@ def refine(
     )
     kind = next((kind for kind in _UNPORTED if kind.is_one(adapter)), None)
     if kind is not None:
-        if start is not None or format is not None:
-            raise UsageError(f"{kind.name} has one format and no port", remedy="Leave --start and --format out.")
+        if start is not None or format is not None or native is not None:
+            what = f"{kind.name} has one format, no port and nothing native beside it"
+            raise UsageError(what, remedy="Leave --start, --format and --native out.")
         record = run.without_port(kind)
     else:
-        record = run.from_port(start, format, (PROMPTS if report is not None else 0) if pictures is None else pictures)
+        drawn = (PROMPTS if report is not None else 0) if pictures is None else pictures
+        record = run.from_port(start, native, format, drawn)
     if report is not None:
         from regraft.report.refine_page import render_refine
 
@@ -197,10 +203,11 @@ class _Run:
     overwrite: bool
     quiet: bool
 
-    def from_port(self, start: Path | None, format: str | None, pictures: int) -> RefineReport:
+    def from_port(self, start: Path | None, native: Path | None, format: str | None, pictures: int) -> RefineReport:
         """Refine updates of weights, and write them."""
         trained = load_adapter(self.path, names=o.names_of(self.old), base_config=o.config_of(self.old))
         ported = _start(start, self.new)
+        known = None if native is None else _on(native, self.new)
         state = self._state(trained, ported)
         with progress("Refining", quiet=self.quiet) as tick:
             heard, done = _teller(tick, self.settings)
@@ -215,6 +222,7 @@ class _Run:
                 tick=tick,
                 heard=heard,
                 strip=strip,
+                native=known,
             )
             written = result.save(self.output, format=format, overwrite=self.overwrite)
         forget(state)
@@ -282,7 +290,11 @@ def _start(start: Path | None, new: Base) -> Adapter | Literal["zero"] | None:
     if start is None:
         return None
     # A file of that name is still to be had, by its whole path.
-    return ZERO if str(start) == ZERO else load_adapter(start, names=o.names_of(new), base_config=o.config_of(new))
+    return ZERO if str(start) == ZERO else _on(start, new)
+
+
+def _on(file: Path, base: Base) -> Adapter:
+    return load_adapter(file, names=o.names_of(base), base_config=o.config_of(base))
 
 
 def seconds(text: str | None) -> float | None:

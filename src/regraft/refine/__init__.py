@@ -21,7 +21,7 @@ from regraft.migration import summarise
 from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
-from regraft.refine.beside import alone, copied, rows
+from regraft.refine.beside import COPY, NATIVE, alone, placed, rows
 from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, measured, train
@@ -76,6 +76,7 @@ def refine(
     tick: Tick = _no_tick,
     heard: Heard = lambda look: None,
     strip: Strip | None = None,
+    native: Adapter | None = None,
 ) -> RefineResult:
     """Distil *old base + adapter* into *new base + adapter*.
 
@@ -89,10 +90,12 @@ def refine(
         tick: told of what is at work.
         heard: called after each look at held-out inputs.
         strip: draws pictures at some of the looks, for the report; their time counts towards a budget.
+        native: an adapter that was trained on ``new``, to be measured beside the refined one.
 
     Raises:
         Refused: the adapter is for another family.
-        InputError: the bases can't be run or compared, the adapter has no effect, or nothing of it can be trained.
+        InputError: the bases can't be run or compared, the adapter has no effect, nothing of it can be trained, or no
+            module of ``native`` has a place in the new base.
     """
     began = perf_counter()
     check_quantiser(settings.quantize)
@@ -131,7 +134,10 @@ def refine(
             del models
         if start is None:
             begin = _better_than_none(begin, adapter, (old, new), target, held)
-        none, copy = alone(target, held), copied(adapter, target, held)
+        none, copy = alone(target, held), placed(COPY, adapter, target, held)
+        known = None if native is None else placed(NATIVE, native, target, held)
+        if native is not None and known is None:
+            raise InputError("changes no module of the new base: it is not native to it", file=native.path)
         made = student_of(
             target,
             begin.adapter,
@@ -151,7 +157,7 @@ def refine(
             updates = student.updates() if gained else dict(begin.adapter.updates)
             trained, modules = sum(p.numel() for p in student.parameters()), len(student.layers)
             untrained, quantised = _untrained(student), student.quantised
-        beside = rows(begin.how, course, none, copy)
+        beside = rows(begin.how, course, none, copy, known)
     refined = replace(begin.adapter, updates=updates)
     report = RefineReport(
         regraft_version=__version__,

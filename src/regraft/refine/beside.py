@@ -13,6 +13,8 @@ from regraft.runtime.load import Loaded
 
 #: Titles of the rows that every refine has.
 NONE, COPY, REFINED = "none", "copy", "refined"
+#: And of one that is there where such an adapter was given.
+NATIVE = "native"
 
 
 def alone(new: Loaded, held: Sequence[Aim]) -> Refined:
@@ -25,37 +27,42 @@ def alone(new: Loaded, held: Sequence[Aim]) -> Refined:
     return Refined(title=NONE, recovered=0.0, drift=measured(held, new)[1])
 
 
-def copied(adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Refined | None:
-    """A plain copy of the original on the new base; None where no module of it has a place there.
+def placed(title: str, adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Refined | None:
+    """An adapter as it is on the new base: a plain copy, or a native one. None where no module of it has a place there.
 
     Args:
-        adapter: as it was trained on the old base.
+        title: `COPY` or `NATIVE`.
+        adapter: by whichever base's names.
         new: the new base, as it is.
         held: held-out aims, the same ones that the student is looked at with.
     """
-    copy = fitting(new.components, adapter)
-    if not copy.updates:
+    found = fitting(new.components, adapter)
+    if not found.updates:
         return None
-    with applied(new.components, copy):
+    with applied(new.components, found):
         lacking, drift = measured(held, new)
     if lacking is None:
         return None
-    lost = len(adapter.updates) - len(copy.updates)
+    lost = len(adapter.updates) - len(found.updates)
     note = f"{lost} of {len(adapter.updates)} modules have no place" if lost else ""
-    return Refined(title=COPY, recovered=1.0 - lacking, drift=drift, note=note)
+    return Refined(title=title, recovered=1.0 - lacking, drift=drift, note=note)
 
 
-def rows(start: str, course: Course, none: Refined, copy: Refined | None) -> list[Refined]:
-    """None, copy, start and refined, in this order; a start that is the copy is told once.
+def rows(
+    start: str, course: Course, none: Refined, copy: Refined | None, native: Refined | None = None
+) -> list[Refined]:
+    """None, copy, start, refined and native, in this order; a start that is the copy is told once.
 
     Args:
         start: how the start was ported.
         course: the training.
         none: what `alone` gave.
-        copy: what `copied` gave.
+        copy: what `placed` gave of the original.
+        native: likewise of an adapter that was trained on the new base.
     """
     found = [none, *([copy] if copy is not None and start != COPY else [])]
-    return [*found, _of(start, course.looks[0]), _of(REFINED, course.best_look)]
+    found += [_of(start, course.looks[0]), _of(REFINED, course.best_look)]
+    return [*found, *([native] if native is not None else [])]
 
 
 def _of(title: str, look: Look) -> Refined:
