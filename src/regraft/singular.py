@@ -90,7 +90,8 @@ def _settled(u: Tensor, s: Tensor, v: Tensor) -> Singular:
     if not float(s[0]) > 0:
         return Singular(_nearest(u[:, :0], len(s)), s, _nearest(v[:, :0], len(s)))
     rank = int((s > NULL * s[0]).sum())
-    ends = (torch.nonzero(s[: rank - 1] - s[1:rank] > CLUSTER * s[0]).flatten() + 1).tolist() + [rank]
+    gaps = s[: rank - 1] - s[1:rank] > CLUSTER * s[0]
+    ends = [*(torch.nonzero(gaps).flatten() + 1).tolist(), rank]
     u, v = u.clone(), v.clone()
     largest = max(end - start for start, end in zip([0, *ends], ends, strict=False))
     reference = _noise(u.shape[0], largest, "clusters").to(u.device)
@@ -172,8 +173,9 @@ def moved(stored: Tensor, found: Tensor) -> str | None:
     return None if worst <= _VECTORS_MOVED else f"the leading singular vectors differ by about {worst:.0%}"
 
 
-def _parts(numbers: Tensor) -> tuple[Tensor, ...]:
-    return numbers.detach().double().cpu().split(_PROBES)
+def _parts(numbers: Tensor) -> list[Tensor]:
+    plain = numbers.detach().double().cpu()
+    return [plain[start : start + _PROBES] for start in range(0, len(plain), _PROBES)]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,128 @@
+"""Layers of LoRA-X."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from regraft.singular import as_matrix, print_of, rank_for
+from regraft.tuners._layer import CONVOLUTIONS, Buffers, TunedLayer, check_layer, is_conv1d
+from regraft.tuners._vectors import vectors_of
+from regraft.tuners.lorax.config import LoraXConfig
+
+_TAKES = {"Linear": (nn.Linear,), "Conv1D of transformers": (Conv1D,), "Conv1d, Conv2d, Conv3d": CONVOLUTIONS}
+
+
+class LoraXLayer(TunedLayer):
+    """ΔW = U ΔΣ Vᵀ on the weight as it is stored, (m, n): (out, in), (in, out) of a Conv1D, (out, in · kh · kw).
+
+    Attributes:
+        lorax_sigma: ΔΣ, the trained numbers: (r,) or (r, r).
+        lorax_u: (m, r), from the base, float32.
+        lorax_v: (n, r), likewise.
+        lorax_print: a few numbers that tell the base, (24,): see `regraft.singular.print_of`.
+    """
+
+    title = "LoRA-X"
+    adapter_layer_names: tuple[str, ...] = ("lorax_sigma",)
+    buffer_names = ("lorax_u", "lorax_v", "lorax_print")
+    lorax_sigma: nn.ParameterDict
+    lorax_u: Buffers
+    lorax_v: Buffers
+    lorax_print: Buffers
+
+    @classmethod
+    def check(cls, base_layer: nn.Module, config: LoraXConfig, key: str) -> None:
+        check_layer(base_layer, key, cls.title, takes=_TAKES)
+        if isinstance(base_layer, CONVOLUTIONS) and base_layer.groups > 1:
+            raise TypeError(f"{key}: LoRA-X can't change a convolution in groups: its weight is no single matrix")
+
+    def add(self, adapter_name: str, config: LoraXConfig) -> None:
+        weight = self.float_weight()
+        rank = self._rank(weight, config)
+        u, v = self._shared(weight, rank) or self._computed(weight, rank, config)
+        shape = (rank, rank) if config.full else (rank,)
+        start = torch.zeros(shape) if config.init_weights else 0.02 * torch.randn(shape)
+        self.lorax_sigma[adapter_name] = nn.Parameter(start)
+        self.lorax_u.put(adapter_name, u, stored=config.store_bases)
+        self.lorax_v.put(adapter_name, v, stored=config.store_bases)
+        self.lorax_print.put(adapter_name, print_of(weight, u, v), stored=True)
+
+    def _rank(self, weight: Tensor, config: LoraXConfig) -> int:
+        most = min(as_matrix(weight).shape)
+        pattern = get_pattern_key(config.rank_pattern, self.key)
+        if pattern in config.rank_pattern:
+            rank = config.rank_pattern[pattern]
+        elif config.energy is not None:
+            rank = rank_for(weight, config.energy)
+            # What the file was trained with is what it must be loaded with.
+            config.rank_pattern[f"^{self.key}"] = rank
+        else:
+            rank = config.r
+        if rank > most:
+            raise ValueError(
+                f"{self.key}: r = {rank} is above {most}, the number of its singular values: give a lower r, or energy"
+            )
+        return rank
+
+    def _shared(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+        """U and V of another adapter on the layer, where they serve."""
+        for name, u in self.lorax_u.items():
+            v = self.lorax_v[name]
+            same = u.shape[1] >= rank and u.device.type != "meta"
+            if same and torch.equal(print_of(weight, u, v), self.lorax_print[name].cpu()):
+                return u[:, :rank], v[:, :rank]
+        return None
+
+    def _computed(self, weight: Tensor, rank: int, config: LoraXConfig) -> tuple[Tensor, Tensor]:
+        try:
+            u, _, v = vectors_of(weight, rank, config.svd_cache)
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from None
+        return u.float().to(weight.device), v.float().to(weight.device)
+
+    def delta(self, names: Sequence[str]) -> Tensor:
+        base = self.get_base_layer()
+        total = torch.stack([self.scaling[name] * self.matrix(name) for name in names]).sum(0)
+        return total.reshape(base.weight.shape) if isinstance(base, CONVOLUTIONS) else total
+
+    def matrix(self, name: str) -> Tensor:
+        """ΔW of an adapter at strength 1 as a matrix (m, n), float32."""
+        left = _times(self.lorax_u[name].float(), self.lorax_sigma[name].float())
+        result: Tensor = left @ self.lorax_v[name].float().mT
+        return result
+
+    def effect(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        return (
+            torch.stack([self._effect(x, name) for name in names]).sum(0) if len(names) > 1 else self._effect(x, *names)
+        )
+
+    def _effect(self, x: Tensor, name: str) -> Tensor:
+        """((x V) ΔΣᵀ) Uᵀ; ((x U) ΔΣ) Vᵀ on a Conv1D."""
+        base, sigma = self.get_base_layer(), self.lorax_sigma[name]
+        u, v = self.lorax_u[name].to(sigma.dtype), self.lorax_v[name].to(sigma.dtype)
+        x = self._cast_input_dtype(x, sigma.dtype)
+        if is_conv1d(base):
+            result: Tensor = _times(x @ u, sigma) @ v.mT
+        elif isinstance(base, CONVOLUTIONS):
+            down = v.mT.reshape(v.shape[1], *base.weight.shape[1:])
+            seen = base._conv_forward(x, down, None).movedim(-len(base.kernel_size) - 1, -1)
+            result = (_times(seen, sigma.mT if sigma.dim() == 2 else sigma) @ u.mT).movedim(
+                -1, -len(base.kernel_size) - 1
+            )
+        else:
+            result = _times(x @ v, sigma.mT if sigma.dim() == 2 else sigma) @ u.mT
+        return self.scaling[name] * result
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT converts matrices only."""
+        return not isinstance(self.get_base_layer(), CONVOLUTIONS)
+
+
+def _times(rows: Tensor, sigma: Tensor) -> Tensor:
+    """rows · ΔΣ, of a diagonal (r,) or a matrix (r, r)."""
+    return rows * sigma if sigma.dim() == 1 else rows @ sigma
