@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from regraft.tuners import LoraXConfig, SvdiffConfig
+from regraft.tuners import FouraConfig, LoraXConfig, SvdiffConfig
 
 
 class Net(nn.Module):
@@ -44,9 +44,18 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "svdiff": (SvdiffConfig, {"target_modules": LAYERS}),
     "svdiff norms": (SvdiffConfig, {"target_modules": [*LAYERS, "norm", "group"]}),
     "svdiff scalar norms": (SvdiffConfig, {"norm_shift": "scalar", "target_modules": [*LAYERS, "norm", "group"]}),
+    "foura": (FouraConfig, {"r": 4, "target_modules": LAYERS}),
+    "foura fft": (FouraConfig, {"r": 4, "transform": "fft", "target_modules": LAYERS}),
+    "foura none": (FouraConfig, {"r": 4, "gate": "none", "target_modules": LAYERS}),
+    "foura none fft": (
+        FouraConfig,
+        {"r": 4, "gate": "none", "transform": "fft", "rank_pattern": {"lin": 3}, "target_modules": LAYERS},
+    ),
+    "foura frozen": (FouraConfig, {"r": 4, "gate": "frozen", "target_modules": LAYERS}),
+    "foura frozen fft": (FouraConfig, {"r": 4, "gate": "frozen", "transform": "fft", "target_modules": LAYERS}),
 }
 #: Cases whose every change of a weight is a matrix.
-MERGEABLE = list(CASES)
+MERGEABLE = [name for name, (_, options) in CASES.items() if not name.startswith("foura") or "gate" in options]
 
 
 def config(case: str, **options: Any) -> Any:

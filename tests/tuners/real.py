@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.tuners import LoraXConfig, SvdiffConfig
+from regraft.tuners import FouraConfig, LoraXConfig, SvdiffConfig
 
 #: Name → configuration class and options without target modules.
 TUNERS: dict[str, tuple[type, dict[str, Any]]] = {
     "lorax": (LoraXConfig, {"r": 4}),
     "lorax full": (LoraXConfig, {"r": 4, "full": True}),
     "svdiff": (SvdiffConfig, {}),
+    "foura": (FouraConfig, {"r": 4, "gate": "none"}),
+    "foura fft": (FouraConfig, {"r": 4, "gate": "frozen", "transform": "fft"}),
 }
 
 

@@ -11,6 +11,7 @@ from regraft.tuners._register import check_version
 
 check_version()
 
+from regraft.tuners.foura import FouraConfig, FouraModel  # noqa: E402
 from regraft.tuners.lorax import LoraXConfig, LoraXModel, transfer_lorax  # noqa: E402
 from regraft.tuners.svdiff import (  # noqa: E402
     SvdiffConfig,
@@ -20,6 +21,8 @@ from regraft.tuners.svdiff import (  # noqa: E402
 )
 
 __all__ = [
+    "FouraConfig",
+    "FouraModel",
     "LoraXConfig",
     "LoraXModel",
     "SvdiffConfig",

@@ -265,8 +265,8 @@ def _unpack(layer: nn.Module) -> None:
 
     bitsandbytes (0.50.2) reorders the bytes for AVX-512 there, and dequantises them as if it had not.
     """
-    weight = getattr(layer, "weight", None)
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+    weight: Any = getattr(layer, "weight", None)
+    if weight is not None and getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
