@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regraft import singular
-from regraft.singular import decompose, moved, print_of, rank_for
+from regraft.singular import decompose, marks_of, moved, print_of, rank_for, signs_by
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
@@ -125,4 +125,17 @@ def test_a_print_tells_another_weight_and_not_another_rounding() -> None:
     assert moved(stored, print_of(rounded, *decompose(rounded, 4)[::2])) is None
     other = weight + 0.1 * torch.randn(40, 30)
     assert "weight differs by about" in (moved(stored, print_of(other, *decompose(other, 4)[::2])) or "")
-    assert "vectors differ" in (moved(stored, print_of(weight, u.flip(1), v)) or "")
+    assert "singular directions still differ" in (moved(stored, print_of(weight, u.flip(1), v)) or "")
+    assert moved(stored, print_of(weight, -u, -v)) is None
+
+
+def test_marks_tell_the_signs_after_a_rounding() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 80)
+    u, s, _ = decompose(weight)
+    turned = torch.where(torch.arange(80) % 3 == 0, -1.0, 1.0).double()
+    rounded = decompose(weight.bfloat16())
+    signs = signs_by(marks_of(u * turned), rounded.u)
+    again = rounded.u * signs
+    assert bool((((u * turned) * again).sum(0)[:40] > 0).all())
+    assert torch.allclose(again * s @ (rounded.v * signs).mT, weight.double(), atol=0.05)

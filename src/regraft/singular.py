@@ -24,10 +24,11 @@ from torch import Tensor
 CLUSTER = 1e-5
 #: Singular values below this share of the largest count as zero.
 NULL = 1e-6
-# Numbers per part of a print, and how far each part may differ: rounding a weight to bfloat16 moves it by 0.002, an
-# upgrade of the base by more than 0.02.
-_PROBES = 8
-_WEIGHT_MOVED, _VECTORS_MOVED = 0.02, 0.1
+# Numbers per part of a print and per direction of marks, and how far the parts of a print may differ. Rounding to
+# bfloat16 moves a weight by 0.002, an upgrade by more than 0.02. What the part of the directions differs by is about
+# what a change on them differs by: rounding to bfloat16 comes to 0.1 where singular values lie close together.
+_PROBES, _MARKS = 8, 4
+_WEIGHT_MOVED, _VECTORS_MOVED = 0.02, 0.2
 
 
 class Singular(NamedTuple):
@@ -139,9 +140,9 @@ def _noise(rows: int, columns: int, purpose: str) -> Tensor:
 
 
 def print_of(weight: Tensor, u: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-    """A few numbers that tell a weight, and its singular directions where they are given; float32, (8,) or (24,).
+    """A few numbers that tell a weight, and its singular directions where they are given; float32, (8,) or (16,).
 
-    Random projections aⱼᵀ W bⱼ, then aⱼᵀ U hⱼ and bⱼᵀ V hⱼ.
+    Random projections aⱼᵀ W bⱼ, then aⱼᵀ U diag(hⱼ) Vᵀ bⱼ, which doesn't depend on the directions' signs.
 
     Args:
         weight: (out, in, …).
@@ -152,11 +153,33 @@ def print_of(weight: Tensor, u: Tensor | None = None, v: Tensor | None = None) -
     rows, columns = (_noise(size, _PROBES, f"side {side}") for side, size in enumerate(matrix.shape))
     # Float32 on every machine: a double copy of a large weight is not worth digits that no comparison uses.
     found = [((matrix.float() @ columns.float().to(matrix.device)).cpu().double() * rows).sum(0)]
-    for vectors, side in ((u, rows), (v, columns)):
-        if vectors is not None:
-            signs = _noise(vectors.shape[1], _PROBES, "mix").sign()
-            found.append((side.mT @ vectors.detach().double().cpu() * signs.mT).sum(1))
+    if u is not None and v is not None:
+        left, right = (side.mT @ part.detach().double().cpu() for side, part in ((rows, u), (columns, v)))
+        found.append((left * right * _noise(u.shape[1], _PROBES, "mix").sign().mT).sum(1))
     return torch.cat(found).float()
+
+
+def marks_of(u: Tensor) -> Tensor:
+    """A few numbers per singular direction that tell its sign: projections of its left vector; float32, (r, 4).
+
+    Args:
+        u: (m, r).
+    """
+    return (u.detach().double().cpu().mT @ _noise(u.shape[0], _MARKS, "marks")).float()
+
+
+def signs_by(marks: Tensor, u: Tensor) -> Tensor:
+    """The sign of each direction that turns it to where its marks were taken, (r,), 1 or −1.
+
+    A sign that a fixed rule gives turns over for the one direction in a hundred that is nearly orthogonal to the rule's
+    own, as soon as the weight is rounded; only a (r, r) matrix on the directions depends on it.
+
+    Args:
+        marks: of `marks_of`, (r, 4).
+        u: (m, r) of a weight that is the same up to rounding.
+    """
+    along = (marks.detach().double().cpu() * marks_of(u).double()).sum(1)
+    return torch.where(along < 0, -1.0, 1.0).to(u.dtype).to(u.device)
 
 
 def moved(stored: Tensor, found: Tensor) -> str | None:
@@ -170,7 +193,9 @@ def moved(stored: Tensor, found: Tensor) -> str | None:
     if not weight <= _WEIGHT_MOVED:
         return f"the weight differs by about {weight:.1%}"
     worst = max(vectors, default=0.0)
-    return None if worst <= _VECTORS_MOVED else f"the leading singular vectors differ by about {worst:.0%}"
+    if worst <= _VECTORS_MOVED:
+        return None
+    return f"the weight is the same up to rounding, and its singular directions still differ by about {worst:.0%}"
 
 
 def _parts(numbers: Tensor) -> list[Tensor]:

@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_pef
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from regraft import load_adapter
+from regraft.adapter import MODEL, ModuleRef
 from regraft.tuners import LoraXConfig, transfer_lorax
 from tuners.cases import LAYERS, base, data, fresh, output, stir, trained
 
@@ -58,7 +60,7 @@ def test_r_numbers_per_module_are_trained_and_stored(tmp_path: Path) -> None:
         key.rpartition(".")[2]: list(value.shape)
         for key, value in load_file(tmp_path / "adapter_model.safetensors").items()
     }
-    assert shapes == {"lorax_sigma": [5], "lorax_print": [24]}
+    assert shapes == {"lorax_sigma": [5], "lorax_print": [16]}
 
 
 def test_an_energy_s_ranks_are_written_into_the_config() -> None:
@@ -94,9 +96,23 @@ def test_stored_bases_need_no_base_to_tell_the_change(tmp_path: Path) -> None:
         assert torch.equal(layer(loaded, name).get_delta_weight("default"), expected)
 
 
-def test_rounding_the_base_is_no_change_of_it(tmp_path: Path) -> None:
-    trained("lorax").save_pretrained(tmp_path)
-    PeftModel.from_pretrained(base().bfloat16(), tmp_path)
+@pytest.mark.parametrize("full", [False, True])
+def test_rounding_the_base_is_no_change_of_it(full: bool, tmp_path: Path) -> None:
+    """Not even for a matrix on the directions, whose signs rounding turns over now and then."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(320, 320, bias=False))
+    net[0].weight.data.normal_()
+    model = stir(get_peft_model(copy.deepcopy(net), LoraXConfig(r=48, full=full, target_modules=["0"])))
+    model.save_pretrained(tmp_path)
+    expected = layer(model, "0").get_delta_weight("default").detach()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(net).bfloat16(), tmp_path)
+    found = layer(loaded, "0").get_delta_weight("default")
+    assert (found - expected).norm() < 0.15 * expected.norm()
+    read = load_adapter(tmp_path).updates[ModuleRef(MODEL, "0")].delta(net[0].weight.detach().bfloat16())
+    assert torch.allclose(read, found, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "again")
+    assert torch.allclose(layer(again, "0").get_delta_weight("default"), expected, atol=1e-4)
 
 
 class Degenerate(nn.Module):

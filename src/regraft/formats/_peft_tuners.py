@@ -1,7 +1,8 @@
 """The tuners of `regraft.tuners` in PEFT's folders: their keys and what they mean.
 
 - LORAX: ``lorax_sigma``, (r,) or (r, r), on the leading singular directions of the weight as it is stored, and
-  ``lorax_print`` (24,), which tells the base; ``lorax_u`` and ``lorax_v`` where ``store_bases`` is set.
+  ``lorax_print`` (16,), which tells the base; ``lorax_marks`` (r, 4) tells the directions' signs to a matrix.
+  ``lorax_u`` and ``lorax_v`` where ``store_bases`` is set.
 - SVDIFF: ``svdiff_delta``, one number per singular value, or per element of a weight of one dimension, and
   ``svdiff_print`` (8,).
 - FOURA: ``foura_a`` and ``foura_b``, of ``fft`` with a last dimension of 2 and with ``foura_size``, (out, in); scale =
@@ -31,7 +32,7 @@ from regraft.updates.checks import mismatch
 #: peft_type → kind of update.
 TUNERS: dict[str, type[Any]] = {"LORAX": Subspace, "SVDIFF": SpectralShift, "FOURA": Foura}
 #: A regular expression of all parts.
-PARTS = r"lorax_(?:sigma|u|v|print)|svdiff_(?:delta|print)|foura_(?:a|b|gate|usage|mask|size)"
+PARTS = r"lorax_(?:sigma|u|v|print|marks)|svdiff_(?:delta|print)|foura_(?:a|b|gate|usage|mask|size)"
 _DAMAGED = "The file is damaged: get another one."
 
 
@@ -66,7 +67,7 @@ def build_tuner(kind: str, path: str, parts: Mapping[str, str], file: AdapterFil
         if ("u" in held) != ("v" in held):
             what = "has only one of lorax_u and lorax_v: the update is incomplete"
             raise InputError(what, file=file.path, key=first, remedy=_DAMAGED)
-        update = Subspace(held["sigma"], held.get("u"), held.get("v"), held.get("print"))
+        update = Subspace(held["sigma"], held.get("u"), held.get("v"), held.get("print"), held.get("marks"))
     elif kind == "SVDIFF":
         update = SpectralShift(held["delta"], stamp=held.get("print"))
     else:
@@ -112,7 +113,7 @@ def tuner_parts(update: Subspace | SpectralShift | Foura) -> dict[str, TensorRef
     """Part → tensor, as PEFT's folder has them."""
     found: dict[str, TensorRef | None]
     if isinstance(update, Subspace):
-        found = {"sigma": update.sigma, "u": update.u, "v": update.v, "print": update.stamp}
+        found = {"sigma": update.sigma, "u": update.u, "v": update.v, "print": update.stamp, "marks": update.marks}
         start = "lorax"
     elif isinstance(update, SpectralShift):
         # relu(σ + s · δ): the strength can stand in δ.

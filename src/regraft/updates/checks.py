@@ -175,6 +175,10 @@ def _subspace(update: Subspace) -> Iterator[tuple[str, _Finding]]:
         if vectors is not None:
             yield role, _dims(vectors.shape, 2)
             yield role, _equal(vectors.shape[1], shape[0], "sigma (the rank)")
+    if update.marks is not None:
+        yield "marks", _dims(update.marks.shape, 2)
+        yield "marks", _equal(update.marks.shape[0], shape[0], "sigma (the rank)")
+        yield "marks", _equal(update.marks.shape[1], 4, "every direction")
 
 
 def _foura(update: Foura) -> Iterator[tuple[str, _Finding]]:

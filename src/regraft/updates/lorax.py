@@ -12,7 +12,7 @@ from math import prod
 from torch import Tensor
 
 from regraft.errors import InputError
-from regraft.singular import decompose, moved, print_of
+from regraft.singular import decompose, moved, print_of, signs_by
 from regraft.tensors import Shape, TensorRef
 from regraft.updates._kind import Kind, fitted, needed, scaled_ref
 
@@ -25,7 +25,8 @@ class Subspace(Kind):
         sigma: ΔΣ, (r,) for a diagonal or (r, r).
         u: (m, r), where the file holds it; with ``v``, (n, r), the base is not needed.
         v: likewise.
-        stamp: the print of the base that it was trained on, (24,).
+        stamp: the print of the base that it was trained on, (16,).
+        marks: what tells the directions' signs to a full ΔΣ, (r, 4).
         weight_shape: shape of the base's weight where it is known.
     """
 
@@ -33,6 +34,7 @@ class Subspace(Kind):
     u: TensorRef | None = None
     v: TensorRef | None = None
     stamp: TensorRef | None = None
+    marks: TensorRef | None = None
     weight_shape: Shape | None = None
 
     @property
@@ -82,6 +84,9 @@ class Subspace(Kind):
         u, _, v = decompose(base, self.rank)
         if self.stamp is not None:
             check_stamp(self.stamp, print_of(base, u, v), "LoRA-X")
+        if self.marks is not None:
+            signs = signs_by(self.marks.load(), u)
+            u, v = u * signs, v * signs
         return self._product(u, v).reshape(base.shape)
 
     def _product(self, u: Tensor, v: Tensor) -> Tensor:

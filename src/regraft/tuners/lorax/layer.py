@@ -9,7 +9,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from regraft.singular import as_matrix, print_of, rank_for
+from regraft.singular import as_matrix, marks_of, print_of, rank_for, signs_by
 from regraft.tuners._layer import CONVOLUTIONS, Buffers, TunedLayer, check_layer, is_conv1d
 from regraft.tuners._vectors import vectors_of
 from regraft.tuners.lorax.config import LoraXConfig
@@ -24,16 +24,18 @@ class LoraXLayer(TunedLayer):
         lorax_sigma: ΔΣ, the trained numbers: (r,) or (r, r).
         lorax_u: (m, r), from the base, float32.
         lorax_v: (n, r), likewise.
-        lorax_print: a few numbers that tell the base, (24,): see `regraft.singular.print_of`.
+        lorax_print: a few numbers that tell the base, (16,): see `regraft.singular.print_of`.
+        lorax_marks: of a full ΔΣ, numbers that tell the directions' signs, (r, 4): see `regraft.singular.marks_of`.
     """
 
     title = "LoRA-X"
     adapter_layer_names: tuple[str, ...] = ("lorax_sigma",)
-    buffer_names = ("lorax_u", "lorax_v", "lorax_print")
+    buffer_names = ("lorax_u", "lorax_v", "lorax_print", "lorax_marks")
     lorax_sigma: nn.ParameterDict
     lorax_u: Buffers
     lorax_v: Buffers
     lorax_print: Buffers
+    lorax_marks: Buffers
 
     @classmethod
     def check(cls, base_layer: nn.Module, config: LoraXConfig, key: str) -> None:
@@ -51,6 +53,21 @@ class LoraXLayer(TunedLayer):
         self.lorax_u.put(adapter_name, u, stored=config.store_bases)
         self.lorax_v.put(adapter_name, v, stored=config.store_bases)
         self.lorax_print.put(adapter_name, print_of(weight, u, v), stored=True)
+        if config.full and not config.store_bases:
+            self.lorax_marks.put(adapter_name, marks_of(u), stored=True)
+
+    def turn_to(self, adapter_name: str, marks: Tensor) -> None:
+        """Turn the signs of U and V to those that an adapter was trained with.
+
+        Args:
+            adapter_name: whose.
+            marks: (r, 4), as its file has them.
+        """
+        u, v = self.lorax_u[adapter_name], self.lorax_v[adapter_name]
+        signs = signs_by(marks, u)
+        # Not in place: other adapters may share them.
+        self.lorax_u[adapter_name], self.lorax_v[adapter_name] = u * signs, v * signs
+        self.lorax_marks[adapter_name] = marks_of(u * signs).to(u.device)
 
     def _rank(self, weight: Tensor, config: LoraXConfig) -> int:
         most = min(as_matrix(weight).shape)
