@@ -40,6 +40,7 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "lorax full": (LoraXConfig, {"r": 5, "full": True, "target_modules": LAYERS}),
     "lorax energy": (LoraXConfig, {"energy": 0.7, "target_modules": LAYERS}),
     "lorax stored": (LoraXConfig, {"r": 5, "store_bases": True, "target_modules": LAYERS}),
+    "lorax by default": (LoraXConfig, {"target_modules": LAYERS}),
     "lorax pattern": (LoraXConfig, {"r": 5, "rank_pattern": {"lin": 3}, "target_modules": LAYERS}),
     "svdiff": (SvdiffConfig, {"target_modules": LAYERS}),
     "svdiff norms": (SvdiffConfig, {"target_modules": [*LAYERS, "norm", "group"]}),

@@ -198,3 +198,19 @@ def test_a_community_file_becomes_a_folder_that_peft_loads(tmp_path: Path) -> No
     convert_adapter(tmp_path / "x.safetensors", tmp_path / "folder", "peft")
     loaded = PeftModel.from_pretrained(base(), tmp_path / "folder").eval()
     assert torch.equal(output(loaded), output(model))
+
+
+@pytest.mark.parametrize("case", ["lorax", "svdiff norms", "foura none"])
+def test_whole_modules_and_biases_are_read_beside(case: str, tmp_path: Path) -> None:
+    prefix = CASES[case][0](target_modules=["x"]).peft_type.value.lower()
+    model = trained(case, modules_to_save=["head"], bias=f"{prefix}_only")
+    model.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    assert adapter.unrecognised == ()
+    whole = {ref.path: update.merged(torch.zeros(0)) for ref, update in adapter.updates.items() if update.by_parameter}
+    assert {"head.weight", "head.bias", "lin.bias"} <= set(whole)
+    assert torch.equal(whole["head.weight"], model.base_model.model.head.modules_to_save["default"].weight)
+    assert torch.equal(whole["lin.bias"], model.base_model.model.lin.base_layer.bias)
+    adapter.save(tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert torch.equal(output(loaded), output(model))

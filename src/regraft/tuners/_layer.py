@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._active_adapter = adapter_name
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = backend_of(self.get_base_layer(), key, self.title, **kwargs)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -46,7 +45,6 @@ class FouraLayer(TunedLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: FouraConfig, key: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config, key, **kwargs)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.options: dict[str, FouraConfig] = {}
 
     @classmethod

@@ -16,7 +16,8 @@ class LoraXConfig(TunerConfig):
     Source: Farhadzadeh et al., ICLR 2025, arXiv 2501.16559, eq. 1; r is 320 in all of its experiments.
 
     Args:
-        r: how many leading singular directions, at most the smaller side of each weight.
+        r: how many leading singular directions, at most the smaller side of each weight; None is the paper's 320, or
+            all where there are fewer.
         energy: take as many directions as hold this share of ‖W‖² (0 to 1) instead of ``r``; the ranks that come of it
             are written into ``rank_pattern``.
         full: train all of the (r, r) matrix ΔΣ, not its diagonal alone.
@@ -28,7 +29,7 @@ class LoraXConfig(TunerConfig):
         svd_cache: a folder that keeps singular vectors, so that they are computed once per weight; it is not saved.
     """
 
-    r: int = field(default=320, metadata={"help": "How many leading singular directions."})
+    r: int | None = field(default=None, metadata={"help": "How many leading singular directions."})
     energy: float | None = field(default=None, metadata={"help": "Share of the squared weight instead of r."})
     full: bool = field(default=False, metadata={"help": "Train an (r, r) matrix, not its diagonal alone."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name → r."})
@@ -40,7 +41,8 @@ class LoraXConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("LORAX")
-        check_whole("r", self.r)
+        if self.r is not None:
+            check_whole("r", self.r)
         check_pattern_of("rank_pattern", self.rank_pattern, "r")
         check_one_of("base_changed", self.base_changed, "refuse", "port")
         if self.energy is not None:

@@ -15,6 +15,8 @@ from regraft.tuners._vectors import vectors_of
 from regraft.tuners.lorax.config import LoraXConfig
 
 _TAKES = {"Linear": (nn.Linear,), "Conv1D of transformers": (Conv1D,), "Conv1d, Conv2d, Conv3d": CONVOLUTIONS}
+# What all of the paper's experiments have.
+_USUAL = 320
 
 
 class LoraXLayer(TunedLayer):
@@ -79,7 +81,7 @@ class LoraXLayer(TunedLayer):
             # What the file was trained with is what it must be loaded with.
             config.rank_pattern[f"^{self.key}"] = rank
         else:
-            rank = config.r
+            rank = min(_USUAL, most) if config.r is None else config.r
         if rank > most:
             raise ValueError(
                 f"{self.key}: r = {rank} is above {most}, the number of its singular values: give a lower r, or energy"
