@@ -268,6 +268,27 @@ def test_the_transfer_to_another_size_goes_by_index() -> None:
         transfer_lorax(old, wrong)
 
 
+@pytest.mark.parametrize("case", ["lorax", "lorax full"])
+def test_weighted_sums_of_adapters_are_sums_of_their_changes(case: str) -> None:
+    """Whatever signs their singular vectors have come with."""
+    model = trained(case)
+    model.add_adapter("other", LoraXConfig(r=5, full=case == "lorax full", target_modules=LAYERS))
+    stir(model, 5, "other")
+    part = layer(model)
+    turned = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    part.lorax_u["other"], part.lorax_v["other"] = part.lorax_u["other"] * turned, part.lorax_v["other"] * turned
+    changes = {name: part.get_delta_weight(name).detach() for name in ("default", "other")}
+    model.base_model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both")
+    expected = 0.5 * changes["default"] + 2.0 * changes["other"]
+    assert torch.allclose(part.get_delta_weight("both"), expected, atol=1e-5)
+    assert torch.allclose(part.get_delta_weight("other"), changes["other"], atol=1e-6)
+    part.lorax_u["other"] = part.lorax_u["other"].flip(1)
+    with pytest.raises(ValueError, match="lin: x and other are on other directions"):
+        model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "x")
+    assert "x" not in model.peft_config
+    assert "x" not in part.lorax_sigma
+
+
 def test_gradients_reach_the_input() -> None:
     x = data().requires_grad_()
     trained("lorax")(x).sum().backward()

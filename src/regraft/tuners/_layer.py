@@ -97,6 +97,9 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         """What several adapters together add to the layer's output."""
         raise NotImplementedError
 
+    def align(self, names: Sequence[str]) -> None:
+        """Make the numbers of several adapters mean the same, their changes kept, before they are added up."""
+
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Put a new adapter on the layer.
 

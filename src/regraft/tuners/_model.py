@@ -26,6 +26,7 @@ class TunedModel(BaseTuner):
         active_adapters: list[str]
         peft_config: dict[str, Any]
         inject_adapter: Callable[..., None]
+        delete_adapter: Callable[[str], None]
         _replace_module: Callable[..., None]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -95,8 +96,11 @@ class CombinableModel(TunedModel):
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
         try:
             self.inject_adapter(self.model, adapter_name)
+            for layer in layers:
+                if adapter_name in layer.scaling:
+                    layer.align([adapter_name, *adapters])
         except BaseException:
-            del self.peft_config[adapter_name]
+            self.delete_adapter(adapter_name)
             raise
         for layer in layers:
             for tensors in (getattr(layer, name) for name in names):
@@ -139,12 +143,13 @@ def checked_prints(
             continue
         found, stored = prints[adapter_name], result[key]
         wrong = "the prints have other lengths" if stored.shape != found.shape else moved(stored, found)
-        if wrong is None or port:
+        if port:
             result[key] = found.detach().to(torch.float32)
+        if wrong is None or port:
             continue
         raise ValueError(
             f"{layer.key}: the base is not the one that this {layer.title} adapter was trained on ({wrong}). Load that "
-            f'one, or carry the adapter over with `regraft port`; base_changed="port" in its config applies its '
-            f"numbers to this base's singular directions by their index."
+            f"one, in the dtype of the training, or carry the adapter over with `regraft port`; in its config "
+            f"base_changed='port' applies its numbers to this base's singular directions by their index."
         )
     return result

@@ -104,6 +104,24 @@ class LoraXLayer(TunedLayer):
             raise ValueError(f"{self.key}: {error}") from None
         return u.float().to(weight.device), v.float().to(weight.device)
 
+    @torch.no_grad()
+    def align(self, names: Sequence[str]) -> None:
+        """Give several adapters the first one's signs of U and V.
+
+        Raises:
+            ValueError: they are on other directions.
+        """
+        for name in names[1:]:
+            along = (self.lorax_u[names[0]].float() * self.lorax_u[name].float()).sum(0)
+            if not bool((along.abs() > 0.99).all()):
+                raise ValueError(f"{self.key}: {names[0]} and {name} are on other directions, and don't add up")
+            signs, sigma = along.sign(), self.lorax_sigma[name]
+            if sigma.dim() == 2:
+                sigma.copy_(signs[:, None] * sigma * signs)
+            self.lorax_u[name], self.lorax_v[name] = self.lorax_u[name] * signs, self.lorax_v[name] * signs
+            if name in self.lorax_marks:
+                self.lorax_marks[name] = marks_of(self.lorax_u[name]).to(signs.device)
+
     def delta(self, names: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
         total = torch.stack([self.scaling[name] * self.matrix(name) for name in names]).sum(0)
