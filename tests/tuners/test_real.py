@@ -99,6 +99,27 @@ def test_a_quantised_base_is_decomposed_as_it_is_read(tuner: str, bits: int, tmp
         assert (model(x) - found).norm() < 0.3 * found.norm()
 
 
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_transformers_own_loader_takes_them_and_another_base_is_refused(tuner: str, tmp_path: Any) -> None:
+    kind, options = TUNERS[tuner]
+    model = tiny_llama()
+    model.add_adapter(kind(target_modules=["q_proj"], **options))
+    stir(model)
+    model.save_pretrained(tmp_path)
+    again = tiny_llama()
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    other = tiny_llama()
+    weight = other.model.layers[1].self_attn.q_proj.weight
+    weight.data += 0.1 * torch.randn_like(weight)
+    other.load_adapter(tmp_path)
+    if tuner.startswith("foura"):
+        logits(other)
+        return
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: the base is not the one"):
+        logits(other)
+
+
 def test_layers_that_give_no_weight_back_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 

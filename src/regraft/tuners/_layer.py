@@ -32,8 +32,9 @@ class Buffers(BufferDict):
 class TunedLayer(nn.Module, BaseTunerLayer):
     """A frozen layer, and by adapter's name the tensors that change its weight.
 
-    A subclass names its trained tensors in ``adapter_layer_names`` and the others in `buffer_names`, gives `check`,
-    `add`, `delta` and `effect`, and may override `adapted`. Every adapter's name is a key of `scaling`.
+    A subclass names its trained tensors in ``adapter_layer_names``, the others in `buffer_names` and further
+    dictionaries by adapter in `noted_names`, gives `check`, `add`, `delta` and `effect`, and may override `adapted` and
+    `confirm`. Every adapter's name is a key of `scaling`.
 
     Attributes:
         key: the module's path in the model, for messages.
@@ -42,6 +43,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
 
     title: ClassVar[str]
     buffer_names: ClassVar[tuple[str, ...]] = ()
+    noted_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: tuple[str, ...] = ("scaling",)
 
     base_layer: Any
@@ -63,7 +65,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
 
     def __init_subclass__(cls) -> None:
         # PEFT deletes what these name with the adapter.
-        cls.other_param_names = ("scaling", *cls.buffer_names)
+        cls.other_param_names = ("scaling", *cls.buffer_names, *cls.noted_names)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, key: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
@@ -96,6 +98,9 @@ class TunedLayer(nn.Module, BaseTunerLayer):
     def effect(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """What several adapters together add to the layer's output."""
         raise NotImplementedError
+
+    def confirm(self, names: Sequence[str]) -> None:
+        """Raise a ValueError where what was loaded into adapters doesn't belong to this base."""
 
     def align(self, names: Sequence[str]) -> None:
         """Make the numbers of several adapters mean the same, their changes kept, before they are added up."""
@@ -143,6 +148,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         """
         if adapter not in self.scaling:
             raise ValueError(f"{self.key}: there is no adapter {adapter!r}")
+        self.confirm([adapter])
         return self.delta([adapter])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -160,6 +166,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self.check_mergeable(names)
+        self.confirm(names)
         with torch.no_grad():
             step = self.delta([*self.merged_adapters, *names])
             if self.merged_adapters:
@@ -199,6 +206,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not names:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
+        self.confirm(names)
         return self.adapted(x, names, *args, **kwargs)
 
     def adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:

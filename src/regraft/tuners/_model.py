@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 
-from regraft.singular import moved
 from regraft.tuners._layer import TunedLayer
 
 
@@ -112,44 +111,3 @@ class CombinableModel(TunedModel):
 def tuned_layers(model: nn.Module, kind: type[TunedLayer]) -> Iterator[tuple[str, Any]]:
     """Path and layer of every layer of a tuner."""
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, kind))
-
-
-def checked_prints(
-    model: nn.Module,
-    kind: type[TunedLayer],
-    adapter_name: str,
-    state_dict: Mapping[str, Tensor],
-    where: str,
-    port: bool,
-) -> dict[str, Tensor]:
-    """A state dict whose prints are those of the base that it is loaded on.
-
-    Args:
-        model: with the adapter's layers on it.
-        kind: the tuner's layers.
-        adapter_name: the adapter that is loaded.
-        state_dict: with the model's own keys.
-        where: name of the layers' attribute that holds the prints.
-        port: the base may be another one: its own prints take the place of the stored ones.
-
-    Raises:
-        ValueError: a stored print is of another weight than the base's.
-    """
-    result = dict(state_dict)
-    for name, layer in tuned_layers(model, kind):
-        key = f"{name}.{where}.{adapter_name}"
-        prints = getattr(layer, where)
-        if key not in result or adapter_name not in prints:
-            continue
-        found, stored = prints[adapter_name], result[key]
-        wrong = "the prints have other lengths" if stored.shape != found.shape else moved(stored, found)
-        if port:
-            result[key] = found.detach().to(torch.float32)
-        if wrong is None or port:
-            continue
-        raise ValueError(
-            f"{layer.key}: the base is not the one that this {layer.title} adapter was trained on ({wrong}). Load that "
-            f"one, in the dtype of the training, or carry the adapter over with `regraft port`; in its config "
-            f"base_changed='port' applies its numbers to this base's singular directions by their index."
-        )
-    return result

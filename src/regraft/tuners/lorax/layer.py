@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from regraft.singular import as_matrix, marks_of, print_of, rank_for, signs_by
-from regraft.tuners._layer import CONVOLUTIONS, Buffers, TunedLayer, check_layer, is_conv1d
+from regraft.tuners._layer import CONVOLUTIONS, Buffers, check_layer, is_conv1d
+from regraft.tuners._prints import PrintedLayer
 from regraft.tuners._vectors import vectors_of
 from regraft.tuners.lorax.config import LoraXConfig
 
@@ -19,7 +20,7 @@ _TAKES = {"Linear": (nn.Linear,), "Conv1D of transformers": (Conv1D,), "Conv1d, 
 _USUAL = 320
 
 
-class LoraXLayer(TunedLayer):
+class LoraXLayer(PrintedLayer):
     """ΔW = U ΔΣ Vᵀ on the weight as it is stored, (m, n): (out, in), (in, out) of a Conv1D, (out, in · kh · kw).
 
     Attributes:
@@ -31,6 +32,8 @@ class LoraXLayer(TunedLayer):
     """
 
     title = "LoRA-X"
+    print_name = "lorax_print"
+    noted_names = ("own_prints",)
     adapter_layer_names: tuple[str, ...] = ("lorax_sigma",)
     buffer_names = ("lorax_u", "lorax_v", "lorax_print", "lorax_marks")
     lorax_sigma: nn.ParameterDict
@@ -54,22 +57,19 @@ class LoraXLayer(TunedLayer):
         self.lorax_sigma[adapter_name] = nn.Parameter(start)
         self.lorax_u.put(adapter_name, u, stored=config.store_bases)
         self.lorax_v.put(adapter_name, v, stored=config.store_bases)
-        self.lorax_print.put(adapter_name, print_of(weight, u, v), stored=True)
+        # With U and V in the file the base's own ones don't matter.
+        port = config.base_changed == "port" or config.store_bases
+        self.put_print(adapter_name, print_of(weight, u, v), port=port)
         if config.full and not config.store_bases:
             self.lorax_marks.put(adapter_name, marks_of(u), stored=True)
 
-    def turn_to(self, adapter_name: str, marks: Tensor) -> None:
-        """Turn the signs of U and V to those that an adapter was trained with.
-
-        Args:
-            adapter_name: whose.
-            marks: (r, 4), as its file has them.
-        """
-        u, v = self.lorax_u[adapter_name], self.lorax_v[adapter_name]
-        signs = signs_by(marks, u)
-        # Not in place: other adapters may share them.
-        self.lorax_u[adapter_name], self.lorax_v[adapter_name] = u * signs, v * signs
-        self.lorax_marks[adapter_name] = marks_of(u * signs).to(u.device)
+    def settle(self, adapter_name: str) -> None:
+        """Turn the signs of U and V to those that the adapter was trained with."""
+        if adapter_name in self.lorax_marks:
+            u, v = self.lorax_u[adapter_name], self.lorax_v[adapter_name]
+            signs = signs_by(self.lorax_marks[adapter_name], u)
+            # Not in place: other adapters may share them.
+            self.lorax_u[adapter_name], self.lorax_v[adapter_name] = u * signs, v * signs
 
     def _rank(self, weight: Tensor, config: LoraXConfig) -> int:
         most = min(as_matrix(weight).shape)
@@ -93,7 +93,7 @@ class LoraXLayer(TunedLayer):
         for name, u in self.lorax_u.items():
             v = self.lorax_v[name]
             same = u.shape[1] >= rank and u.device.type != "meta"
-            if same and torch.equal(print_of(weight, u, v), self.lorax_print[name].cpu()):
+            if same and torch.equal(print_of(weight, u, v), self.own_prints[name][0]):
                 return u[:, :rank], v[:, :rank]
         return None
 
@@ -111,6 +111,7 @@ class LoraXLayer(TunedLayer):
         Raises:
             ValueError: they are on other directions.
         """
+        self.confirm(names)
         for name in names[1:]:
             along = (self.lorax_u[names[0]].float() * self.lorax_u[name].float()).sum(0)
             if not bool((along.abs() > 0.99).all()):

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft.tuners._model import CombinableModel, checked_prints, tuned_layers
+from regraft.tuners._model import CombinableModel
+from regraft.tuners._prints import checked_prints
 from regraft.tuners.lorax.config import LoraXConfig
 from regraft.tuners.lorax.layer import LoraXLayer
 
@@ -22,12 +23,4 @@ class LoraXModel(CombinableModel):
         cls, model: nn.Module, config: LoraXConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         found: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # With U and V in the file the base's own ones don't matter.
-        port = config.base_changed == "port" or config.store_bases
-        found = checked_prints(model, LoraXLayer, adapter_name, found, "lorax_print", port)
-        for name, layer in tuned_layers(model, LoraXLayer):
-            key = f"{name}.lorax_marks.{adapter_name}"
-            if key in found and found[key].shape == layer.lorax_marks[adapter_name].shape:
-                layer.turn_to(adapter_name, found[key])
-                found[key] = layer.lorax_marks[adapter_name] if port else found[key]
-        return found
+        return checked_prints(model, LoraXLayer, adapter_name, found)

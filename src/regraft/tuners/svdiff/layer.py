@@ -11,7 +11,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from regraft.singular import as_matrix, print_of
-from regraft.tuners._layer import CONVOLUTIONS, Buffers, TunedLayer, check_layer, is_conv1d
+from regraft.tuners._layer import CONVOLUTIONS, Buffers, check_layer, is_conv1d
+from regraft.tuners._prints import PrintedLayer
 from regraft.tuners._vectors import vectors_of
 from regraft.tuners.svdiff.config import SvdiffConfig
 
@@ -24,7 +25,7 @@ _TAKES = {
 }
 
 
-class SvdiffLayer(TunedLayer):
+class SvdiffLayer(PrintedLayer):
     """W' = U diag(relu(σ + Σ s · δ)) Vᵀ on the weight as it is stored, (m, n); a kernel is (out, in · kh · kw).
 
     Several active adapters add their shifts before the relu (arXiv 2303.11305, eq. 4).
@@ -37,6 +38,8 @@ class SvdiffLayer(TunedLayer):
     """
 
     title = "SVDiff"
+    print_name = "svdiff_print"
+    noted_names = ("own_prints",)
     adapter_layer_names: tuple[str, ...] = ("svdiff_delta",)
     buffer_names = ("svdiff_print",)
     svdiff_delta: nn.ParameterDict
@@ -76,11 +79,11 @@ class SvdiffLayer(TunedLayer):
         self._decompose(weight, config)
         start = torch.zeros(count) if config.init_weights else 0.02 * torch.randn(count)
         self.svdiff_delta[adapter_name] = nn.Parameter(start)
-        self.svdiff_print.put(adapter_name, print_of(weight), stored=True)
+        self.put_print(adapter_name, print_of(weight), port=config.base_changed == "port")
 
     def _decompose(self, weight: Tensor, config: SvdiffConfig) -> None:
-        others = list(self.svdiff_print.values())
-        if self.svdiff_u is not None and others and torch.equal(others[0].cpu(), print_of(weight)):
+        others = [own for own, _ in self.own_prints.values()]
+        if self.svdiff_u is not None and others and torch.equal(others[0], print_of(weight)):
             return
         try:
             u, s, v = vectors_of(weight, None, config.svd_cache)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft.tuners._model import CombinableModel, checked_prints
+from regraft.tuners._model import CombinableModel
+from regraft.tuners._prints import checked_prints
 from regraft.tuners.svdiff.config import SvdiffConfig
 from regraft.tuners.svdiff.layer import SvdiffLayer
 
@@ -22,4 +23,4 @@ class SvdiffModel(CombinableModel):
         cls, model: nn.Module, config: SvdiffConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         found: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checked_prints(model, SvdiffLayer, adapter_name, found, "svdiff_print", config.base_changed == "port")
+        return checked_prints(model, SvdiffLayer, adapter_name, found)
