@@ -41,6 +41,8 @@ def transfer_lorax(old: nn.Module, new: nn.Module, adapter_name: str = "default"
 
 
 def _carry(old: LoraXLayer, new: LoraXLayer, name: str) -> float:
+    old.confirm([name])
+    new.confirm([name])
     sigma, target = old.lorax_sigma[name].float(), new.lorax_sigma[name]
     u, v = new.lorax_u[name].double(), new.lorax_v[name].double()
     if len(u) != len(old.lorax_u[name]) or len(v) != len(old.lorax_v[name]):
