@@ -17,7 +17,21 @@ from regraft.methods import methods
 from regraft.methods.task import Rank, Running
 from regraft.port import apply_migration, fit_for
 from regraft.tensors import InMemory
-from regraft.updates import Boft, Diff, Full, GLora, Ia3, LoHa, LoKr, LowRank, Oft, SpectralShift, Update
+from regraft.updates import (
+    Boft,
+    Diff,
+    Foura,
+    Full,
+    GLora,
+    Ia3,
+    LoHa,
+    LoKr,
+    LowRank,
+    Oft,
+    SpectralShift,
+    Subspace,
+    Update,
+)
 from verify import tiny
 
 FEW = Running(n_inputs=12)
@@ -25,7 +39,22 @@ MODULE = ModuleRef(MODEL, "model.layers.1.self_attn.q_proj")
 WEIGHT = ModuleRef(MODEL, f"{MODULE.path}.weight")
 # Those that learn from adapters on both bases have none here.
 METHODS = sorted(name for name, method in methods().items() if "adapters" not in method.needs)
-KINDS = ("lora", "dora", "dora by column", "loha", "lokr", "ia3", "oft", "boft", "glora", "svdiff", "diff", "full")
+KINDS = (
+    "lora",
+    "dora",
+    "dora by column",
+    "loha",
+    "lokr",
+    "ia3",
+    "oft",
+    "boft",
+    "glora",
+    "svdiff",
+    "lorax",
+    "foura",
+    "diff",
+    "full",
+)
 
 
 def values(*shape: int, seed: int = 0) -> InMemory:
@@ -47,6 +76,8 @@ def update_of(kind: str, weight: Tensor) -> Update:
         "boft": Boft(values(2, n // 4, 4, 4)),
         "glora": GLora(values(n, 2), values(2, n, seed=1), values(n, 2, seed=2), values(2, n, seed=3), 1.0),
         "svdiff": SpectralShift(values(n)),
+        "lorax": Subspace(values(3)),
+        "foura": Foura(values(2, n), values(n, 2, seed=1), 1.0),
         "diff": Diff(values(n, n), f"{MODULE.path}.diff"),
         "full": Full(InMemory(weight + values(n, n).load()), WEIGHT.path),
     }

@@ -1,6 +1,7 @@
 """Updates that are no plain factors, as the low-rank change that they make: what any method can carry.
 
-LoRA, Tucker, LoHa and LoKr equal a LoRA on every weight. IA3, OFT, BOFT, GLoRA and SVDiff act on the weight itself:
+LoRA, Tucker, LoHa, LoKr and FouRA equal a LoRA on every weight. IA3, OFT, BOFT, GLoRA, SVDiff and LoRA-X act on the
+weight itself:
 theirs is ΔW = merged(W_old) − W_old, at its numerical rank, so that nothing is lost before a cut that is asked for.
 """
 
@@ -11,22 +12,23 @@ from dataclasses import replace
 from torch import Tensor
 
 from regraft.tensors import InMemory
-from regraft.updates import Boft, Ia3, LowRank, Oft, Slice, SpectralShift, Update
+from regraft.updates import Boft, Ia3, LowRank, Oft, Slice, SpectralShift, Subspace, Update
 from regraft.updates.exact import is_factored, refactor
 
 
 def is_copied(update: Update, *, weakened: bool = False) -> bool:
     """Whether a copy can carry the update as it is; told without reading a tensor.
 
-    SVDiff's shifts go by the order of the old weight's singular values, which another weight does not have. No file
-    holds a rotation at a part of its strength.
+    SVDiff's shifts and LoRA-X's numbers go by the order of the old weight's singular values, which another weight does
+    not have; a LoRA-X that brings its own vectors does not. No file holds a rotation at a part of its strength.
 
     Args:
         update: any.
         weakened: another strength than 1 is wanted.
     """
     whole = update.of if isinstance(update, Slice) else update
-    return not isinstance(whole, SpectralShift) and not (weakened and isinstance(whole, Oft | Boft))
+    ordered = isinstance(whole, SpectralShift) or (isinstance(whole, Subspace) and not whole.additive)
+    return not ordered and not (weakened and isinstance(whole, Oft | Boft))
 
 
 def takes_old(update: Update, *, identity: bool, recut: bool, weakened: bool) -> bool:

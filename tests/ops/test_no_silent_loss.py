@@ -16,7 +16,21 @@ from regraft.ops import convert as ops
 from regraft.ops._common import BaseWeights
 from regraft.ops.convert import convert_adapter
 from regraft.tensors import InMemory
-from regraft.updates import Boft, Diff, Full, GLora, Ia3, LoHa, LoKr, Oft, SpectralShift, Tucker, Update
+from regraft.updates import (
+    Boft,
+    Diff,
+    Foura,
+    Full,
+    GLora,
+    Ia3,
+    LoHa,
+    LoKr,
+    Oft,
+    SpectralShift,
+    Subspace,
+    Tucker,
+    Update,
+)
 
 LINEAR = ModuleRef("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
 KERNEL = ModuleRef("unet", "conv_in")
@@ -65,6 +79,9 @@ CASES: dict[str, tuple[ModuleRef, Update]] = {
     "boft": (KERNEL, Boft(_ref(2, 10, 32, 32))),
     "glora": (LINEAR, GLora(*_four((N, 2), (2, N), (N, 2), (2, N)), 1.0)),
     "svdiff": (KERNEL, SpectralShift(_ref(INTO * 9))),
+    "lorax": (KERNEL, Subspace(_ref(4))),
+    "foura": (LINEAR, Foura(_ref(3, N), _ref(N, 3, seed=1), 0.5)),
+    "foura of a kernel": (KERNEL, Foura(_ref(3, INTO // 2 + 1, 3, 3, 2), _ref(N // 2 + 1, 3, 2), 0.5, size=(N, INTO))),
 }
 TARGETS = [name for name, format in formats().items() if format.write is not None]
 

@@ -13,7 +13,22 @@ from update_samples import ADDITIVE, CONV, IN, OUT, SAMPLES, lora, positive, ref
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, Kind, LoHa, LoKr, LowRank, Slice, SpectralShift, Update, scale_of
 
-KINDS = {"lora", "dora", "tucker", "loha", "lokr", "diff", "full", "ia3", "oft", "boft", "glora", "svdiff"}
+KINDS = {
+    "lora",
+    "dora",
+    "tucker",
+    "loha",
+    "lokr",
+    "diff",
+    "full",
+    "ia3",
+    "oft",
+    "boft",
+    "glora",
+    "svdiff",
+    "lorax",
+    "foura",
+}
 
 
 def test_every_kind_has_a_sample_and_its_contract_name() -> None:
@@ -144,8 +159,8 @@ def test_dora_gives_every_row_or_column_its_magnitude(kind: str, magnitude: tupl
 @pytest.mark.parametrize("name", ["svdiff", "svdiff conv"])
 def test_svdiff_moves_the_singular_values_alone(name: str) -> None:
     update, weight = SAMPLES[name].scaled(20.0), weight_for(SAMPLES[name])
-    u, before, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-    seen = u.T @ update.merged(weight).flatten(1) @ v.T
+    u, before, v = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    seen = u.T @ update.merged(weight).double().flatten(1) @ v.T
     wanted = torch.relu(before + 20.0 * update.parts()["shift"].load())
     assert (wanted == 0).any()
     torch.testing.assert_close(seen, torch.diag(wanted), rtol=1e-4, atol=1e-5)

@@ -26,6 +26,8 @@ ACROSS = {
     "boft",
     "svdiff",
     "svdiff conv",
+    "lorax",
+    "lorax full conv",
 }
 
 

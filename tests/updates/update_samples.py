@@ -9,6 +9,7 @@ from regraft.tensors import InMemory, TensorRef
 from regraft.updates import (
     Boft,
     Diff,
+    Foura,
     Full,
     GLora,
     Ia3,
@@ -17,6 +18,7 @@ from regraft.updates import (
     LowRank,
     Oft,
     SpectralShift,
+    Subspace,
     Tucker,
     Update,
 )
@@ -98,6 +100,12 @@ SAMPLES: dict[str, Update] = {
     "glora": GLora(ref(IN, 2, seed=1), ref(2, IN, seed=2), ref(OUT, 2, seed=3), ref(2, IN, seed=4), 0.5),
     "svdiff": SpectralShift(ref(IN), weight_shape=MATRIX),
     "svdiff conv": SpectralShift(ref(OUT)),
+    "lorax": Subspace(ref(3), weight_shape=MATRIX),
+    "lorax full conv": Subspace(ref(4, 4), weight_shape=CONV),
+    "lorax with its vectors": Subspace(ref(3), ref(OUT, 3, seed=1), ref(IN, 3, seed=2), weight_shape=MATRIX),
+    "foura": Foura(ref(3, IN), ref(OUT, 3, seed=1), 0.5),
+    "foura masked conv": Foura(ref(3, IN, 3, 3), ref(OUT, 3, seed=1), 0.5, InMemory(torch.tensor([1.0, 0.0, 1.0]))),
+    "foura fourier": Foura(ref(3, IN // 2 + 1, 2), ref(OUT // 2 + 1, 3, 2, seed=1), 0.5, size=(OUT, IN)),
 }
 _NAMES = {id(update): name for name, update in SAMPLES.items()}
 ADDITIVE = {name: update for name, update in SAMPLES.items() if update.additive}

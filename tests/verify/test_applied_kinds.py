@@ -13,7 +13,7 @@ from regraft.adapter import MODEL
 from regraft.probes.controls import random_like
 from regraft.runtime.applied import applied, find_places
 from regraft.tensors import InMemory
-from regraft.updates import Diff, GLora, Ia3, LoHa, LoKr, Oft, SpectralShift, Tucker, Update
+from regraft.updates import Diff, Foura, GLora, Ia3, LoHa, LoKr, Oft, SpectralShift, Subspace, Tucker, Update
 
 
 def values(*shape: int, seed: int = 0) -> InMemory:
@@ -28,6 +28,8 @@ UPDATES: dict[str, Update] = {
     "scaled": Ia3(InMemory(1 + values(12, 1).load()), InMemory(torch.tensor(0)), convention="peft"),
     "both": GLora(values(8, 2), values(2, 8), values(12, 2), values(2, 8), 0.5),
     "shifted": SpectralShift(values(8)),
+    "inside": Subspace(values(3)),
+    "waves": Foura(values(2, 8), values(12, 2, seed=1), 0.5),
     "norm.weight": Diff(values(8), "norm.w_norm"),
     "norm.bias": Diff(values(8, seed=1), "norm.b_norm"),
 }
@@ -37,7 +39,7 @@ ADAPTER = Adapter({ModuleRef(MODEL, path): update for path, update in UPDATES.it
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    linear = {name: nn.Linear(8, 12) for name in ("proj", "turned", "scaled", "both", "shifted")}
+    linear = {name: nn.Linear(8, 12) for name in ("proj", "turned", "scaled", "both", "shifted", "inside", "waves")}
     kernels = {name: nn.Conv2d(8, 12, 3) for name in ("conv", "core")}
     return nn.ModuleDict({**linear, **kernels, "norm": nn.LayerNorm(8)})
 

@@ -335,6 +335,8 @@ NAMES = {
     "boft": "a BOFT update",
     "glora": "a GLoRA update",
     "svdiff": "a spectral shift",
+    "lorax": "a LoRA-X update",
+    "foura": "a FouRA update",
 }
 
 

@@ -9,6 +9,7 @@ Facts (peft 0.21.2; merged weights are judged in tests/formats/test_peft_kinds.p
   where the config alone tells the axis.
 - Trainable tokens: ``trainable_tokens_delta`` (tokens, width) holds new rows of an embedding, by the config's indices;
   beside a LoRA with a level ``token_adapter`` before it.
+- LORAX, SVDIFF and FOURA (`regraft.tuners`): `regraft.formats._peft_tuners`.
 - Without a config: scale 1, OFT by PEFT's defaults, IA3's axis by shape.
 - Every other tuner (VeRA, FourierFT, prompts, …) is named, and its keys are listed: nothing of it is guessed.
 """
@@ -31,17 +32,20 @@ from regraft.formats._common import Parts, check_float
 from regraft.formats._factors import cannot_hold
 from regraft.formats._peft_config import Config, by_pattern, check_numbers, check_pattern, exactly, is_matched
 from regraft.formats._peft_lokr import lokr_config
+from regraft.formats._peft_tuners import PARTS, TUNERS, build_tuner, check_tuner_config, tuner_parts
 from regraft.formats._suffixes import build
 from regraft.patterns import compiled, matches
 from regraft.tensors import InMemory, TensorRef
-from regraft.updates import Boft, Ia3, LoHa, LoKr, Oft, Update
+from regraft.updates import Boft, Foura, Ia3, LoHa, LoKr, Oft, SpectralShift, Subspace, Update
 
 #: peft_type → kind of update.
-TYPES = {"LOHA": LoHa, "LOKR": LoKr, "OFT": Oft, "BOFT": Boft, "IA3": Ia3}
+TYPES = {"LOHA": LoHa, "LOKR": LoKr, "OFT": Oft, "BOFT": Boft, "IA3": Ia3} | TUNERS
 TOKENS = "TRAINABLE_TOKENS"
 _BEGINNINGS = {"hada": "LOHA", "lokr": "LOKR", "oft": "OFT", "boft": "BOFT", "ia3": "IA3"}
+_BEGINNINGS |= {name.lower(): name for name in TUNERS}
 _KEY = re.compile(
-    r"(?P<path>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_R|boft_[Rs]|ia3_l)"
+    r"(?P<path>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_R|boft_[Rs]|ia3_l|"
+    rf"{PARTS})"
     r"(?:\.(?!weight$)(?P<name>[^.]+))?(?P<suffix>\.weight)?"
 )
 _TOKENS_KEY = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
@@ -93,6 +97,8 @@ def build_kind(kind: str, path: str, parts: Mapping[str, str], file: AdapterFile
         update = build({f".{part}": key for part, key in parts.items()}, file, None)
         assert isinstance(update, LoHa | LoKr)
         return replace(update, scale=1.0 if config is None else kind_scale(config, path, update.rank))
+    if kind in TUNERS:
+        return build_tuner(kind, path, parts, file)
     held = Parts()
     for part, key in parts.items():
         held.add(part, key, file.tensors[key], file.path)
@@ -149,6 +155,8 @@ def check_kind_config(config: Config, kind: str, file: Path) -> None:
     Raises:
         InputError: a field is missing, or no number.
     """
+    if kind in TUNERS:
+        check_tuner_config(config, kind, file)
     if kind in ("LOHA", "LOKR"):
         check_numbers(config, ("r", "alpha"), file)
         if config["r"] <= 0:
@@ -172,6 +180,8 @@ def kind_keys(update: Update, stem: str, name: str) -> dict[str, TensorRef]:
         left_out = ("alpha", "magnitude")
         parts = {f"{start}_{role}": ref for role, ref in update.parts().items() if role not in left_out}
         return {f"{stem}.{part}{name}": ref for part, ref in parts.items()}
+    if isinstance(update, Subspace | SpectralShift | Foura):
+        return {f"{stem}.{part}{name}": ref for part, ref in tuner_parts(update).items()}
     if isinstance(update, Oft):
         return {f"{stem}.oft_R{name}.weight": update.blocks}
     if isinstance(update, Boft):
@@ -192,6 +202,8 @@ def check_kind(update: Update, path: str, *, own: bool) -> str:
         raise cannot_hold("PEFT", f"{update.kind} updates", path)
     if update.magnitude is not None:
         raise cannot_hold("PEFT", f"DoRA's magnitude beside a {update.kind} update", path)
+    if isinstance(update, Subspace | Foura) and not own:
+        raise cannot_hold("PEFT", f"{update.kind} updates without the config that they were saved with", path)
     if isinstance(update, Oft | Boft | Ia3) and (update.convention != "peft" or not own):
         raise cannot_hold("PEFT", f"{update.kind} updates of another tool's convention", path)
     if isinstance(update, Oft | Boft) and update.strength != 1.0:
@@ -220,6 +232,9 @@ def corrected_kind(
         _set_scales(result, updates, cut[1])
     elif kind in ("LOHA", "LOKR"):
         _scales(result, config, updates)
+    if kind == "SVDIFF" and config is None:
+        # One number on a norm is a shift of its norm; a matrix of one singular value is told by its module.
+        result["norm_shift"] = "scalar" if any(update.rank == 1 for update in updates.values()) else "element"
     if kind == "LOHA" and config is None:
         result["use_effective_conv2d"] = any(isinstance(u, LoHa) and u.t1 is not None for u in updates.values())
     if not keep_targets:

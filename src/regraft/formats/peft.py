@@ -11,7 +11,8 @@ Facts (peft 0.21):
 - ``fan_in_fan_out`` (GPT-2's Conv1D): the base's weight is (in, out), so ΔW is (B A)ᵀ there too.
 - DoRA: ``lora_magnitude_vector`` without ``.weight``; (out,), or (1, out, 1, 1) for a convolution. ``lora_B.bias`` is
   scaled like ΔW.
-- Other tuners (LoHa, LoKr, OFT, BOFT, IA3, trainable tokens): `regraft.formats._peft_kinds`. One file holds one kind.
+- Other tuners (LoHa, LoKr, OFT, BOFT, IA3, trainable tokens, and those of `regraft.tuners`):
+  `regraft.formats._peft_kinds`. One file holds one kind.
 - ``target_parameters`` (experts stacked in one parameter) are no plain products: their keys are listed, not read.
 - Parameters stored whole: ``modules_to_save``, trained biases (``<module>.bias``, with a segment ``base_layer`` where
   the module has a LoRA too), and a copy of a targeted embedding's weight (``<module>.base_layer.weight``).
@@ -71,7 +72,7 @@ _ROLES = {
 # Parts of PEFT's other tuners: never a parameter stored whole.
 _OTHER_TUNERS = re.compile(
     r"\.(lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|trainable_tokens|token_adapter|glora_|ln_tuning|hra_|vblora_|"
-    r"fourierft_|prompt_|adaption_|randlora_|shira_|c3a_|miss_|bone_|road_|waveft_|osf_|gralora_|delora_)"
+    r"fourierft_|prompt_|adaption_|randlora_|shira_|c3a_|miss_|bone_|road_|waveft_|osf_|gralora_|delora_|lorax_|svdiff_|foura_)"
 )
 _READ = ("LORA", *TYPES, TOKENS)
 # The weights of these heads are (out, in) even in a model whose blocks are Conv1D.

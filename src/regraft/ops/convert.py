@@ -17,7 +17,7 @@ from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.errors import OutputError, UsageError
-from regraft.families import get_family
+from regraft.families import family_of_base, get_family
 from regraft.formats import Format, get_format
 from regraft.formats._factors import KEEP
 from regraft.formats.peft import PREFIX
@@ -336,6 +336,9 @@ def convert_adapter(
         check_writable(target, overwrite=overwrite, source=Path(source).expanduser())
     opened = open_base(base) if base is not None else None
     adapter = for_target(read_whole(source, opened), target, format)
+    if adapter.family is None and opened is not None:
+        # Numbers per singular direction tell no shapes, and so no family.
+        adapter = replace(adapter, family=family_of_base(opened))
     removed: list[str] = []
     if not private:
         adapter, removed = strip_private(adapter)

@@ -9,22 +9,27 @@ from __future__ import annotations
 from regraft.updates._kind import Kind, scale_of
 from regraft.updates.boft import Boft
 from regraft.updates.diff import Diff
+from regraft.updates.foura import Foura
 from regraft.updates.full import Full
 from regraft.updates.glora import GLora
 from regraft.updates.ia3 import Ia3
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
+from regraft.updates.lorax import Subspace
 from regraft.updates.lowrank import LowRank
 from regraft.updates.oft import Oft
 from regraft.updates.rows import Slice
 from regraft.updates.svdiff import SpectralShift
 from regraft.updates.tucker import Tucker
 
-Update = LowRank | Tucker | LoHa | LoKr | Diff | Full | Ia3 | Oft | Boft | GLora | SpectralShift | Slice
+Update = (
+    LowRank | Tucker | LoHa | LoKr | Diff | Full | Ia3 | Oft | Boft | GLora | SpectralShift | Subspace | Foura | Slice
+)
 
 __all__ = [
     "Boft",
     "Diff",
+    "Foura",
     "Full",
     "GLora",
     "Ia3",
@@ -35,6 +40,7 @@ __all__ = [
     "Oft",
     "Slice",
     "SpectralShift",
+    "Subspace",
     "Tucker",
     "Update",
     "scale_of",

@@ -10,11 +10,13 @@ from regraft.tensors import Shape, TensorRef
 from regraft.updates._kind import is_per_column
 from regraft.updates.boft import Boft
 from regraft.updates.diff import Diff
+from regraft.updates.foura import Foura
 from regraft.updates.full import Full
 from regraft.updates.glora import GLora
 from regraft.updates.ia3 import Ia3
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
+from regraft.updates.lorax import Subspace
 from regraft.updates.lowrank import LowRank
 from regraft.updates.oft import Oft
 from regraft.updates.rows import Slice
@@ -76,6 +78,10 @@ def _findings(update: Update) -> Iterator[tuple[str, _Finding]]:
         yield "weight", None if prod(update.weight.shape) == max(update.weight.shape, default=0) else "is no vector"
     elif isinstance(update, SpectralShift):
         yield "shift", _dims(update.shift.shape, 1)
+    elif isinstance(update, Subspace):
+        yield from _subspace(update)
+    elif isinstance(update, Foura):
+        yield from _foura(update)
 
 
 def _dims(shape: Shape, least: int, most: int | None = None) -> _Finding:
@@ -159,6 +165,35 @@ def _glora(update: GLora) -> Iterator[tuple[str, _Finding]]:
     else:
         yield from _tucker("bm", update.bm, {"b1": update.b1, "b2": update.b2}, (1, 0))
     yield "b2", _equal(update.b2.shape[1], update.a1.shape[0], "a1 (the inputs)")
+
+
+def _subspace(update: Subspace) -> Iterator[tuple[str, _Finding]]:
+    shape = update.sigma.shape
+    yield "sigma", _dims(shape, 1, 2)
+    yield "sigma", _equal(shape[0], shape[-1], "its other side")
+    for role, vectors in (("u", update.u), ("v", update.v)):
+        if vectors is not None:
+            yield role, _dims(vectors.shape, 2)
+            yield role, _equal(vectors.shape[1], shape[0], "sigma (the rank)")
+    if update.marks is not None:
+        yield "marks", _dims(update.marks.shape, 2)
+        yield "marks", _equal(update.marks.shape[0], shape[0], "sigma (the rank)")
+        yield "marks", _equal(update.marks.shape[1], 4, "every direction")
+
+
+def _foura(update: Foura) -> Iterator[tuple[str, _Finding]]:
+    a, b = update.a.shape, update.b.shape
+    least = 2 if update.size is None else 3
+    yield "a", _dims(a, least, least + 3)
+    yield "b", _dims(b, least)
+    yield "b", _equal(b[1], a[0], "a (the rank)")
+    if update.size is not None:
+        for role, count, channels in (("a", a[1], update.size[1]), ("b", b[0], update.size[0])):
+            yield role, _equal(count, channels // 2 + 1, f"the transform of {channels} channels")
+            yield role, _equal((a if role == "a" else b)[-1], 2, "a complex number")
+    if update.mask is not None:
+        yield "mask", _dims(update.mask.shape, 1)
+        yield "mask", _equal(update.mask.shape[0], a[0], "a (the rank)")
 
 
 def _oft(update: Oft) -> Iterator[tuple[str, _Finding]]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from regraft.updates._views import padded_to
 from regraft.updates.diff import Diff
 from regraft.updates.exact import as_lowrank
+from regraft.updates.foura import Foura
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
+from regraft.updates.lorax import Subspace
 from regraft.updates.lowrank import LowRank
 from regraft.updates.rows import Slice, take_rows
 from regraft.updates.tucker import Tucker
@@ -45,8 +47,14 @@ def widen(update: Update, new_in: int) -> Update | None:
         shape = None if update.weight_shape is None else (update.shape[0], new_in, *update.shape[2:])
         w1_b, w2_b = padded_to(update.w1_b, 1, size), padded_to(update.w2_b, 1, size)
         return replace(update, w1_b=w1_b, w2_b=w2_b, weight_shape=shape)
-    if isinstance(update, LoKr):
-        # The new width need not be a multiple of w2's.
+    if isinstance(update, Subspace):
+        # A flattened kernel's inputs don't lie at its end.
+        if update.v is None or len(update.shape) > 2:
+            return None
+        shape = None if update.weight_shape is None else (update.shape[0], new_in)
+        return replace(update, v=padded_to(update.v, 0, new_in), weight_shape=shape)
+    if isinstance(update, (LoKr, Foura)):
+        # A LoKr's new width need not be a multiple of w2's; a FouRA's transform takes in every column.
         low = as_lowrank(update)
         return None if low is None else widen(low, new_in)
     if isinstance(update, Slice):

@@ -11,6 +11,7 @@ from torch import Tensor
 from regraft.tensors import InMemory, Shape, TensorRef
 from regraft.updates._kind import is_per_column
 from regraft.updates.diff import Diff
+from regraft.updates.foura import Foura
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
 from regraft.updates.lowrank import LowRank
@@ -36,7 +37,8 @@ class Refactored(NamedTuple):
 def as_lowrank(update: Update, *, dense: bool = False) -> LowRank | None:
     """The same change as a LoRA (DoRA's magnitude included), in float32 factors; None where no low rank holds it.
 
-    A Tucker LoRA keeps its rank; LoHa has rank r₁ · r₂; LoKr that of its halves' product, at most the weight's.
+    A Tucker LoRA keeps its rank, a FouRA that of its open directions; LoHa has rank r₁ · r₂; LoKr that of its halves'
+    product, at most the weight's.
 
     Args:
         update: any. `LoHa` and `LoKr` that flatten a kernel need their ``weight_shape`` to give a convolution's LoRA.
@@ -46,6 +48,8 @@ def as_lowrank(update: Update, *, dense: bool = False) -> LowRank | None:
         return update
     if isinstance(update, Tucker):
         return _tucker(update)
+    if isinstance(update, Foura):
+        return update.as_lowrank()
     if isinstance(update, LoHa):
         return _loha(update)
     if isinstance(update, LoKr):
@@ -66,7 +70,7 @@ def is_factored(update: Update) -> bool:
     if isinstance(update, Slice):
         per_column = update.magnitude is not None and is_per_column(update.magnitude.shape)
         return is_factored(update.of) and not per_column
-    return isinstance(update, LowRank | Tucker | LoHa | LoKr)
+    return isinstance(update, LowRank | Tucker | LoHa | LoKr | Foura)
 
 
 def _tucker(update: Tucker) -> LowRank:

@@ -1,0 +1,72 @@
+"""Tiny models of transformers and diffusers with random weights, and one configuration of every tuner for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.tuners import FouraConfig, LoraXConfig, SvdiffConfig
+
+#: Name → configuration class and options without target modules.
+TUNERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "lorax": (LoraXConfig, {"r": 4}),
+    "lorax full": (LoraXConfig, {"r": 4, "full": True}),
+    "svdiff": (SvdiffConfig, {}),
+    "foura": (FouraConfig, {"r": 4, "gate": "none"}),
+    "foura fft": (FouraConfig, {"r": 4, "gate": "frozen", "transform": "fft"}),
+}
+
+
+def tiny_gpt2() -> nn.Module:
+    """Its linear layers are Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
+
+
+def tiny_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def quantised(bits: int) -> nn.Module:
+    """One linear layer, in bitsandbytes' NF4 or int8, on the CPU."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 64, bias=False)
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=0.0)
+    layer.load_state_dict(plain.state_dict())
+    return nn.Sequential(layer).to("cpu").eval()

@@ -1,0 +1,131 @@
+"""The tuners on models of transformers and diffusers, and on a quantised base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from tuners.cases import stir
+from tuners.real import TUNERS, quantised, tiny_gpt2, tiny_llama, tiny_unet
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+@torch.no_grad()
+def noise(unet: nn.Module) -> Tensor:
+    torch.manual_seed(3)
+    return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 4, 16)).sample
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_language_models_by_peft_s_default_modules(make: Any, tuner: str, tmp_path: Any) -> None:
+    kind, options = TUNERS[tuner]
+    base = make()
+    model = stir(get_peft_model(make(), kind(task_type="CAUSAL_LM", **options))).eval()
+    assert not torch.allclose(logits(model), logits(base), atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    expected = logits(model)
+    assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_a_unet_of_diffusers(tuner: str) -> None:
+    kind, options = TUNERS[tuner]
+    config = kind(target_modules=["to_q", "to_v", "conv1", "proj_in"], **options)
+    plain = noise(tiny_unet())
+    unet = inject_adapter_in_model(config, tiny_unet())
+    assert torch.equal(noise(unet), plain)
+    stir(unet)
+    state = get_peft_model_state_dict(unet)
+    assert any(".conv1." in key for key in state)
+    again = inject_adapter_in_model(config, tiny_unet())
+    set_peft_model_state_dict(again, state)
+    assert torch.equal(noise(again), noise(unet))
+    full = noise(unet)
+    # diffusers' own switches find the strength and the adapters.
+    unet.peft_config = {"default": config}
+    unet._hf_peft_config_loaded = True
+    unet.set_adapters(["default"], weights=[0.0])
+    assert torch.allclose(noise(unet), plain, atol=1e-6)
+    unet.set_adapters(["default"], weights=[1.0])
+    assert torch.allclose(noise(unet), full, atol=1e-6)
+    unet.disable_adapters()
+    assert torch.equal(noise(unet), plain)
+    unet.enable_adapters()
+    unet.fuse_lora() if hasattr(unet, "fuse_lora") else None
+    assert torch.allclose(noise(unet), full, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_a_quantised_base_is_decomposed_as_it_is_read(tuner: str, bits: int, tmp_path: Any) -> None:
+    kind, options = TUNERS[tuner]
+    config = kind(target_modules=["0"], **options)
+    net, x = quantised(bits), torch.randn(3, 64)
+    with torch.no_grad():
+        plain = net(x)
+        model = get_peft_model(quantised(bits), config)
+        assert torch.allclose(model(x), plain, atol=1e-5)
+        stir(model)
+        layer = model.base_model.model[0]
+        expected = plain + x @ layer.get_delta_weight("default").T.float()
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        assert torch.allclose(model(x), expected, atol=1e-3)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(quantised(bits), tmp_path)
+        assert torch.allclose(loaded(x), model(x), atol=1e-5)
+        found = model(x)
+        layer.merge()
+        # Quantised again: near, not equal.
+        assert (model(x) - found).norm() < 0.3 * found.norm()
+        layer.unmerge()
+        assert (model(x) - found).norm() < 0.3 * found.norm()
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_transformers_own_loader_takes_them_and_another_base_is_refused(tuner: str, tmp_path: Any) -> None:
+    kind, options = TUNERS[tuner]
+    model = tiny_llama()
+    model.add_adapter(kind(target_modules=["q_proj"], **options))
+    stir(model)
+    model.save_pretrained(tmp_path)
+    again = tiny_llama()
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    other = tiny_llama()
+    weight = other.model.layers[1].self_attn.q_proj.weight
+    weight.data += 0.1 * torch.randn_like(weight)
+    other.load_adapter(tmp_path)
+    if tuner.startswith("foura"):
+        logits(other)
+        return
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: the base is not the one"):
+        logits(other)
+
+
+def test_layers_that_give_no_weight_back_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+
+    backend = ForwardOnlyQuantizationBackend("gptq")
+    monkeypatch.setattr("regraft.tuners._layer.resolve_quantization_backend", lambda *_, **__: backend)
+    for tuner in ("lorax", "svdiff"):
+        kind, options = TUNERS[tuner]
+        with pytest.raises(TypeError, match="needs the weight, and gptq layers give none back"):
+            get_peft_model(nn.Sequential(nn.Linear(8, 8)), kind(target_modules=["0"], **options))
