@@ -138,6 +138,13 @@ def test_variants_stand_beside_the_default_on_the_same_seeds_alone(record: Bench
     assert "lm-strong | of native" not in page
 
 
+def test_a_start_stands_before_the_objective_whatever_their_names(record: BenchReport) -> None:
+    near = record.pairs[0].adapters[0]
+    seeds = [one.model_copy(update={"used": "output, stream, zero"}) for one in near.rows]
+    pair = record.pairs[0].model_copy(update={"adapters": [near.model_copy(update={"rows": seeds})]})
+    assert "| stream, zero → output |" in refine_table.refine_page(record.model_copy(update={"pairs": [pair]}))
+
+
 def test_all_lines_of_a_table_have_as_many_cells(record: BenchReport) -> None:
     for part in re.findall(r"(?:^\|.*\|\n)+", refine_table.refine_page(record), re.M):
         assert len({line.count("|") for line in part.splitlines()}) == 1

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import get_args
 
 from regraft.bench.controls import CONTROLS
 from regraft.bench.refine_goals import refine_goals, row_of
 from regraft.bench.table import errors_of, figure, goal_table, made, markdown, pair_part, replaced, spread
 from regraft.bench.variants import REFINE
+from regraft.refine.settings import Objective
 from regraft.report.bench_schema import BenchAdapter, BenchPair, BenchReport, BenchRow
 
 #: Where a page's generated part begins and ends.
 BEGIN, END = "<!-- refine: written by `regraft bench table` -->", "<!-- /refine -->"
 
 _BESIDE = ("copy", "auto")
+_OBJECTIVES = get_args(Objective)
 # What a curve runs over: the option, and what it is called.
 _CURVES = {"steps": "steps", "n_inputs": "inputs asked for"}
 
@@ -99,7 +102,7 @@ def _costs(record: BenchReport) -> str:
             [
                 pair.name,
                 adapter.name,
-                row.used.replace(", ", " → "),
+                _way(row.used),
                 f"{known.get('start_had', 0):.2f}",
                 f"{known.get('of_what_is_wanted', 0):.2f}",
                 f"{known.get('steps', 0):.0f} of {known.get('steps_made', 0):.0f}",
@@ -115,6 +118,13 @@ def _costs(record: BenchReport) -> str:
         "Steps: of the look that was kept, of those made."
     )
     return f"{markdown([*head, 'of native', 'MB'], lines)}\n\n{told}"
+
+
+def _way(used: str) -> str:
+    """Starts and objectives apart: over seeds, a row has the names of both in one list."""
+    names = used.split(", ")
+    apart = [[name for name in names if (name in _OBJECTIVES) is objective] for objective in (False, True)]
+    return " → ".join(", ".join(part) for part in apart)
 
 
 def _each(record: BenchReport, name: str) -> Iterator[tuple[BenchPair, BenchAdapter, BenchRow]]:

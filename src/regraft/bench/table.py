@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
@@ -213,8 +214,11 @@ def _meanings() -> str:
 def goal_table(found: Sequence[Goal]) -> str:
     """Claims, whether each holds, and what that rests on."""
     said = {True: "holds", False: "**does not hold**", None: "not measured"}
+    # A minus of its own, as in the other tables.
+    figures = [re.sub(r"(?<![\w.])-(?=\d)", "−", goal.figures) or "–" for goal in found]
     return markdown(
-        ("claim", "", "figures"), [(goal.claim, said[goal.held], goal.figures or "–") for goal in found]
+        ("claim", "", "figures"),
+        [(goal.claim, said[goal.held], text) for goal, text in zip(found, figures, strict=True)],
     ).replace("---:", "---")
 
 
