@@ -11,14 +11,16 @@ import torch
 from running import Run
 from torch import Tensor
 
-from regraft import Adapter, InputError, load_adapter, open_base
+from regraft import Adapter, InputError, load_adapter, open_base, port
+from regraft.adapter import ModuleRef
 from regraft.lineage import lineage_of, with_port
 from regraft.refine import RefineResult, RefineSettings, refine
 from regraft.refine import loop as loop_module
 from regraft.refine.aims import Aim
 from regraft.refine.starting import Start
 from regraft.runtime import applied, load_model
-from regraft.updates import LowRank
+from regraft.tensors import InMemory
+from regraft.updates import LowRank, Update
 from verify import tiny
 
 QUICK = RefineSettings(steps=24, look=8, n_inputs=16, rate=5e-3)
@@ -216,3 +218,17 @@ def test_a_port_that_does_worse_than_nothing_is_not_begun_from(
     assert report.start == "zero"
     assert "worse than the new base alone" in report.start_reason
     assert report.recovered > 0
+
+
+def test_what_is_written_is_what_was_measured_biases_included(adapter: Adapter, old: Path, new: Path) -> None:
+    ported = port(adapter, open_base(old), open_base(new), "copy").adapter
+    biased: dict[ModuleRef, Update] = {}
+    for ref, update in ported.updates.items():
+        assert isinstance(update, LowRank)
+        biased[ref] = replace(update, bias=InMemory(torch.linspace(-0.3, 0.3, update.shape[0])))
+    first = refined(adapter, old, new, start=replace(ported, updates=biased))
+    assert first.report.steps > 0
+    # On the same inputs, in the base as any adapter is.
+    beside = refined(adapter, old, new, start="zero", native=first.adapter).report.beside
+    assert beside[-1].title == "native"
+    assert beside[-1].recovered == pytest.approx(first.report.recovered, abs=1e-3)

@@ -28,17 +28,29 @@ def with_magnitudes(adapter: Adapter, model: Loaded) -> Adapter:
     return replace(adapter, updates=updates)
 
 
+def with_biases(adapter: Adapter) -> Adapter:
+    """The same with a bias on every second update, as PEFT's ``lora_bias`` has it, and with a scale."""
+    updates = {}
+    for i, (ref, update) in enumerate(adapter.updates.items()):
+        assert isinstance(update, LowRank)
+        bias = InMemory(torch.linspace(-0.5, 0.5, update.shape[0]))
+        updates[ref] = replace(update, scale=2 * update.scale, bias=bias if i % 2 else None)
+    return replace(adapter, updates=updates)
+
+
 def text_output(model: Loaded) -> Tensor:
     with torch.no_grad():
         return model.main(input_ids=torch.arange(3, 19)[None]).logits
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "bias"])
 def test_a_student_says_what_its_start_says_and_leaves_the_base_alone(tmp_path: Path, kind: str) -> None:
     model = load_model(tiny.llama(tmp_path / "base"))
     start = tiny.lora(model.main, ("q_proj", "down_proj"))
     if kind == "dora":
         start = with_magnitudes(start, model)
+    if kind == "bias":
+        start = with_biases(start)
     plain = text_output(model)
     with applied(model.components, start):
         wanted = text_output(model)
@@ -48,6 +60,29 @@ def test_a_student_says_what_its_start_says_and_leaves_the_base_alone(tmp_path: 
         back = replace(start, updates=student.updates())
     with applied(model.components, back):
         torch.testing.assert_close(text_output(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_a_start_are_trained(tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    start = with_biases(tiny.lora(model.main, ("q_proj", "down_proj")))
+    with student_of(model, start) as student:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(1.5)
+        said = text_output(student.model)
+        back = replace(start, updates=student.updates())
+    with applied(model.components, back):
+        torch.testing.assert_close(text_output(model), said, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dora_with_a_bias_is_kept_as_it_is(tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    start = with_biases(with_magnitudes(tiny.lora(model.main, ("q_proj", "down_proj")), model))
+    with applied(model.components, start):
+        wanted = text_output(model)
+    with student_of(model, start) as student:
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
+        assert {ref for ref, u in start.updates.items() if getattr(u, "bias", None) is not None} == set(student.rest)
 
 
 def test_convolutions_are_trained_in_their_own_shape(tmp_path: Path) -> None:

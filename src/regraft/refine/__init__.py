@@ -244,8 +244,9 @@ def _untrained(student: Student) -> dict[str, str]:
     said = {}
     modules = modules_of(student.model, student.rest)
     for ref, update in student.rest.items():
-        low_rank = isinstance(update, LowRank)
-        what = why_not(student.model, ref, modules.get(ref), student.encoders) if low_rank else f"a {update.kind}"
+        low_rank = update if isinstance(update, LowRank) else None
+        here = student.model, ref, modules.get(ref), student.encoders
+        what = f"a {update.kind}" if low_rank is None else why_not(*here, low_rank)
         said[str(ref)] = f"{what}: kept as it was ported"
     return said
 

@@ -83,6 +83,9 @@ class Student:
                 trained = layer.lora_magnitude_vector[_NAME].weight.detach().cpu()
                 magnitude = trained.reshape(like.magnitude.shape).to(like.magnitude.dtype)
                 update = replace(update, magnitude=InMemory(magnitude))
+            if like.bias is not None:
+                bias = layer.lora_B[_NAME].bias.detach().float().cpu() / like.scale
+                update = replace(update, bias=InMemory(bias.to(like.bias.dtype)))
             made[ref] = update
         return made
 
@@ -118,7 +121,9 @@ def student_of(
     del base
     encoders = trainable_encoders(model, own, targets)
     trained = {
-        ref: own[ref] for ref, module in modules_of(model, own).items() if not why_not(model, ref, module, encoders)
+        ref: own[ref]
+        for ref, module in modules_of(model, own).items()
+        if not why_not(model, ref, module, encoders, own[ref])
     }
     rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
@@ -137,7 +142,13 @@ def student_of(
         yield Student(model, _injected(model, trained), trained, rest, quantised, encoders)
 
 
-def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None, encoders: Collection[str] = ()) -> str:
+def why_not(
+    model: Loaded,
+    ref: ModuleRef,
+    module: nn.Module | None,
+    encoders: Collection[str] = (),
+    update: LowRank | None = None,
+) -> str:
     """Why no LoRA can be trained there; empty where one can.
 
     Args:
@@ -145,7 +156,10 @@ def why_not(model: Loaded, ref: ModuleRef, module: nn.Module | None, encoders: C
         ref: its module.
         module: the same, loaded.
         encoders: as `regraft.refine.encoders.trainable_encoders` gives them.
+        update: that is to be trained.
     """
+    if update is not None and update.magnitude is not None and update.bias is not None:
+        return "PEFT has no DoRA with a bias of its own"
     if model.pipeline is not None and ref.component != model.main_name and ref.component not in encoders:
         return f"its pipeline runs the {ref.component} without gradients"
     if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
@@ -199,19 +213,22 @@ def _injected(model: Loaded, trained: Mapping[ModuleRef, LowRank]) -> dict[Modul
     for part in model.components.values():
         named = {module: name for name, module in part.named_modules()}
         names = {ref: named[module] for ref, module in modules.items() if module in named}
-        # One configuration is either DoRA or not: each sort is injected under the same name, in a round of its own.
-        for dora in (False, True):
-            _inject(part, {n: trained[r] for r, n in names.items() if (trained[r].magnitude is not None) is dora}, dora)
+        # One configuration is either DoRA or not, with biases or not: each sort is injected under the same name, in a
+        # round of its own.
+        sorts: dict[tuple[bool, bool], dict[str, LowRank]] = {}
+        for ref, name in names.items():
+            update = trained[ref]
+            sorts.setdefault((update.magnitude is not None, update.bias is not None), {})[name] = update
+        for (dora, bias), updates in sorts.items():
+            _inject(part, updates, dora, bias)
         layers |= {ref: part.get_submodule(name) for ref, name in names.items()}
     for ref, layer in layers.items():
         _set(layer, trained[ref])
     return layers
 
 
-def _inject(part: nn.Module, updates: Mapping[str, LowRank], dora: bool) -> None:
+def _inject(part: nn.Module, updates: Mapping[str, LowRank], dora: bool, bias: bool) -> None:
     """Put layers of the updates' ranks in the place of the modules of these names."""
-    if not updates:
-        return
     peft = library("peft")
     # Whole names, so that a short one is not taken for the end of a long one.
     ranks = {f"^{re.escape(name)}$": update.rank for name, update in updates.items()}
@@ -223,6 +240,7 @@ def _inject(part: nn.Module, updates: Mapping[str, LowRank], dora: bool) -> None
         rank_pattern=ranks,
         alpha_pattern=ranks,
         use_dora=dora,
+        lora_bias=bias,
         fan_in_fan_out=any(is_conv1d(part.get_submodule(name)) for name in updates),
     )
     peft.inject_adapter_in_model(config, part, adapter_name=_NAME)
@@ -237,6 +255,8 @@ def _set(layer: Any, update: LowRank) -> None:
     for name, value in (("lora_A", down), ("lora_B", up)):
         weight = getattr(layer, name)[_NAME].weight
         weight.copy_(value.reshape(weight.shape))
+    if update.bias is not None:
+        layer.lora_B[_NAME].bias.copy_(update.scale * update.bias.load().float())
     if update.magnitude is not None:
         weight = layer.lora_magnitude_vector[_NAME].weight
         weight.copy_(update.magnitude.load().reshape(weight.shape))
