@@ -77,7 +77,7 @@ def refine_far(
             adapter,
             old,
             open_base(new),
-            # From a start without effect: quicker than a port across architectures, and no worse here.
+            # From a start without effect: quicker than a port across architectures, and a demo has minutes.
             start="zero",
             settings=far.settings(prompts),
             tick=lambda done, total, what: say(f"refine {label}: {what}"),
