@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -243,7 +244,10 @@ def _inject(part: nn.Module, updates: Mapping[str, LowRank], dora: bool, bias: b
         lora_bias=bias,
         fan_in_fan_out=any(is_conv1d(part.get_submodule(name)) for name in updates),
     )
-    peft.inject_adapter_in_model(config, part, adapter_name=_NAME)
+    with warnings.catch_warnings():
+        # Of rounds, which are meant, and of layers that could not be merged, which none is.
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(config, part, adapter_name=_NAME)
 
 
 @torch.no_grad()
