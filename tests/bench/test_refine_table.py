@@ -154,8 +154,10 @@ def test_the_command_writes_the_page_of_its_kind(run: Run, record: BenchReport, 
     save(record, tmp_path / "refine.json")
     marked = tmp_path / "README.md"
     marked.write_text(f"before\n{refine_table.BEGIN}{refine_table.END}\nafter\n")
-    page = tmp_path / "page.md"
-    assert run("bench", "table", tmp_path / "refine.json", "--markdown", page, "--markdown", marked, "-q").code == 0
+    page, html = tmp_path / "page.md", tmp_path / "page.html"
+    written = ("--markdown", page, "--markdown", marked, "--report", html)
+    assert run("bench", "table", tmp_path / "refine.json", *written, "-q").code == 0
+    assert "another tokenizer: at least 0.7 of native" in html.read_text()
     assert page.read_text().startswith("# The benchmark of refine")
     assert "| lm-near, near | 0.50 | 0.60 | **0.900 [0.80, 1.00]** | 0.80 |" in marked.read_text()
     assert marked.read_text().endswith("\nafter\n")

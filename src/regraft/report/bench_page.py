@@ -8,6 +8,8 @@ from markupsafe import Markup, escape
 
 from regraft.bench.controls import CONTROLS
 from regraft.bench.goals import goals
+from regraft.bench.refine_goals import refine_goals
+from regraft.bench.refine_table import of_refine
 from regraft.bench.results import WORLDS
 from regraft.bench.table import legend, made, recovery, rows_of, summary
 from regraft.report.bench_chart import draw_pair, tone
@@ -31,7 +33,7 @@ def render_bench(record: BenchReport) -> str:
             table=table,
             recovery=recovery,
             tone=tone,
-            goals=goals(record),
+            goals=refine_goals(record) if of_refine(record) else goals(record),
             charts={pair.name: Markup(draw_pair(pair)) for pair in record.pairs},
             worlds=WORLDS,
             controls_said=CONTROLS,
