@@ -138,6 +138,15 @@ def test_variants_stand_beside_the_default_on_the_same_seeds_alone(record: Bench
     assert "lm-strong | of native" not in page
 
 
+def test_variants_are_means_over_all_seeds_that_have_them(record: BenchReport) -> None:
+    more = {"refine start=zero": 0.5, "refine steps=40": 0.4, "refine steps=160": 0.6}
+    first = record.pairs[0].adapters[0].by_seed[0].rows
+    pair_of_two = pair("lm-near", "near", "drift", [first, rows(0.7, **more)])
+    page = refine_table.refine_page(record.model_copy(update={"pairs": [pair_of_two, *record.pairs[1:]]}))
+    assert "| refine | 0.800 |" in page
+    assert "| start=zero | 0.600 |" in page
+
+
 def test_a_start_stands_before_the_objective_whatever_their_names(record: BenchReport) -> None:
     near = record.pairs[0].adapters[0]
     seeds = [one.model_copy(update={"used": "output, stream, zero"}) for one in near.rows]

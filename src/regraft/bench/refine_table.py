@@ -155,11 +155,11 @@ def _ablations(record: BenchReport) -> Iterator[str]:
 
 def _beside(pair: BenchPair, names: Sequence[str]) -> Iterator[str]:
     """A table of some variants beside the default, over those adapters and seeds alone that all of them have."""
-    adapters = [_alike(adapter, (REFINE, *names)) for adapter in pair.adapters]
-    known = [name for name in names if any(row_of(rows, name) for rows in adapters)]
+    tables = [rows for adapter in pair.adapters for rows in _alike(adapter, (REFINE, *names))]
+    known = [name for name in names if any(row_of(rows, name) for rows in tables)]
     if not known:
         return
-    lines = [_variant(name, [row for rows in adapters if (row := row_of(rows, name))]) for name in (REFINE, *known)]
+    lines = [_variant(name, [row for rows in tables if (row := row_of(rows, name))]) for name in (REFINE, *known)]
     head = [pair.name, "of native", "of the teacher", "retention", "of what is wanted", "seconds"]
     yield markdown(head, lines)
     errors = [
@@ -169,13 +169,13 @@ def _beside(pair: BenchPair, names: Sequence[str]) -> Iterator[str]:
         yield "\n".join(errors)
 
 
-def _alike(adapter: BenchAdapter, names: Sequence[str]) -> list[BenchRow]:
-    """An adapter's rows of the seeds that all of these variants were measured on, as far as any was."""
+def _alike(adapter: BenchAdapter, names: Sequence[str]) -> list[list[BenchRow]]:
+    """An adapter's rows, seed by seed, of those that all of these variants were measured on, as far as any was."""
     tables = [seed.rows for seed in adapter.by_seed] or [adapter.rows]
     asked = [name for name in names if any(row_of(rows, name) for rows in tables)]
     if len(asked) < 2:
         return []
-    return [row for rows in tables if all(row_of(rows, name) for name in asked) for row in rows]
+    return [rows for rows in tables if all(row_of(rows, name) for name in asked)]
 
 
 def _variant(name: str, rows: Sequence[BenchRow]) -> list[str]:
