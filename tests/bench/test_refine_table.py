@@ -108,6 +108,10 @@ def test_each_goal_is_held_against_its_own_pairs(record: BenchReport) -> None:
     assert held(record, "far") == (False, "sd-far 0.790 (0.988 of the teacher's)")
     assert held(record, "near: fewer") == (True, "lm-near 128")
     assert held(record, "cost")[0] is False
+    near = record.pairs[0].model_copy(update={"world": "diffusion"})
+    many = near.adapters[0].rows[4].model_copy(update={"figures": {"inputs": 480.0}})
+    near = near.model_copy(update={"adapters": [near.adapters[0].model_copy(update={"rows": [many]})]})
+    assert held(record.model_copy(update={"pairs": [near]}), "near: fewer") == (True, "lm-near 80")
 
 
 def test_a_far_pair_may_come_to_what_a_poor_teacher_has(record: BenchReport) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from regraft.bench.goals import Goal
 from regraft.bench.variants import REFINE
+from regraft.refine.pictures import LEVELS
 from regraft.report.bench_schema import BenchPair, BenchReport, BenchRow
 
-#: Of a native adapter's training, what a refine may cost; and the inputs that a near pair may take.
+#: Of a native adapter's training, what a refine may cost; and the texts or pictures that a near pair may take.
 COST, INPUTS = 0.25, 300
 # Of the native adapter's retention, what is to be left.
 _KEPT = 0.95
@@ -114,6 +115,8 @@ def _inputs(pairs: Sequence[BenchPair]) -> Goal:
     for pair in pairs:
         rows = [row for adapter in pair.adapters if (row := row_of(adapter.rows)) is not None]
         if rows:
-            most = max(row.figures.get("inputs", 0.0) for row in rows)
+            # A picture is read under several levels of noise, each of them an input.
+            of_each = LEVELS if pair.world == "diffusion" else 1
+            most = max(row.figures.get("inputs", 0.0) for row in rows) / of_each
             found.append((f"{pair.name} {most:.0f}", most < INPUTS))
-    return _all(f"near: fewer than {INPUTS} inputs made", found)
+    return _all(f"near: fewer than {INPUTS} texts or pictures made", found)

@@ -115,7 +115,7 @@ def _costs(record: BenchReport) -> str:
     told = (
         "Processor time of the whole refine on one thread: start, inputs, aims and training. *Of native*: in times of "
         "what the training of the native adapter took. *Start had*, *of what is wanted*: on held-out self-made inputs. "
-        "Steps: of the look that was kept, of those made."
+        "Steps: of the look that was kept, of those made. Inputs: texts, or noisy states, several of each picture."
     )
     return f"{markdown([*head, 'of native', 'MB'], lines)}\n\n{told}"
 
