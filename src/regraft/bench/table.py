@@ -270,7 +270,7 @@ def print_table(record: BenchReport, console: Console) -> None:
     """The summary in a terminal."""
     head, rows = summary(record)
     table = Table(box=None, pad_edge=False)
-    table.add_column(head[0])
+    table.add_column(head[0], no_wrap=True)
     for name in head[1:]:
         table.add_column(name, justify="right")
     for line in rows:
