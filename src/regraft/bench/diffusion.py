@@ -75,10 +75,9 @@ class DiffusionWorld:
             return None
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         # Each line is the mean over the steps since the one before it.
-        made = [
-            later["step"] - earlier for later, earlier in zip(lines, [0, *(x["step"] for x in lines)], strict=False)
-        ]
-        return sum(n * line["seconds_per_step"] for n, line in zip(made, lines, strict=True)) or None
+        starts = [0, *(line["step"] for line in lines)]
+        parts = zip(lines, starts[:-1], strict=True)
+        return sum((line["step"] - start) * line["seconds_per_step"] for line, start in parts) or None
 
     def scorer(self, pair: str, which: Which, name: str) -> AbstractContextManager[Scorer]:
         """See `regraft.bench.diffusion_score.scoring`."""

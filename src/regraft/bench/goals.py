@@ -46,13 +46,14 @@ def stream_rows(pair: BenchPair) -> list[BenchRow]:
     return [row for row in pair.rows if row.name.split()[0] == "stream"]
 
 
-def _row(pair: BenchPair, name: str) -> BenchRow | None:
-    return next((row for row in pair.rows if row.name == name and row.recovery.mean is not None), None)
+def row_of(rows: Sequence[BenchRow], name: str) -> BenchRow | None:
+    """A row that was scored, by name."""
+    return next((row for row in rows if row.name == name and row.recovery.mean is not None), None)
 
 
 def _measured(pairs: Sequence[BenchPair], expects: str | None = None) -> Iterator[tuple[BenchPair, BenchRow]]:
     for pair in pairs:
-        row = _row(pair, AUTO)
+        row = row_of(pair.rows, AUTO)
         if row is not None and not row.refused and expects in (None, pair.expects):
             yield pair, row
 

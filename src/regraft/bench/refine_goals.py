@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from regraft.bench.goals import Goal
+from regraft.bench.goals import Goal, row_of
 from regraft.bench.variants import REFINE
 from regraft.refine.pictures import LEVELS
 from regraft.report.bench_schema import BenchPair, BenchReport, BenchRow
@@ -35,14 +35,9 @@ def refine_goals(record: BenchReport) -> list[Goal]:
     ]
 
 
-def row_of(rows: Sequence[BenchRow], name: str = REFINE) -> BenchRow | None:
-    """A row that was scored, by name."""
-    return next((row for row in rows if row.name == name and row.recovery.mean is not None), None)
-
-
 def _refined(pairs: Sequence[BenchPair]) -> Iterator[tuple[BenchPair, BenchRow]]:
     for pair in pairs:
-        row = row_of(pair.rows)
+        row = row_of(pair.rows, REFINE)
         if row is not None:
             yield pair, row
 
@@ -55,7 +50,7 @@ def _all(claim: str, found: Sequence[tuple[str, bool]]) -> Goal:
 def _of_native(wanted: float, which: str, pairs: Sequence[BenchPair], *, first: bool = False) -> Goal:
     found = []
     for pair in pairs:
-        row = row_of(pair.adapters[0].rows if first and pair.adapters else pair.rows)
+        row = row_of(pair.adapters[0].rows if first and pair.adapters else pair.rows, REFINE)
         if row is not None and row.recovery.mean is not None:
             called = f"{pair.name} {pair.adapters[0].name}" if first else pair.name
             found.append((f"{called} {row.recovery.mean:.3f}", row.recovery.mean >= wanted))
@@ -102,7 +97,7 @@ def _retention(pairs: Sequence[BenchPair]) -> Goal:
 def _cost(pairs: Sequence[BenchPair]) -> Goal:
     found = []
     for pair in pairs:
-        rows = [row for adapter in pair.adapters if (row := row_of(adapter.rows)) is not None]
+        rows = [row for adapter in pair.adapters if (row := row_of(adapter.rows, REFINE)) is not None]
         shares = [row.figures["of_native_seconds"] for row in rows if "of_native_seconds" in row.figures]
         if shares:
             share = sum(shares) / len(shares)
@@ -113,7 +108,7 @@ def _cost(pairs: Sequence[BenchPair]) -> Goal:
 def _inputs(pairs: Sequence[BenchPair]) -> Goal:
     found = []
     for pair in pairs:
-        rows = [row for adapter in pair.adapters if (row := row_of(adapter.rows)) is not None]
+        rows = [row for adapter in pair.adapters if (row := row_of(adapter.rows, REFINE)) is not None]
         if rows:
             # A picture is read under several levels of noise, each of them an input.
             of_each = LEVELS if pair.world == "diffusion" else 1

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import get_args
 
 from regraft.bench.controls import CONTROLS
-from regraft.bench.refine_goals import refine_goals, row_of
-from regraft.bench.table import errors_of, figure, goal_table, made, markdown, pair_part, replaced, spread
+from regraft.bench.goals import row_of
+from regraft.bench.refine_goals import refine_goals
+from regraft.bench.table import errors_of, figure, goal_table, markdown, pair_part, replaced, runs_of, spread
 from regraft.bench.variants import REFINE
 from regraft.refine.settings import Objective
 from regraft.report.bench_schema import BenchAdapter, BenchPair, BenchReport, BenchRow
@@ -29,8 +30,7 @@ def of_refine(record: BenchReport) -> bool:
 
 def refine_block(record: BenchReport) -> str:
     """The summary for a page of other text."""
-    runs = [f"```\n{run.command}\n```\n\n{when}" for run, when in zip(record.runs, made(record), strict=True)]
-    return "\n\n".join((shares(record), _legend(record), *runs))
+    return "\n\n".join((shares(record), _legend(record), *runs_of(record)))
 
 
 def refine_between(text: str, record: BenchReport) -> str:
@@ -61,7 +61,7 @@ def refine_page(record: BenchReport) -> str:
 def shares(record: BenchReport) -> str:
     """Pairs by what is recovered of native, and of the teacher, with retention beside the native's."""
     head = ["pair", *_BESIDE, REFINE, "teacher", "of the teacher: auto", "refine", "retention: native", "refine"]
-    return markdown(head, [_shares(pair) for pair in record.pairs if row_of(pair.rows) is not None])
+    return markdown(head, [_shares(pair) for pair in record.pairs if row_of(pair.rows, REFINE) is not None])
 
 
 def _shares(pair: BenchPair) -> list[str]:

@@ -145,8 +145,12 @@ def block(record: BenchReport) -> str:
 
 def _told(record: BenchReport, without: Sequence[str] = ()) -> tuple[str, ...]:
     """The summary and what it takes to read it."""
-    runs = [f"```\n{run.command}\n```\n\n{when}" for run, when in zip(record.runs, made(record), strict=True)]
-    return markdown(*summary(record, without)), _for_makers(record), legend(record), *runs
+    return markdown(*summary(record, without)), _for_makers(record), legend(record), *runs_of(record)
+
+
+def runs_of(record: BenchReport) -> list[str]:
+    """Each run's command, with what `made` says of it."""
+    return [f"```\n{run.command}\n```\n\n{when}" for run, when in zip(record.runs, made(record), strict=True)]
 
 
 def _for_makers(record: BenchReport) -> str:
