@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Name for people → types.
+_MATRICES = {"Linear": (nn.Linear,), "Conv1D of transformers": (Conv1D,), "Conv1d, Conv2d, Conv3d": CONVOLUTIONS}
 
 
 class Buffers(BufferDict):
@@ -307,6 +309,23 @@ def check_layer(layer: nn.Module, key: str, title: str, *, takes: Mapping[str, t
         )
     if not any(isinstance(layer, types) for types in takes.values()) and not _is_quantised_linear(layer, key, title):
         raise TypeError(f"{key}: {title} can't change {type(layer).__name__} layers; it takes {', '.join(takes)}")
+
+
+def check_matrix_layer(layer: nn.Module, key: str, title: str, *, in_groups: str) -> None:
+    """The same for a tuner that takes what has one matrix for a weight.
+
+    Args:
+        layer: the base layer.
+        key: its path.
+        title: of the tuner.
+        in_groups: what keeps it from a convolution in groups.
+
+    Raises:
+        TypeError: see `check_layer`, or it is a convolution in groups.
+    """
+    check_layer(layer, key, title, takes=_MATRICES)
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+        raise TypeError(f"{key}: {title} can't change a convolution in groups: {in_groups}")
 
 
 def _is_quantised_linear(layer: nn.Module, key: str, title: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regraft.singular import moved
 from regraft.tuners._layer import Buffers, TunedLayer
-from regraft.tuners._model import tuned_layers
+from regraft.tuners._model import CombinableModel, tuned_layers
 
 
 class PrintedLayer(TunedLayer):
@@ -65,6 +65,19 @@ class PrintedLayer(TunedLayer):
 
     def settle(self, adapter_name: str) -> None:
         """Do what is to be done once when an adapter's tensors have come."""
+
+
+class PrintedModel(CombinableModel):
+    """A model of a tuner with such layers: what is loaded is held against its base."""
+
+    tuner_layer_cls: type[PrintedLayer]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return checked_prints(model, cls.tuner_layer_cls, adapter_name, found)
 
 
 def checked_prints(

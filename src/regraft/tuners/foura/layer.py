@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from regraft.frequency import folded_down, folded_up, frequencies
-from regraft.tuners._layer import CONVOLUTIONS, Buffers, TunedLayer, check_layer, is_conv1d
+from regraft.tuners._layer import CONVOLUTIONS, Buffers, TunedLayer, check_matrix_layer, is_conv1d
 from regraft.tuners.foura.config import FouraConfig
 from regraft.tuners.foura.gate import adaptive_mask
 
-_TAKES = {"Linear": (nn.Linear,), "Conv1D of transformers": (Conv1D,), "Conv1d, Conv2d, Conv3d": CONVOLUTIONS}
 # How fast the record of what the gate lets through forgets.
 _MOMENTUM = 0.99
 
@@ -49,9 +47,7 @@ class FouraLayer(TunedLayer):
 
     @classmethod
     def check(cls, base_layer: nn.Module, config: FouraConfig, key: str) -> None:
-        check_layer(base_layer, key, cls.title, takes=_TAKES)
-        if isinstance(base_layer, CONVOLUTIONS) and base_layer.groups > 1:
-            raise TypeError(f"{key}: FouRA can't change a convolution in groups: its channels are apart")
+        check_matrix_layer(base_layer, key, cls.title, in_groups="its channels are apart")
 
     def add(self, adapter_name: str, config: FouraConfig) -> None:
         base = self.get_base_layer()

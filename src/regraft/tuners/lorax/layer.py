@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from regraft.singular import as_matrix, marks_of, print_of, rank_for, signs_by
-from regraft.tuners._layer import CONVOLUTIONS, Buffers, check_layer, is_conv1d
+from regraft.tuners._layer import CONVOLUTIONS, Buffers, check_matrix_layer, is_conv1d
 from regraft.tuners._prints import PrintedLayer
 from regraft.tuners._vectors import vectors_of
 from regraft.tuners.lorax.config import LoraXConfig
 
-_TAKES = {"Linear": (nn.Linear,), "Conv1D of transformers": (Conv1D,), "Conv1d, Conv2d, Conv3d": CONVOLUTIONS}
 # What all of the paper's experiments have.
 _USUAL = 320
 
@@ -44,9 +42,7 @@ class LoraXLayer(PrintedLayer):
 
     @classmethod
     def check(cls, base_layer: nn.Module, config: LoraXConfig, key: str) -> None:
-        check_layer(base_layer, key, cls.title, takes=_TAKES)
-        if isinstance(base_layer, CONVOLUTIONS) and base_layer.groups > 1:
-            raise TypeError(f"{key}: LoRA-X can't change a convolution in groups: its weight is no single matrix")
+        check_matrix_layer(base_layer, key, cls.title, in_groups="its weight is no single matrix")
 
     def add(self, adapter_name: str, config: LoraXConfig) -> None:
         weight = self.float_weight()
