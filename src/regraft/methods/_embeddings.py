@@ -57,7 +57,13 @@ def common_embeddings(old: Base, new: Base, component: str) -> tuple[Tensor, Ten
     return tables[0].load().float()[ids[0]], tables[1].load().float()[ids[1]]
 
 
-def width_map(old: Tensor, new: Tensor) -> Tensor:
-    """W_x = E_old⁺ E_new, (h, h'): the least-squares map of the common tokens' embeddings."""
-    found: Tensor = torch.linalg.pinv(old.double()).float() @ new
+def width_map(old: Tensor, new: Tensor, *, rtol: float | None = None) -> Tensor:
+    """W_x = E_old⁺ E_new, (h, h'): the least-squares map of the common tokens' embeddings.
+
+    Args:
+        old: (n, h).
+        new: of the same tokens, (n, h').
+        rtol: directions of ``old`` that are smaller, relative to the largest, are left out; None for torch's default.
+    """
+    found: Tensor = torch.linalg.pinv(old.double(), rtol=rtol).float() @ new
     return found

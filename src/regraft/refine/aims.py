@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from regraft.adapter import Adapter
 from regraft.errors import InputError
 from regraft.probes.batches import Batch
 from regraft.refine.states import HiddenAim
-from regraft.runtime.applied import applied
+from regraft.refine.teacher import Teacher
 from regraft.runtime.both import BothModels, Side
 from regraft.runtime.load import Loaded
 
@@ -93,30 +91,27 @@ def aims_of(
     Raises:
         InputError: the adapter has no effect on the old base, or outputs can't be compared.
     """
-    at_work = partial(applied, models.old.components, adapter)
-    return aims_by(models, models.old, at_work, adapter.path, batches, pull, stay=stay, tick=tick)
+    return aims_by(models, Teacher.of(models, adapter), batches, pull, stay=stay, tick=tick)
 
 
 @torch.no_grad()
 def aims_by(
     models: BothModels,
-    teacher: Loaded,
-    at_work: Callable[[], AbstractContextManager[None]],
-    path: Path | None,
+    teacher: Teacher,
     batches: Sequence[Batch],
     pull: float,
     *,
     stay: float = 0.0,
     tick: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Aim]:
-    """See `aims_of`; the teacher is any model on the old base's inputs, run inside of ``at_work``."""
+    """See `aims_of`; the teacher may have an adapter of any kind."""
     language, n = models.old.kind == "language", len(batches)
     with models.turn("old"):
         with_it = []
-        with at_work():
+        with teacher.at_work():
             for i, batch in enumerate(batches):
                 tick(i, 3 * n, "the old base with its adapter")
-                with_it.append(outputs_of(batch, teacher, "old", None, language))
+                with_it.append(outputs_of(batch, models.old, "old", None, language))
         without = []
         for i, (batch, (_, tokens)) in enumerate(zip(batches, with_it, strict=True)):
             tick(n + i, 3 * n, "the old base without it")
@@ -139,7 +134,7 @@ def aims_by(
         size = float(distance(effect if kept else wanted, y_t, language))
         aims.append(Aim(batch, wanted, tokens, language, size, kept))
     if moved <= NO_EFFECT:
-        raise no_effect(path)
+        raise no_effect(teacher.path)
     return aims
 
 

@@ -130,16 +130,7 @@ def taught(
         if sampled:
             aims = sample_aims(models, teacher, batches, tick=tick)
         else:
-            aims = aims_by(
-                models,
-                models.old,
-                teacher.at_work,
-                adapter.path,
-                batches,
-                PULLS[chosen],
-                stay=settings.stay,
-                tick=tick,
-            )
+            aims = aims_by(models, teacher, batches, PULLS[chosen], stay=settings.stay, tick=tick)
         fit, held = aims[: len(inputs.fit)], aims[len(inputs.fit) :]
         start = adapter.start(old, new, models)
         # The old base has said all that is wanted of it: its memory is the training's.

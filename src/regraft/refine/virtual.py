@@ -26,6 +26,7 @@ from regraft.base import Base
 from regraft.errors import InputError, first_line, reading, understanding
 from regraft.formats import Written
 from regraft.lineage import lineage_of, with_port
+from regraft.methods._embeddings import width_map
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.probes.batches import AtWork, writes
 from regraft.refine.loop import Heard
@@ -34,7 +35,7 @@ from regraft.refine.starting import ZERO, refine_entry
 from regraft.refine.teacher import Teacher
 from regraft.refine.told import lineage_entry
 from regraft.refine.unported import Started, Tick, taught
-from regraft.refine.words import shared_embeddings, width_map
+from regraft.refine.words import NOISE, shared_embeddings
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.both import BothModels
 from regraft.runtime.load import Loaded, library
@@ -182,7 +183,7 @@ def start_of(prompt: SoftPrompt, models: BothModels) -> tuple[Tensor, str]:
         return mean.repeat(len(values), 1), f"mean embedding ({n} shared tokens are too few for a map)"
     if ours.shape == theirs.shape and torch.equal(ours, theirs):
         return values, "copy"
-    return values @ width_map(ours, theirs), f"embedding map of {n} shared tokens"
+    return values @ width_map(ours, theirs, rtol=NOISE), f"embedding map of {n} shared tokens"
 
 
 class _Prompted(nn.Module):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regraft.refine.firsts import SPELT
 from regraft.runtime.both import BothModels
 
-# Directions of embeddings that are smaller than this, relative to the largest, are rounding's: a wider base may have
-# been made of a narrower one, and hold no more than that.
-_NOISE = 1e-4
+#: Directions of embeddings that are smaller than this, relative to the largest, are rounding's: a wider base may have
+#: been made of a narrower one, and hold no more than that.
+NOISE = 1e-4
 
 
 def shared_embeddings(models: BothModels) -> tuple[Tensor, Tensor]:
@@ -34,9 +33,3 @@ def _spelt(tokenizer: Any, rows: int) -> dict[str, int]:
     """What tokens stand for → number, in the order of numbers; those beyond the table have no embedding."""
     found = sorted(tokenizer.get_vocab().items(), key=lambda one: one[1])
     return {token.translate(SPELT): i for token, i in found if i < rows}
-
-
-def width_map(one: Tensor, other: Tensor) -> Tensor:
-    """W = E⁺ E', (h, h'): the least-squares map from embeddings (n, h) to those of the same tokens, (n, h')."""
-    found: Tensor = torch.linalg.pinv(one.double(), rtol=_NOISE).float() @ other
-    return found

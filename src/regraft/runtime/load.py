@@ -163,9 +163,11 @@ def _stored_quantised(path: Path, index: Mapping[str, Any], dtype: torch.dtype) 
     found: dict[str, nn.Module] = {}
     for name in _COMPONENTS:
         place = path / name
-        if name not in index or not (place / "config.json").is_file() or not is_read(_read_config(place)):
+        if name not in index or not (place / "config.json").is_file():
             continue
         fields = _read_config(place)
+        if not is_read(fields):
+            continue
         if "_class_name" in fields:
             found[name] = _filled(_diffusers_class(fields, place), fields, place, dtype)
         else:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from regraft.base import Base
 from regraft.errors import InputError
+from regraft.methods._embeddings import width_map
 from regraft.pairing import monotone_alignment, pair_bases
 from regraft.refine.bottleneck.files import HEAD, Bottlenecks
 from regraft.refine.bottleneck.layers import Bottleneck, empty
 from regraft.refine.bottleneck.places import Layout, Spot, blocks_of, layout_of, width_of
 from regraft.refine.starting import ZERO
-from regraft.refine.words import shared_embeddings, width_map
+from regraft.refine.words import NOISE, shared_embeddings
 from regraft.runtime.both import BothModels
 
 _KEPT = "kept as it is"
@@ -93,7 +94,8 @@ def _maps(models: BothModels, widths: tuple[int, int]) -> tuple[tuple[Tensor, Te
     ours, theirs = shared_embeddings(models)
     if len(ours) < max(widths):
         return None, ZERO
-    return (width_map(ours, theirs), width_map(theirs, ours)), f"embedding map of {len(ours)} shared tokens"
+    there, back = width_map(ours, theirs, rtol=NOISE), width_map(theirs, ours, rtol=NOISE)
+    return (there, back), f"embedding map of {len(ours)} shared tokens"
 
 
 @torch.no_grad()
