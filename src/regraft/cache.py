@@ -40,9 +40,9 @@ def cached_files() -> list[Path]:
 
 
 def cached_inputs() -> list[Path]:
-    """What models made for a refine, and the states of those that were stopped."""
-    folder = cache_folder() / "refine"
-    return sorted(folder.glob("*.pt")) if folder.is_dir() else []
+    """What models made for a refine, and the states of trainings that were stopped."""
+    folders = [cache_folder() / name for name in ("refine", "train")]
+    return sorted(file for folder in folders if folder.is_dir() for file in folder.glob("*.pt"))
 
 
 def clear_cache() -> int:

@@ -31,6 +31,7 @@ VERBS = (
     "merge",
     "extract",
     "diff",
+    "train",
     "methods",
     "pairs",
     "lineage",

@@ -107,5 +107,6 @@ def _alike(meant: Update, got: Update) -> bool:
 
 
 def _sizes(update: Update) -> dict[str, float]:
-    """Role → norm of the tensor, without alpha, which a format may state or leave out."""
-    return {role: float(ref.load().float().norm()) for role, ref in update.parts().items() if role != "alpha"}
+    """Role → norm of the tensor, without what a format may state or leave out: alpha, and the print of the base."""
+    parts = {role: ref for role, ref in update.parts().items() if role not in ("alpha", "stamp")}
+    return {role: float(ref.load().float().norm()) for role, ref in parts.items()}

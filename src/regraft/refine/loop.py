@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.errors import InputError, OutputError, RegraftError, first_line
+from regraft.errors import InputError, OutputError, first_line
 from regraft.output import whole
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
@@ -21,13 +21,12 @@ from regraft.refine.settings import STEPS, RefineSettings
 from regraft.refine.states import watching
 from regraft.refine.student import Student
 from regraft.runtime.load import Loaded, library
+from regraft.runtime.optim import checkpoint_activations, optimizer_of, pace
 
 # A start that lacks less than this has nothing left to gain.
 _ALL = 1e-3
 # A look is better by at least this share of what is wanted, or it is no gain.
 _GAIN = 1e-3
-# Of the learning rate: the first steps rise to it, the last fall to this share of it.
-_WARM_UP, _LAST = 10, 0.1
 
 
 @dataclass(frozen=True)
@@ -143,25 +142,15 @@ class _Run:
         self.accelerator: Any = accelerate.Accelerator(
             mixed_precision=settings.precision, cpu=settings.device == "cpu", device_placement=False
         )
-        self.optimizer = _optimizer(student, settings)
+        self.optimizer = optimizer_of(student.parameters(), settings.optimizer, settings.rate)
         self.step, self.spent = 0, 0.0
         self.losses: list[float] = []
         self.most = settings.steps or STEPS
         self.course = Course()
         # One unit for all: a batch on which the adapter does little counts little.
         self.size = sum(aim.size for aim in self.tasks) / len(self.tasks)
-        self.checkpointing()
-
-    def checkpointing(self) -> None:
-        if not self.settings.checkpointing:
-            return
-        for part in self.student.model.components.values():
-            enable = getattr(
-                part, "gradient_checkpointing_enable", getattr(part, "enable_gradient_checkpointing", None)
-            )
-            if enable is not None:
-                enable()
-                part.train()
+        if settings.checkpointing:
+            checkpoint_activations(student.model)
 
     def go(self, state: Path | None) -> None:
         settings, course = self.settings, self.course
@@ -205,7 +194,7 @@ class _Run:
         return pool[int(order[place])]
 
     def one_step(self, aim: Aim) -> float:
-        rate = self.settings.rate * _schedule(self.step, self.most)
+        rate = self.settings.rate * pace(self.step, self.most)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         blocks = () if aim.hidden is None else aim.hidden.wanted
@@ -301,21 +290,3 @@ def _forward(aim: Aim, student: Student) -> Tensor:
     # Batches run without gradients for everyone else.
     outputs: Tensor = getattr(run, "__wrapped__", run)(batch, model, "new")
     return outputs
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Rises over the first steps, and falls along a cosine to a tenth."""
-    if step < _WARM_UP:
-        return (step + 1) / _WARM_UP
-    done = (step - _WARM_UP) / max(1, steps - _WARM_UP)
-    return _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _optimizer(student: Student, settings: RefineSettings) -> Any:
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(student.parameters(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))
-    try:
-        bitsandbytes = library("bitsandbytes")
-    except RegraftError as error:
-        raise RegraftError("bitsandbytes is not installed", remedy="Take --optimizer adamw.") from error
-    return bitsandbytes.optim.AdamW8bit(student.parameters(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.99))

@@ -28,6 +28,7 @@ from regraft.report.schema import (
     VerifyReport,
     VersionedRecord,
 )
+from regraft.report.train_schema import TrainReport
 
 #: What each verb prints with ``--json``.
 RECORDS: dict[str, Any] = {
@@ -47,6 +48,7 @@ RECORDS: dict[str, Any] = {
     "extract": ExtractReport,
     "diff": DiffReport,
     "bench": BenchReport,
+    "train": TrainReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)

@@ -39,6 +39,7 @@ from regraft.report.schema import (
     PortReport,
     VerifyReport,
 )
+from regraft.report.train_schema import TrainReport
 
 #: Rows of the module table: what a person reads; ``--json`` has every module.
 ROW_LIMIT = 24
@@ -157,6 +158,27 @@ def refine_table(report: RefineReport, console: Console) -> None:
         console.print("[dim]drift: distance from what is wanted on the new base's own inputs[/]")
     for name, reason in list(report.untrained.items())[:_UNTRAINED_LIMIT]:
         console.print(f"[dim]not trained: {escape(name)}: {escape(reason)}[/]", soft_wrap=True)
+
+
+def train_table(report: TrainReport, console: Console) -> None:
+    """Print what was trained, on what, and how the loss went."""
+    rows = [
+        ("kind", f"{report.kind}, {report.trained:,} numbers in {report.modules} modules"),
+        ("data", f"{report.learnt} {report.unit} from {report.data}, {report.batch} in a step"),
+        ("base", f"{report.base.path} ({report.base.fingerprint})"),
+        ("stopped", report.stopped),
+        *([("not kept", f"the state to go on from: {report.unkept}")] if report.unkept else []),
+        *(("note", note) for note in report.notes),
+        ("took", f"{report.seconds:.0f} s, {report.peak_mb:.0f} MB at most"),
+        *(("written", output) for output in report.outputs),
+    ]
+    _facts(console, [(name, escape(value)) for name, value in rows])
+    held = any(look.held is not None for look in report.looks)
+    table = _table("step", "loss", *(["on held-out data"] if held else []))
+    for look in report.looks:
+        loss = "" if look.loss is None else f"{look.loss:.4f}"
+        table.add_row(str(look.step), loss, *(["" if look.held is None else f"{look.held:.4f}"] if held else []))
+    console.print(table)
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------

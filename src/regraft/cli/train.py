@@ -1,0 +1,168 @@
+"""``regraft train``: an adapter that says from the first day what it belongs to."""
+
+from __future__ import annotations
+
+import json as json_
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from regraft.base import open_base
+from regraft.cli import _options as o
+from regraft.cli._sink import emit, progress
+from regraft.cli.refine import seconds
+from regraft.errors import UsageError
+from regraft.formats import get_format
+from regraft.output import check_writable
+from regraft.refine.quantised import Quantize
+from regraft.report.tables import train_table
+from regraft.training import KINDS, Look, TrainSettings, state_file
+from regraft.training import train as train_adapter
+
+
+def train(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="A folder of pictures with captions; .txt or .jsonl files, or a folder of them."
+        ),
+    ],
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="BASE", help="To train on: a pipeline or transformers folder.")
+    ] = None,
+    output: o.Output = None,
+    kind: Annotated[str, typer.Option("--kind", metavar="|".join(KINDS), help="Of adapter.")] = TrainSettings.kind,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="By default the kind's.")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="Of the scale alpha / rank; by default the rank.")] = (
+        None
+    ),
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--targets",
+            metavar="NAME",
+            help="Modules by the ends of their names, or all-linear; repeatable. By default the denoiser's transformer "
+            "blocks, or every linear layer of a language model.",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of PEFT's config of the kind; repeatable."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = TrainSettings.steps,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Texts (8) or pictures (4 by default) in a step.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate; by default the kind's.")] = None,
+    held: Annotated[
+        float, typer.Option("--held", help="Share of the data that is only measured on.")
+    ] = TrainSettings.held,
+    size: Annotated[
+        int | None, typer.Option("--size", min=8, help="Of the pictures; by default what the pipeline draws.")
+    ] = None,
+    caption: Annotated[
+        str | None, typer.Option("--caption", metavar="TEXT", help="Of pictures that have none.")
+    ] = None,
+    dropped: Annotated[
+        float, typer.Option("--dropped", help="Share of the pictures that are shown without a caption.")
+    ] = TrainSettings.dropped,
+    context: Annotated[int, typer.Option("--context", min=8, help="Tokens of a text at most.")] = TrainSettings.context,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of first values, order and noise.")] = 0,
+    config: o.Config = None,
+    device: o.Device = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Of the base.")] = "float32",
+    precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the passes.")] = "no",
+    quantize: Annotated[
+        str, typer.Option("--quantize", metavar="none|4bit|8bit", help="Of the base while it is trained on (QLoRA).")
+    ] = "none",
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
+    ] = False,
+    optimizer: Annotated[str, typer.Option("--optimizer", metavar="adamw|adamw8bit")] = "adamw",
+    threads: o.Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    format: Annotated[str | None, typer.Option("--format", help="Of a file; by default the usual one of the kind.")] = (
+        None
+    ),
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Train an adapter on a base; its file tells which base that was, so that it can be ported later."""
+    if base is None:
+        raise UsageError("--base is missing", remedy="Give the base to train on.")
+    if output is None:
+        raise UsageError("--output is missing", remedy="Give the adapter's name with -o.")
+    check_writable(output, overwrite=overwrite)
+    if format is not None:
+        get_format(format)
+    settings = TrainSettings(
+        kind=o.one_of(kind, "--kind", tuple(KINDS)),
+        rank=rank,
+        alpha=None if alpha is None else o.above_zero(alpha, "--alpha"),
+        targets=tuple(targets or ()),
+        options=fields(options),
+        steps=steps,
+        batch=batch,
+        rate=None if rate is None else o.above_zero(rate, "--rate"),
+        held=o.share(held, "--held"),
+        size=size,
+        caption=caption,
+        dropped=o.share(dropped, "--dropped"),
+        context=context,
+        seed=seed,
+        budget=seconds(budget),
+        config=config,
+        device=device,
+        dtype=o.one_of(dtype, "--dtype", ("float32", "bfloat16", "float16")),
+        precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        quantize=o.one_of(quantize, "--quantize", get_args(Quantize)),
+        checkpointing=checkpointing,
+        optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
+    )
+    o.use_hardware(device, "float32", threads)
+    opened = open_base(o.runnable(base))
+    state = state_file(data, opened, settings)
+    if not resume:
+        state.unlink(missing_ok=True)
+    with progress("Training", quiet=quiet or json) as tick:
+        record = train_adapter(
+            data,
+            opened,
+            output,
+            settings,
+            format=format,
+            overwrite=overwrite,
+            state=state,
+            tick=tick,
+            heard=lambda look: tick(look.step, settings.steps, told(look)),
+        )
+    emit(record, json=json, quiet=quiet, table=lambda console: train_table(record, console))
+
+
+def told(look: Look) -> str:
+    """A look as the progress line has it."""
+    said = [f"loss {look.loss:.4f}"] if look.loss is not None else []
+    return "; ".join([*said, *([f"{look.held:.4f} on held-out data"] if look.held is not None else [])])
+
+
+def fields(given: list[str] | None) -> dict[str, Any]:
+    """``["r=8", "init=gaussian"]`` → {"r": 8, "init": "gaussian"}: values are JSON where they can be, else words.
+
+    Raises:
+        UsageError: one has no name or no value.
+    """
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"--set {text!r} is no FIELD=VALUE")
+        try:
+            found[name.strip()] = json_.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found

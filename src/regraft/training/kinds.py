@@ -1,0 +1,138 @@
+"""The kinds of adapter that can be trained: PEFT's own tuners and `regraft.tuners`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from regraft.errors import InputError, UsageError, first_line
+from regraft.runtime.load import library
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapter.
+
+    Attributes:
+        config: name of its config class.
+        module: that the class is in.
+        rank: default r; None where it has none, or its config has one of its own.
+        rate: default peak of AdamW's learning rate.
+        fields: our names → those of its config.
+        fixed: further fields of its config.
+        file: format that a pipeline's adapter is written in where a file is asked for; None where only PEFT's folder
+            holds it.
+        by_weight: it is computed from the base's weights, which must be whole.
+        linear: it changes linear layers alone, no convolutions.
+    """
+
+    config: str
+    module: str = "peft"
+    rank: int | None = 16
+    rate: float = 2e-4
+    fields: Mapping[str, str] = field(default_factory=lambda: {"rank": "r", "alpha": "lora_alpha"})
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    by_weight: bool = False
+    linear: bool = False
+
+
+_OURS = "regraft.tuners"
+_LYCORIS = {"rank": "r", "alpha": "alpha"}
+_LORA = "diffusers"
+
+#: Name → kind. Learning rates: of LoRA and its kin that of diffusers' and kohya's scripts; of VeRA, FourierFT and
+#: SVDiff, which train few numbers, those of their papers' and ports' examples; LoRA-X's paper names none: as SVDiff.
+KINDS: dict[str, Kind] = {
+    "lora": Kind("LoraConfig", file=_LORA),
+    "rslora": Kind("LoraConfig", fixed={"use_rslora": True}, file=_LORA),
+    "dora": Kind("LoraConfig", fixed={"use_dora": True}, file=_LORA),
+    "pissa": Kind("LoraConfig", fixed={"init_lora_weights": "pissa"}, file=_LORA, by_weight=True, linear=True),
+    "loha": Kind("LoHaConfig", rank=8, fields=_LYCORIS, file="lycoris"),
+    "lokr": Kind("LoKrConfig", rank=8, fields=_LYCORIS, file="lycoris"),
+    "oft": Kind("OFTConfig", rank=8, rate=1e-3, fields={"rank": "r"}, fixed={"oft_block_size": 0}),
+    "vera": Kind("VeraConfig", rank=256, rate=4e-3, fields={"rank": "r"}, linear=True),
+    "fourierft": Kind("FourierFTConfig", rank=None, rate=2e-2, fields={}, linear=True),
+    "lorax": Kind("LoraXConfig", _OURS, rank=None, rate=1e-3, fields={"rank": "r"}, by_weight=True),
+    "svdiff": Kind("SvdiffConfig", _OURS, rank=None, rate=1e-3, fields={}, by_weight=True),
+    "foura": Kind("FouraConfig", _OURS, fields={"rank": "r", "alpha": "foura_alpha"}),
+}
+
+# What kohya's and diffusers' scripts change of a denoiser by default: its transformer blocks.
+_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in KINDS:
+        raise UsageError(f"no kind of adapter is named {name!r}", remedy=f"Known: {', '.join(KINDS)}.")
+    return KINDS[name]
+
+
+def config_of(
+    name: str,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    targets: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """PEFT's config of a kind.
+
+    Args:
+        name: of the kind.
+        rank: None for its default.
+        alpha: None for the rank.
+        targets: as PEFT takes them.
+        options: further fields, which go before all others.
+
+    Raises:
+        UsageError: the kind has no rank or no alpha, or its config has no such field or refuses its value.
+    """
+    kind = kind_of(name)
+    rank = rank or kind.rank
+    asked = {"rank": rank, "alpha": rank if alpha is None and "alpha" in kind.fields else alpha}
+    for ours, value in asked.items():
+        if value is not None and ours not in kind.fields:
+            raise UsageError(f"a {name} has no {ours}", remedy=f"Leave --{ours} out.")
+    fields = {kind.fields[ours]: value for ours, value in asked.items() if value is not None}
+    whole = targets[0] if targets == ("all-linear",) else list(targets)
+    made = {"target_modules": whole, **fields, **kind.fixed, **(options or {})}
+    if kind.config == "LoraConfig" and isinstance(made["lora_alpha"], float) and made["lora_alpha"].is_integer():
+        made["lora_alpha"] = int(made["lora_alpha"])
+    try:
+        return getattr(library(kind.module), kind.config)(**made)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"PEFT makes no {name} of this ({first_line(error)})", remedy="Check --set.") from error
+
+
+def default_targets(model: nn.Module, kind: str, *, denoiser: bool) -> tuple[str, ...]:
+    """What is changed by default: every linear layer of a language model, the transformer blocks of a denoiser.
+
+    Args:
+        model: that is to be trained.
+        kind: of the adapter.
+        denoiser: whether the model is one.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    if not denoiser:
+        return ("all-linear",)
+    unfit: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        for end in _DENOISER:
+            if name == end or name.endswith(f".{end}"):
+                unfit[end] = unfit.get(end, False) or (kind_of(kind).linear and not isinstance(module, nn.Linear))
+    found = tuple(end for end in _DENOISER if not unfit.get(end, True))
+    if not found:
+        what = f"a {type(model).__name__} has no attention layers of the usual names"
+        raise InputError(what, remedy="Use --targets.")
+    return found

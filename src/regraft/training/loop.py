@@ -1,0 +1,211 @@
+"""The training itself: steps over a lesson, measurements on the way, and a state to go on from."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from regraft.errors import InputError, OutputError, first_line
+from regraft.output import whole
+from regraft.runtime.load import Loaded, library
+from regraft.runtime.optim import checkpoint_activations, optimizer_of, pace
+from regraft.training.lessons import Lesson
+from regraft.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Look:
+    """How it stands after some steps.
+
+    Attributes:
+        step: how many.
+        loss: mean of the steps since the look before; None before any.
+        held: on data that nothing is learnt from; None without any.
+        seconds: since the start.
+    """
+
+    step: int
+    loss: float | None
+    held: float | None
+    seconds: float
+
+
+#: Called with each look.
+Heard = Callable[[Look], None]
+
+
+@dataclass
+class Course:
+    """A training as far as it has come.
+
+    Attributes:
+        looks: all so far, the first before any step.
+        stopped: why it ended.
+        unkept: why its state could not be kept on disk.
+    """
+
+    looks: list[Look] = field(default_factory=list)
+    stopped: str = ""
+    unkept: str = ""
+
+
+def run(
+    model: Loaded,
+    tuned: Any,
+    lesson: Lesson,
+    settings: TrainSettings,
+    batch: int,
+    rate: float,
+    heard: Heard,
+    state: Path,
+) -> Course:
+    """Train what has gradients, in place.
+
+    Args:
+        model: with PEFT's layers in its main model.
+        tuned: PEFT's model around that.
+        lesson: what is learnt.
+        settings: steps, seed and the rest.
+        batch: examples in a step.
+        rate: learning rate at its peak.
+        heard: called after each look.
+        state: a file to keep the state in, and to go on from where it is there.
+
+    Raises:
+        InputError: the loss is no number from the first step on, or the state is damaged.
+        KeyboardInterrupt: after the state was kept.
+    """
+    made = _Run(model, tuned, lesson, settings, batch, rate, heard)
+    if state.is_file():
+        made.resume(state)
+    try:
+        made.go(state)
+    except KeyboardInterrupt:
+        made.save(state)
+        raise
+    return made.course
+
+
+class _Run:
+    def __init__(
+        self, model: Loaded, tuned: Any, lesson: Lesson, settings: TrainSettings, batch: int, rate: float, heard: Heard
+    ) -> None:
+        self.model, self.tuned, self.lesson, self.settings, self.heard = model, tuned, lesson, settings, heard
+        self.batch, self.rate = batch, rate
+        self.accelerator: Any = library("accelerate").Accelerator(
+            mixed_precision=settings.precision, cpu=settings.device == "cpu", device_placement=False
+        )
+        self.parameters = [p for p in tuned.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(self.parameters, settings.optimizer, rate)
+        self.step, self.spent = 0, 0.0
+        self.losses: list[float] = []
+        self.course = Course()
+        if settings.checkpointing:
+            checkpoint_activations(model)
+            # Without this nothing before the first adapter has gradients, and a checkpointed block passes none on.
+            enable = getattr(model.main, "enable_input_require_grads", None)
+            if enable is not None:
+                enable()
+
+    def go(self, state: Path) -> None:
+        settings, course = self.settings, self.course
+        began = perf_counter() - self.spent
+        if not course.looks:
+            self.look(began)
+        while self.step < settings.steps:
+            loss = self.one_step()
+            if not math.isfinite(loss):
+                if self.step == 0:
+                    raise InputError("the loss is not a number", remedy="Lower --rate, or train in float32.")
+                course.stopped = f"the loss was no number at step {self.step + 1}; the last good state is kept"
+                return
+            self.step += 1
+            self.losses.append(loss)
+            self.spent = perf_counter() - began
+            over = settings.budget is not None and self.spent > settings.budget
+            if self.step % settings.look == 0 or over or self.step == settings.steps:
+                self.look(began)
+                self.save(state)
+            if over:
+                course.stopped = f"the budget of {settings.budget:.0f} s was spent"
+                return
+        course.stopped = f"all {settings.steps} steps were made"
+
+    def chosen(self) -> list[int]:
+        """The next step's examples, in the seed's order; each once before any a second time."""
+        first, n, found = self.step * self.batch, self.lesson.n, []
+        for number in range(first, first + self.batch):
+            epoch, place = divmod(number, n)
+            order = torch.Generator().manual_seed(self.settings.seed + 7919 * epoch)
+            found.append(int(torch.randperm(n, generator=order)[place]))
+        return found
+
+    def one_step(self) -> float:
+        # Every step has draws of its own, so that one that goes on is the one that was never stopped.
+        drawn = (self.settings.seed * 1_000_003 + self.step) % (1 << 62)
+        torch.manual_seed(drawn)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * pace(self.step, self.settings.steps)
+        self.tuned.train()
+        with torch.enable_grad(), self.accelerator.autocast():
+            loss = self.lesson.loss(self.model, self.chosen(), torch.Generator().manual_seed(drawn))
+        self.accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def look(self, began: float) -> None:
+        self.tuned.eval()
+        with self.accelerator.autocast():
+            held = self.lesson.held(self.model)
+        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses.clear()
+        look = Look(self.step, loss, held, perf_counter() - began)
+        self.course.looks.append(look)
+        self.heard(look)
+
+    def save(self, file: Path) -> None:
+        content = {
+            "step": self.step,
+            "spent": self.spent,
+            "losses": self.losses,
+            "tuned": library("peft").get_peft_model_state_dict(self.tuned, save_embedding_layers=False),
+            "looks": [list(astuple(look)) for look in self.course.looks],
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole(file) as stage:
+                torch.save(content, stage)
+        except (OSError, OutputError, RuntimeError) as error:
+            # A full disk costs the chance to go on later, not the training.
+            self.course.unkept = first_line(error)
+
+    def resume(self, file: Path) -> None:
+        """Go on from a state that `save` kept.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            found = torch.load(file, weights_only=True)
+            library("peft").set_peft_model_state_dict(self.tuned, found["tuned"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.step, self.spent, self.losses = found["step"], found["spent"], found["losses"]
+            self.course = Course([Look(*look) for look in found["looks"]])
+        except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"the state of the earlier run can't be read ({first_line(error)})",
+                file=file,
+                remedy="Run without --resume.",
+            ) from error

@@ -1,0 +1,340 @@
+"""An adapter is trained, written as its kind is, says what it belongs to, and loads in the real libraries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from running import Run
+from torch import Tensor
+
+from regraft import InputError, OutputError, UsageError, load_adapter, open_base
+from regraft.lineage import lineage_of
+from regraft.report.train_schema import TrainReport
+from regraft.runtime import applied, load_model
+from regraft.training import KINDS, Look, TrainSettings, loop, state_file, train
+from regraft.training.lessons import split
+from verify import tiny
+
+QUICK = TrainSettings(steps=6, look=3, rate=1e-2, batch=2)
+# The tiny models are narrower than these kinds' defaults.
+SMALL: dict[str, dict[str, Any]] = {
+    "oft": {"rank": 2},
+    "fourierft": {"options": {"n_frequency": 8}},
+    "lorax": {"options": {"r": 2}},
+    "vera": {"rank": 4},
+}
+READ = [kind for kind in KINDS if kind not in ("vera", "fourierft")]
+
+
+def quick(kind: str, **more: Any) -> TrainSettings:
+    asked: dict[str, Any] = {"rank": 2 if KINDS[kind].rank else None, **SMALL.get(kind, {}), **more}
+    return replace(QUICK, kind=kind, **asked)
+
+
+@pytest.fixture(scope="module")
+def old(folder: Path) -> Path:
+    """A language model that reads words."""
+    base = tiny.llama(folder / "reader")
+    tiny.write_tokenizer(base)
+    return base
+
+
+@pytest.fixture(scope="module")
+def texts(folder: Path) -> Path:
+    lines = [{"text": "the rain is in the river"}, {"prompt": "the rain", "completion": "is in the river"}] * 4
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder / "texts.jsonl"
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> Path:
+    """Blue on black, captioned in both ways; wider than high."""
+    place = folder / "pictures"
+    place.mkdir()
+    for i in range(6):
+        picture = Image.new("RGB", (24, 18), (0, 0, 0))
+        picture.paste((40, 60, 255), (i, 2, i + 8, 12))
+        picture.save(place / f"{i}.png")
+    for i in range(3):
+        (place / f"{i}.txt").write_text("a cat\n")
+    rows = [{"file_name": f"{i}.png", "text": "rain"} for i in range(3, 6)]
+    (place / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return place
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Path:
+    return tiny.pipeline(folder / "pipe")
+
+
+def made(data: Path, base: Path, output: Path, settings: TrainSettings = QUICK, **more: Any) -> TrainReport:
+    return train(data, open_base(base), output, settings, **more)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return {
+        f"{ref}.{name}": part.load()
+        for ref, update in load_adapter(path).updates.items()
+        for name, part in update.parts().items()
+    }
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(12).reshape(2, 6)).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_language_model_s_loads_in_peft_and_does_what_regraft_reads(
+    kind: str, texts: Path, old: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    report = made(texts, old, tmp_path / "out", quick(kind))
+    assert (report.steps, report.unit, report.modules) == (6, "texts", 14)
+    base = load_model(old).main
+    alone = logits(base)
+    served = logits(peft.PeftModel.from_pretrained(base, str(tmp_path / "out")).eval())
+    assert not torch.allclose(served, alone, atol=1e-4)
+
+    opened = open_base(old)
+    adapter = load_adapter(tmp_path / "out")
+    merged = load_model(old)
+    with applied(merged.components, adapter):
+        found = logits(merged.main)
+    torch.testing.assert_close(found, served, rtol=1e-3, atol=1e-4)
+    lineage = lineage_of(adapter)
+    assert lineage is not None
+    assert lineage["base"]["fingerprint"] == opened.fingerprint
+    assert lineage["ports"] == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "rslora"])
+def test_a_pipeline_s_file_loads_in_diffusers_and_draws_the_same_as_the_folder(
+    kind: str, pictures: Path, pipe: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    settings = quick(kind)
+    made(pictures, pipe, tmp_path / "file.safetensors", settings)
+    made(pictures, pipe, tmp_path / "folder", settings)
+
+    def drawn(pipeline: Any) -> Tensor:
+        made = pipeline("rain", num_inference_steps=2, output_type="latent", generator=torch.manual_seed(3))
+        found: Tensor = made.images
+        return found
+
+    served = load_model(pipe).pipeline
+    alone = drawn(served)
+    served.load_lora_weights(str(tmp_path), weight_name="file.safetensors")
+    by_file = drawn(served)
+    other = load_model(pipe).pipeline
+    other.unet = peft.PeftModel.from_pretrained(other.unet, str(tmp_path / "folder")).eval()
+    assert not torch.allclose(by_file, alone, atol=1e-3)
+    torch.testing.assert_close(by_file, drawn(other), rtol=1e-3, atol=1e-4)
+
+
+def test_it_learns_and_says_so(texts: Path, pictures: Path, old: Path, pipe: Path, tmp_path: Path) -> None:
+    longer = replace(QUICK, steps=40, look=20, held=0.25, dropped=0.0)
+    for data, base in ((texts, old), (pictures, pipe)):
+        looks = made(data, base, tmp_path / base.name, longer).looks
+        held = [look.held for look in looks]
+        assert held[0] is not None
+        assert held[-1] is not None
+        assert held[-1] < 0.9 * held[0]
+
+
+def test_the_held_out_loss_is_the_libraries_own(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the rain is in the river"}) + "\n")
+    for settings in (replace(QUICK, held=0.0), replace(QUICK, held=0.0, batch=1)):
+        loss = (
+            made(tmp_path / "a.jsonl", old, tmp_path / f"out{settings.batch}", replace(settings, steps=1))
+            .looks[-1]
+            .loss
+        )
+        model = load_model(old)
+        ids = torch.tensor([[*model.tokenizer("the rain is in the river")["input_ids"], model.tokenizer.eos_token_id]])
+        with torch.no_grad():
+            assert loss == pytest.approx(float(model.main(input_ids=ids, labels=ids).loss), rel=1e-4)
+
+
+def test_of_a_prompt_only_the_completion_is_learnt(old: Path, tmp_path: Path) -> None:
+    from regraft.training.texts import IGNORED, read_examples
+
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "the rain", "completion": "is in"}))
+    model = load_model(old)
+    (example,) = read_examples(tmp_path / "a.jsonl", model, 16)
+    learnt = [i for i, label in zip(example.ids, example.labels, strict=True) if label != IGNORED]
+    assert model.tokenizer.decode(learnt) == "is in </s>"
+    assert model.tokenizer.decode(example.ids) == "the rain is in </s>"
+    (short,) = read_examples(tmp_path / "a.jsonl", model, 4)
+    assert model.tokenizer.decode(short.ids) == "rain is in </s>"
+
+
+def test_one_that_was_stopped_goes_on_to_the_same_end(
+    texts: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = quick("foura")
+    made(texts, old, tmp_path / "whole", settings)
+
+    def stop(look: Look) -> None:
+        if look.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(texts, old, tmp_path / "parts", settings, heard=stop)
+    assert not (tmp_path / "parts").exists()
+    steps: list[int] = []
+    one_step = loop._Run.one_step
+    monkeypatch.setattr(loop._Run, "one_step", lambda run: steps.append(run.step) or one_step(run))  # type: ignore[func-returns-value]
+    made(texts, old, tmp_path / "parts", settings)
+    assert steps == [3, 4, 5]
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(value, parts[name], rtol=1e-5, atol=1e-7)
+    assert not state_file(texts, open_base(old), settings).exists()
+
+
+def test_captions_and_size_are_in_the_file_for_a_later_refine(pictures: Path, pipe: Path, tmp_path: Path) -> None:
+    from regraft.refine.prompting import picture_prompts, resolution_of
+
+    made(pictures, pipe, tmp_path / "a.safetensors", quick("lora"))
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert resolution_of(adapter) == (16, 16)
+    prompts, _ = picture_prompts(adapter, None)
+    assert any("rain" in prompt for prompt in prompts)
+    assert any("a cat" in prompt for prompt in prompts)
+
+
+def test_pictures_are_cropped_at_their_centre(pipe: Path, tmp_path: Path) -> None:
+    from regraft.training.picture_data import _pixels
+
+    wide = Image.new("RGB", (48, 16), (255, 0, 0))
+    wide.paste((0, 0, 255), (16, 0, 32, 16))
+    wide.save(tmp_path / "a.png")
+    found = _pixels(load_model(pipe), [tmp_path / "a.png"], 16, 16)
+    assert found.shape == (1, 3, 16, 16)
+    torch.testing.assert_close(found[0, :, 8, 8], torch.tensor([-1.0, -1.0, 1.0]))
+    assert (found[0, 2] == 1).all()
+    assert (found[0, 0] == -1).all()
+
+
+def test_data_is_set_apart_by_the_seed_and_never_learnt() -> None:
+    fit, apart = split(40, 0.25, 3)
+    assert len(apart) == 10
+    assert sorted([*fit, *apart]) == list(range(40))
+    assert split(40, 0.25, 3) == (fit, apart) != split(40, 0.25, 4)
+    assert split(5, 0.1, 0) == ([0, 1, 2, 3, 4], [])
+
+
+@pytest.mark.parametrize("kind", ["lorax", "fourierft"])
+def test_what_a_file_cannot_hold_is_told_before_the_training(
+    kind: str, pictures: Path, pipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="PEFT's folder"):
+        made(pictures, pipe, tmp_path / "a.safetensors", quick(kind))
+
+
+def test_svdiff_is_written_as_its_own_folder(pictures: Path, pipe: Path, tmp_path: Path) -> None:
+    made(pictures, pipe, tmp_path / "ours", quick("svdiff"))
+    made(pictures, pipe, tmp_path / "theirs", quick("svdiff"), format="svdiff")
+    assert load_adapter(tmp_path / "theirs").format == "svdiff"
+    ours, theirs = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
+    for name, value in theirs.items():
+        torch.testing.assert_close(value, ours[name.removeprefix("unet.")])
+
+
+def edited(path: Path, line: str) -> Path:
+    path.write_text(line)
+    return path
+
+
+def test_bad_input_is_told_in_a_line(
+    texts: Path, pictures: Path, old: Path, pipe: Path, tmp_path: Path, run: Run
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no picture")
+    bert = tiny.bert(tmp_path / "bert")
+    unet = tiny.unet(tmp_path / "unet")
+    cases: list[tuple[list[Any], str]] = [
+        ([texts, "--base", old, "--kind", "lro"], "--kind"),
+        ([texts, "--base", old, "--kind", "svdiff", "--rank", 4], "has no rank"),
+        ([texts, "--base", old, "--set", "nonsense=1"], "nonsense"),
+        ([texts, "--base", old, "--targets", "to_nothing"], "to_nothing"),
+        ([texts, "--base", old, "--kind", "lorax", "--set", "r=4000"], "4000"),
+        ([texts, "--base", old, "--kind", "svdiff", "--quantize", "8bit"], "quantize"),
+        ([texts, "--base", bert], "no causal language model"),
+        ([pictures, "--base", unet], "pipeline's folder"),
+        ([tmp_path / "nothing", "--base", old], "no such file"),
+        ([broken, "--base", old], "no .txt"),
+        ([texts, "--base", pipe], "no pictures"),
+        ([broken, "--base", pipe, "--caption", "x"], "a.png"),
+        ([edited(tmp_path / "a.jsonl", '{"x": 1}'), "--base", old], "line 1"),
+        ([edited(tmp_path / "b.jsonl", "{"), "--base", old], "no JSON"),
+        ([edited(tmp_path / "c.jsonl", '{"messages": [{"role": "user"}]}'), "--base", old], "messages"),
+        ([edited(tmp_path / "d.txt", ""), "--base", old, "--held", 0.5], "no text"),
+        ([pictures, "--base", pipe, "--size", 13], "multiple"),
+    ]
+    for number, (arguments, said) in enumerate(cases):
+        out = tmp_path / f"out{number}"
+        result = run("train", *map(str, arguments), "-o", str(out), "--steps", "1")
+        assert (result.code in (1, 2), said in result.err) == (True, True), (arguments, result.err)
+        assert (len(result.err.strip().splitlines()), out.exists()) == (1, False), arguments
+
+
+def test_a_picture_without_a_caption_is_named(pictures: Path, pipe: Path, tmp_path: Path) -> None:
+    place = tmp_path / "some"
+    place.mkdir()
+    Image.new("RGB", (16, 16)).save(place / "lone.png")
+    with pytest.raises(InputError, match=r"lone\.png.*has no caption"):
+        made(place, pipe, tmp_path / "out")
+    made(place, pipe, tmp_path / "out", replace(QUICK, caption="rain", steps=1))
+
+
+def test_a_loss_that_is_no_number_stops_it(
+    texts: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regraft.training.lessons import TextLesson
+
+    loss = TextLesson.loss
+    seen: list[int] = []
+
+    def spoilt(self: TextLesson, model: Any, which: Any, generator: Any) -> Tensor:
+        seen.append(len(seen))
+        return loss(self, model, which, generator) * (float("nan") if len(seen) > 2 else 1.0)
+
+    monkeypatch.setattr(TextLesson, "loss", spoilt)
+    report = made(texts, old, tmp_path / "out")
+    assert "no number at step 3" in report.stopped
+    assert len(seen) == 3
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
+    seen[:] = [0, 1, 2]
+    with pytest.raises(InputError, match="not a number"):
+        made(texts, old, tmp_path / "none")
+
+
+def test_nothing_is_replaced_unasked(texts: Path, old: Path, tmp_path: Path) -> None:
+    made(texts, old, tmp_path / "out", replace(QUICK, steps=1))
+    with pytest.raises(OutputError, match="exists already"):
+        made(texts, old, tmp_path / "out", replace(QUICK, steps=1))
+    made(texts, old, tmp_path / "out", replace(QUICK, steps=1), overwrite=True)
+
+
+def test_the_command_tells_its_record(texts: Path, old: Path, tmp_path: Path, run: Run) -> None:
+    result = run("train", texts, "--base", old, "-o", tmp_path / "out", "--steps", "4", "--rank", "2", "--json")
+    assert result.code == 0, result.err
+    record = TrainReport.model_validate_json(result.out)
+    assert record.kind == "lora"
+    assert record.steps == 4
+    assert record.outputs == [str(tmp_path / "out")]
+    shown = run("lineage", "show", tmp_path / "out")
+    assert open_base(old).fingerprint in shown.out
