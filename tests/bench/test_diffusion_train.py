@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import peft
 from safetensors.torch import load_file
 
 from regraft.bench import diffusion_models as models
@@ -64,6 +65,40 @@ def test_an_adapter_of_each_kind_finds_its_places_on_v1(name, v1, tmp_path):
     with applied(v1.components, adapter):
         assert any(update.delta().norm() > 0 for update in adapter.updates.values())
     assert torch.equal(v1.main.conv_out.weight, before)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name.startswith("cyano-")])
+def test_a_tuner_s_adapter_does_to_v1_what_peft_does(name, v1, tmp_path):
+    folder = Toy(tmp_path).adapter("v1", name, 0)
+    unet = models.open_unet(data_folder() / "v1")
+    states = torch.randn((2, 8, 16, 16), generator=torch.Generator().manual_seed(1))
+    asked = states, torch.tensor([500, 20]), torch.randn((2, 4, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        bare = v1.main(*asked).sample
+        with applied(v1.components, load_adapter(folder)):
+            ours = v1.main(*asked).sample
+        theirs = peft.PeftModel.from_pretrained(unet, str(folder)).eval()(*asked).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ours, bare, atol=1e-3)
+
+
+def test_a_gate_s_count_is_kept_where_a_run_is_cut_off(tmp_path, monkeypatch):
+    class Cut(Exception):
+        pass
+
+    def cut(step: int, **_: float) -> None:
+        if step == 1:
+            raise Cut
+
+    whole = Toy(tmp_path / "a").adapter("v1", "cyano-foura", 0)
+    shop = Toy(tmp_path / "b")
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "SAVE_EVERY", 1)
+        patched.setattr(Checkpoints, "note", lambda _self, step, **_: cut(step))
+        with pytest.raises(Cut):
+            shop.adapter("v1", "cyano-foura", 0)
+    parts = shop.adapter("v1", "cyano-foura", 0)
+    assert tensors(parts / "adapter_model.safetensors") == tensors(whole / "adapter_model.safetensors")
 
 
 def test_the_dora_adapter_has_magnitudes_and_the_conv_one_kernels(tmp_path):

@@ -16,7 +16,7 @@ from regraft.bench.language import LanguageWorld
 from regraft.bench.language_models import CONTEXT, Size, deepened, pruned, widened
 from regraft.bench.language_recipes import ADAPTERS, BASES, DEV, DEV_PAIRS, PAIRS, BaseRecipe, as_it_is
 from regraft.bench.language_text import DOMAINS, split
-from regraft.bench.language_train import AdapterRecipe, Course, losses
+from regraft.bench.language_train import AdapterRecipe, Course, TunerRecipe, losses
 from regraft.errors import InputError
 from regraft.formats import load_adapter
 from regraft.runtime import load_model
@@ -34,6 +34,8 @@ TOY_BASES = {
 TOY_ADAPTERS = {
     "plain": AdapterRecipe("task", 2, course=COURSE),
     "dora": AdapterRecipe("task", 2, ("q_proj", "v_proj"), dora=True, course=COURSE),
+    "foura": TunerRecipe("task", 2, course=COURSE, kind="foura", options=(("r", 2), ("foura_alpha", 4))),
+    "lorax": TunerRecipe("task", 2, ("q_proj", "v_proj"), course=COURSE, kind="lorax"),
 }
 
 

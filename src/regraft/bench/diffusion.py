@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from regraft.bench import diffusion_art as art
+from regraft.bench.diffusion_recipes import ADAPTERS
 from regraft.bench.diffusion_score import scoring
 from regraft.bench.diffusion_train import Workshop
 from regraft.bench.worlds import PairSpec, Scorer, Which
 from regraft.errors import InputError
 
 OLD = "v1"
-DEV = (("amber", 100),)
+DEV = tuple((name, 100) for name in ADAPTERS if name.startswith("amber"))
 """Adapters and seeds that methods may be tuned on, on every pair; never among those reported."""
 
 _STYLES = ("cyano", "woodcut", "riso-dora")

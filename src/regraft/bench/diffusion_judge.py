@@ -43,6 +43,12 @@ class Judge(nn.Module):
         concepts, looks = self(torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float())
         return concepts.argmax(1).numpy(), looks.argmax(1).numpy()
 
+    @torch.no_grad()
+    def features(self, pictures: art.Floats) -> Tensor:
+        """What the heads read of each picture (n, 32, 32, 3), at length 1: (n, 256)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()
+        return nn.functional.normalize(self.body(pixels * 2 - 1), dim=1)
+
 
 def look_number(look: str) -> int:
     """Its place among the judge's looks."""

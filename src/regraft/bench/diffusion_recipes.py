@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ class AdapterRecipe:
     rate: float = 8e-3
 
 
+@dataclass(frozen=True)
+class TunerRecipe(AdapterRecipe):
+    """An adapter of another kind, on the same pictures with the same budget.
+
+    Attributes:
+        kind: one of `regraft.training.kinds.KINDS`.
+        options: further fields of PEFT's config, by name.
+    """
+
+    kind: str = "lora"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED = ("ff.net.0.proj", "ff.net.2")
 PROJECTIONS = ("proj_in", "proj_out")
@@ -54,7 +67,7 @@ BASES = {
     "grown": BaseRecipe("deepened", steps=300, rate=1e-3, seed=34),
 }
 
-ADAPTERS = {
+ADAPTERS: dict[str, AdapterRecipe] = {
     "cyano": AdapterRecipe("cyano", 8, (*ATTENTION, *FEED, *PROJECTIONS), steps=600),
     "woodcut": AdapterRecipe("woodcut", 4, (*ATTENTION, *FEED)),
     "riso-dora": AdapterRecipe("riso", 4, (*ATTENTION, *FEED), dora=True),
@@ -63,3 +76,26 @@ ADAPTERS = {
     "amber": AdapterRecipe("amber", 8, (*ATTENTION, *FEED, *PROJECTIONS)),
 }
 """*amber* is for development: methods may be tuned on it, and its figures are not reported."""
+
+# The kinds that are made to be carried over, each in one look with the budget of the LoRA among them.
+_TUNERS = {
+    "lora": ("lora", 8e-3, {"r": 8, "lora_alpha": 8}),
+    "dora": ("dora", 8e-3, {"r": 8, "lora_alpha": 8}),
+    "foura": ("foura", 8e-3, {"r": 8, "foura_alpha": 8}),
+    "svdiff": ("svdiff", 3e-2, {}),
+    "lorax": ("lorax", 3e-2, {}),
+    "lorax-r8": ("lorax", 3e-2, {"r": 8, "full": True}),
+}
+ADAPTERS |= {
+    f"{look}-{name}": TunerRecipe(
+        look,
+        8,
+        (*ATTENTION, *FEED, *PROJECTIONS),
+        steps=240,
+        rate=rate,
+        kind=kind,
+        options=tuple(options.items()),
+    )
+    for look in ("cyano", "amber")
+    for name, (kind, rate, options) in _TUNERS.items()
+}

@@ -28,7 +28,7 @@ from regraft.bench.diffusion_data import (
     open_autoencoder,
 )
 from regraft.bench.diffusion_judge import Judge, look_number, style_share, trained_judge
-from regraft.bench.diffusion_recipes import ADAPTERS
+from regraft.bench.diffusion_recipes import ADAPTERS, TunerRecipe
 from regraft.bench.diffusion_train import Workshop, trajectories
 from regraft.bench.resume import step_generator
 from regraft.bench.worlds import Scorer, Scores
@@ -42,6 +42,8 @@ OLD_ART, NEW_ART = "fluent", "noto"
 OLD_BASE = "v1"
 TEST_RUNS, TEST_SEED = 96, 77
 SAMPLES, SAMPLE_STEPS, SAMPLE_SEED = 32, 12, 9100
+VARIED, OF_EACH, VARIED_SEED = 8, 4, 9300
+"""Prompts that diversity is measured on, and pictures of each."""
 
 _GROUNDS = len(art.BACKGROUNDS)
 SAMPLED = [(place % 16) * _GROUNDS + (3 + place % 16 + 2 * (place // 16)) % _GROUNDS for place in range(SAMPLES)]
@@ -95,10 +97,25 @@ def scoring(shop: Workshop, base: str, new: str, name: str) -> Iterator[Scorer]:
             else:
                 error = run.errors(styled, words)
                 pictures = run.sampled(words, SAMPLE_STEPS, guided=True)
+            extra = _seen(pictures, judge, look)
+            if isinstance(ADAPTERS[name], TunerRecipe):
+                extra["diversity"] = _diversity(judge, run.varied(words))
         task = (-0.5 * np.log(error)).mean(axis=0)
-        return Scores(task, retention, _seen(pictures, judge, look))
+        return Scores(task, retention, extra)
 
     yield score
+
+
+def _diversity(judge: Judge, pictures: art.Floats) -> float:
+    """Mean distance (1 − cosine) of the judge's features between pictures of one prompt from different noise.
+
+    Args:
+        judge: a classifier of things and looks.
+        pictures: (`VARIED` · `OF_EACH`, 32, 32, 3), those of one prompt together.
+    """
+    seen = judge.features(pictures).reshape(VARIED, OF_EACH, -1)
+    alike = (seen @ seen.mT).sum((1, 2)) - OF_EACH
+    return float(1 - alike.mean() / (OF_EACH * (OF_EACH - 1)))
 
 
 def _through(vae: Path) -> Callable[[art.Pixels], art.Floats]:
@@ -161,3 +178,11 @@ class _Run:
         )
         empty = words[EMPTY:] if guided else None
         return decode(self.vae, ddim(self.denoise, self.schedule, noise, words[SAMPLED], empty, steps)[-1])
+
+    def varied(self, words: Tensor) -> art.Floats:
+        """`OF_EACH` pictures of each of the first `VARIED` sampled prompts, guided."""
+        count = VARIED * OF_EACH
+        noise = torch.stack([torch.randn((8, 16, 16), generator=step_generator(VARIED_SEED, i)) for i in range(count)])
+        prompts = [prompt for prompt in SAMPLED[:VARIED] for _ in range(OF_EACH)]
+        made = ddim(self.denoise, self.schedule, noise, words[prompts], words[EMPTY:], SAMPLE_STEPS)[-1]
+        return decode(self.vae, made)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -28,11 +29,12 @@ from regraft.bench.diffusion_data import (
     save,
     training_batch,
 )
-from regraft.bench.diffusion_recipes import ADAPTERS, BASES, AdapterRecipe, BaseRecipe
+from regraft.bench.diffusion_recipes import ADAPTERS, BASES, AdapterRecipe, BaseRecipe, TunerRecipe
 from regraft.bench.resume import Checkpoints, cosine_rate, step_generator
 from regraft.demo import data_folder
 from regraft.runtime import quiet_libraries
 from regraft.runtime.load import library
+from regraft.training.kinds import config_of, settle
 
 BATCH, LORA_BATCH, SAVE_EVERY = 32, 16, 150
 TRAJECTORIES = 192
@@ -56,15 +58,16 @@ class Workshop:
         return folder
 
     def adapter(self, base: str, name: str, seed: int) -> Path:
-        """The file of an adapter on a base, which is trained if it is missing."""
+        """An adapter on a base, which is trained if it is missing."""
         file = self.adapter_file(base, name, seed)
-        if not file.is_file():
+        if not file.exists():
             train_adapter(base, name, seed, self)
         return file
 
     def adapter_file(self, base: str, name: str, seed: int) -> Path:
-        """Where an adapter lies, or will lie."""
-        return self.cache / "diffusion" / "adapters" / base / f"{name}-{seed}.safetensors"
+        """Where an adapter lies, or will lie: a file, or PEFT's folder."""
+        suffix = "" if isinstance(ADAPTERS[name], TunerRecipe) else ".safetensors"
+        return self.cache / "diffusion" / "adapters" / base / f"{name}-{seed}{suffix}"
 
     def latents(self, base: str, name: str) -> Latents:
         """A set of pictures in the latents of the base's autoencoder."""
@@ -166,16 +169,18 @@ def _keeper(kept: dict[str, Tensor], name: str) -> Any:
 
 
 def train_adapter(base: str, name: str, seed: int, shop: Workshop) -> Path:
-    """Train adapter ``name`` on ``base`` and write it in diffusers' LoRA format, float16."""
+    """Train adapter ``name`` on ``base`` and write it in diffusers' LoRA format, float16, or as PEFT's folder."""
     recipe, folder = ADAPTERS[name], shop.base(base)
     # The recipe's place keeps two adapters of one seed from seeing the same batches.
     random = 1000 * (1 + list(ADAPTERS).index(name)) + seed
     torch.manual_seed(random)
     unet, (text, tokenizer) = models.open_unet(folder), models.open_text(folder)
     _, words = _words(text, tokenizer)
-    config = _add_adapter(unet, recipe)
+    tuned, config = _add_adapter(unet, recipe)
     schedule = Schedule.of(folder / "scheduler")
-    trained = nn.ParameterList([p for p in unet.parameters() if p.requires_grad])
+    # A tuner's state is more than what has gradients: FouRA counts which directions were open.
+    small = nn.ParameterList([p for p in unet.parameters() if p.requires_grad])
+    trained = tuned if isinstance(recipe, TunerRecipe) else small
     lesson = _styled(base, recipe, shop, schedule, random) if recipe.look else _few(base, shop, schedule, random)
     for step in _steps(shop.work("adapter", base, name, str(seed)), trained, recipe.steps, recipe.rate):
         states, times, aims, prompts = lesson(step.index)
@@ -184,18 +189,36 @@ def train_adapter(base: str, name: str, seed: int, shop: Workshop) -> Path:
         step.learn(mse_loss(found, aims))
     file = shop.adapter_file(base, name, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write_adapter(unet, config, file)
+    if isinstance(recipe, TunerRecipe):
+        _write_folder(tuned, recipe, file)
+    else:
+        _write_adapter(unet, config, file)
     return file
 
 
-def _add_adapter(unet: Any, recipe: AdapterRecipe) -> Any:
-    config = library("peft").LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.rank, target_modules=list(recipe.targets), use_dora=recipe.dora
-    )
+def _add_adapter(unet: Any, recipe: AdapterRecipe) -> tuple[Any, Any]:
+    """The U-Net with the recipe's layers in it, in PEFT's wrapping where it has one; and PEFT's config."""
     unet.requires_grad_(False)
-    unet.add_adapter(config)
+    tuned = unet
+    if isinstance(recipe, TunerRecipe):
+        config = config_of(recipe.kind, targets=recipe.targets, options=dict(recipe.options))
+        tuned = library("peft").get_peft_model(unet, config)
+    else:
+        config = library("peft").LoraConfig(
+            r=recipe.rank, lora_alpha=recipe.rank, target_modules=list(recipe.targets), use_dora=recipe.dora
+        )
+        unet.add_adapter(config)
     models.plain_attention(unet)
-    return config
+    return tuned, config
+
+
+def _write_folder(tuned: Any, recipe: TunerRecipe, folder: Path) -> None:
+    settle(tuned, recipe.kind)
+    beside = folder.with_name(f"part-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    with quiet_libraries():
+        tuned.save_pretrained(str(beside), save_embedding_layers=False)
+    beside.replace(folder)
 
 
 def _styled(base: str, recipe: AdapterRecipe, shop: Workshop, schedule: Schedule, random: int) -> Any:
@@ -294,7 +317,7 @@ class _Step:
 def _steps(work: Path, trained: nn.Module, total: int, rate: float, decay: float = 0.0) -> Iterator[_Step]:
     """The steps still to do, with the learning rate of each: a warm-up and half a cosine."""
     trained.train()
-    parameters = list(trained.parameters())
+    parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     checkpoints = Checkpoints(work.with_suffix(".checkpoint.pt"), every=SAVE_EVERY, log=work.with_suffix(".log"))
     for index in checkpoints.steps(total, {"trained": trained, "optimizer": optimizer}):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from regraft.adapter import MODEL, Adapter
 from regraft.base import Base, open_base
+from regraft.bench.by_index import by_index
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
 from regraft.bench.memory import Peak
-from regraft.bench.variants import REFINE, Variant
+from regraft.bench.variants import BY_INDEX, REFINE, Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
 from regraft.check import check
@@ -144,6 +146,8 @@ class Group:
             from regraft.bench.refined import refined
 
             return self._measured(*refined(self, variant))
+        if variant.method == BY_INDEX:
+            return self._measured(Cell(row=variant.name, used=BY_INDEX), by_index(self.adapter))
         with Peak() as peak:
             started = time.process_time()
             result = self.ported(variant)
@@ -190,6 +194,7 @@ class Group:
             distance=record.distance,
             adapter_distance=_adapter_distance(record),
             forecast=record.forecast,
+            numbers=_numbers(self.adapter),
             seconds=round(time.process_time() - started, 2),
         )
 
@@ -291,6 +296,19 @@ def _energy(result: PortResult) -> float | None:
     rows = [(row.share or 0.0, row.energy_kept) for row in result.report.modules if row.energy_kept is not None]
     total = sum(share for share, _ in rows)
     return round(sum(share * kept for share, kept in rows) / total, 4) if total > 0 else None
+
+
+# What a file holds beside the trained numbers: prints and marks of the base, fixed gates, directions, strengths.
+_UNTRAINED = frozenset({"stamp", "marks", "mask", "alpha", "u", "v"})
+
+
+def _numbers(adapter: Adapter) -> int:
+    return sum(
+        prod(ref.shape)
+        for update in adapter.updates.values()
+        for role, ref in update.parts().items()
+        if role not in _UNTRAINED
+    )
 
 
 def _adapter_distance(record: CheckReport) -> float | None:

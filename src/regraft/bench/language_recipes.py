@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from regraft.bench.language_models import Size, deepened, new_model, pruned, widened
-from regraft.bench.language_train import AdapterRecipe, Course
+from regraft.bench.language_train import AdapterRecipe, Course, TunerRecipe
 from regraft.bench.worlds import PairSpec
 
 OLD = "v1"
@@ -66,7 +66,7 @@ BASES = {
     "tokenizer": BaseRecipe(Course(500, 2e-3), made=partial(as_it_is), tokens=512),
 }
 
-ADAPTERS = {
+ADAPTERS: dict[str, AdapterRecipe] = {
     "js": AdapterRecipe("js", 8),
     "c": AdapterRecipe("c", 16),
     "tweets": AdapterRecipe("tweets", 4, ("q_proj", "v_proj")),
@@ -76,8 +76,23 @@ ADAPTERS = {
     "dev-web": AdapterRecipe("dev-web", 8, course=Course(200, 5e-3, batch=8)),
     "dev-po": AdapterRecipe("dev-po", 8, course=Course(200, 5e-3, batch=8)),
 }
+# The kinds that are made to be carried over, on the text and with the budget of `js`, a LoRA of rank 8.
+_TUNERS = {
+    "dora": ("dora", 5e-3, {"r": 8, "lora_alpha": 16}),
+    "foura": ("foura", 5e-3, {"r": 8, "foura_alpha": 16}),
+    "svdiff": ("svdiff", 3e-2, {}),
+    "lorax": ("lorax", 3e-2, {}),
+    "lorax-r8": ("lorax", 3e-2, {"r": 8, "full": True}),
+}
+ADAPTERS |= {
+    f"{domain}-{name}": TunerRecipe(
+        domain, 8, course=Course(steps, rate, batch=8), kind=kind, options=tuple(options.items())
+    )
+    for domain, steps in (("js", 120), ("dev-web", 120))
+    for name, (kind, rate, options) in _TUNERS.items()
+}
 #: Adapters that methods are tuned with, under seeds from `DEV_SEED` on; no reported figure rests on them.
-DEV, DEV_SEED = ("dev-web", "dev-po"), 100
+DEV, DEV_SEED = tuple(name for name in ADAPTERS if name.startswith("dev-")), 100
 DEV_PAIRS = ("lm-drift-1", "lm-drift-2", "lm-drift-3", "lm-scratch")
 
 _THREE = ("js", "c", "reviews-dora")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from regraft.bench.language_models import CONTEXT
 from regraft.bench.language_tokens import encode
 from regraft.runtime.load import library
+from regraft.training.kinds import config_of, settle
 
 #: Called with a line of the log.
 Log = Callable[[str], None]
@@ -54,6 +55,19 @@ class AdapterRecipe:
     targets: str | tuple[str, ...] = "all-linear"
     dora: bool = False
     course: Course = field(default_factory=lambda: Course(120, 5e-3, batch=8))
+
+
+@dataclass(frozen=True)
+class TunerRecipe(AdapterRecipe):
+    """An adapter of another kind, on the same text with the same budget.
+
+    Attributes:
+        kind: one of `regraft.training.kinds.KINDS`.
+        options: further fields of PEFT's config, by name.
+    """
+
+    kind: str = "lora"
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 def batches(texts: Sequence[Tensor], course: Course, seed: int) -> Iterator[Tensor]:
@@ -122,20 +136,29 @@ def pace(step: int, steps: int) -> float:
 
 def train_adapter(model: Any, text: Tensor, recipe: AdapterRecipe, seed: int, log: Log) -> Any:
     """A PEFT model around ``model`` with the recipe's adapter trained on ``text``."""
-    peft = library("peft")
-    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
-    config = peft.LoraConfig(
+    config = _config(recipe)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = library("peft").get_peft_model(model, config)
+    train(wrapped, [text], recipe.course, seed, log)
+    if isinstance(recipe, TunerRecipe):
+        settle(wrapped, recipe.kind)
+    return wrapped
+
+
+def _config(recipe: AdapterRecipe) -> Any:
+    targets = (recipe.targets,) if isinstance(recipe.targets, str) else recipe.targets
+    if isinstance(recipe, TunerRecipe):
+        config = config_of(recipe.kind, targets=targets, options=dict(recipe.options))
+        config.task_type = "CAUSAL_LM"
+        return config
+    return library("peft").LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
-        target_modules=targets,
+        target_modules=targets[0] if isinstance(recipe.targets, str) else list(targets),
         use_dora=recipe.dora,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, config)
-    train(wrapped, [text], recipe.course, seed, log)
-    return wrapped
 
 
 def drift(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float | None:

@@ -179,6 +179,7 @@ def _seed(
         seed=seed,
         native_gain=figures.difference(scores, "native", "none"),
         teacher=figures.difference(scores, "reverted", "none"),
+        home=figures.difference(scores, "reverted", "old"),
         check=_check([check or BenchCheck(verdict=None, error="not checked")]),
         rows=[_row(scores, cells[row], row, variant) for row, variant in rows if row != "old" and row in cells],
     )
@@ -212,6 +213,7 @@ def adapter_of(name: str, seeds: Sequence[BenchSeed]) -> BenchAdapter:
         seeds=[seed.seed for seed in seeds],
         native_gain=figures.over_seeds([seed.native_gain for seed in seeds]),
         teacher=figures.over_seeds([seed.teacher for seed in seeds]),
+        home=figures.over_seeds([seed.home for seed in seeds if seed.home is not None]) if seeds[0].home else None,
         check=_check([seed.check for seed in seeds]),
         rows=[_mean_row(rows, figures.over_seeds, measured=True) for rows in _by_name(seed.rows for seed in seeds)],
         by_seed=list(seeds) if len(seeds) > 1 else [],
@@ -222,7 +224,7 @@ def seeds_of(adapter: BenchAdapter) -> list[BenchSeed]:
     """An adapter's seeds, each with its own figures; none where the record has their mean alone."""
     if adapter.by_seed or len(adapter.seeds) > 1:
         return adapter.by_seed
-    facts = {fact: getattr(adapter, fact) for fact in ("native_gain", "teacher", "check", "rows")}
+    facts = {fact: getattr(adapter, fact) for fact in ("native_gain", "teacher", "home", "check", "rows")}
     return [BenchSeed(seed=adapter.seeds[0], **facts)]
 
 

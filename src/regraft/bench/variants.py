@@ -51,6 +51,8 @@ FURTHER = (
 CONTROLS = ("copy",)
 #: No method of a port, and a row of the grid all the same; see `regraft.bench.refined`.
 REFINE = "refine"
+#: Likewise; see `regraft.bench.by_index`.
+BY_INDEX = "by-index"
 
 
 def default_variants() -> list[Variant]:
@@ -78,7 +80,7 @@ def _parse(text: str) -> Variant:
         get_method(named.method).check_options(named.options)
         return named
     name, *rest = text.split()
-    check = _check_refine if name == REFINE else get_method(name).check_options
+    check = {REFINE: _check_refine, BY_INDEX: _check_nothing}.get(name) or get_method(name).check_options
     options: dict[str, Any] = {}
     for part in rest:
         option, equals, value = part.partition("=")
@@ -99,6 +101,11 @@ def _check_refine(options: Mapping[str, Any]) -> None:
     from regraft.bench.refined import check_refine
 
     check_refine(options)
+
+
+def _check_nothing(options: Mapping[str, Any]) -> None:
+    if options:
+        raise UsageError(f"{BY_INDEX} has no option {next(iter(options))}")
 
 
 def _value(text: str) -> Any:

@@ -140,13 +140,15 @@ def table_again(
     quiet: o.Quiet = False,
 ) -> None:
     """Show a record again: as tables here, as Markdown, or as one HTML page."""
-    from regraft.bench import refine_table, table
+    from regraft.bench import portable_table, refine_table, table
     from regraft.bench.results import load
 
     record = load(file)
-    about = refine_table.of_refine(record)
-    begin = refine_table.BEGIN if about else table.BEGIN
-    between, page = (refine_table.refine_between, refine_table.refine_page) if about else (table.between, table.page)
+    begin, between, page = table.BEGIN, table.between, table.page
+    if refine_table.of_refine(record):
+        begin, between, page = refine_table.BEGIN, refine_table.refine_between, refine_table.refine_page
+    elif portable_table.of_kinds(record):
+        begin, between, page = portable_table.BEGIN, portable_table.kinds_between, portable_table.kinds_page
     for target in markdown or ():
         text = target.read_text(encoding="utf-8") if target.is_file() else ""
         write_text(between(text, record) if begin in text else page(record), target, overwrite=True)

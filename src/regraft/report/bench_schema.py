@@ -54,6 +54,7 @@ class BenchCheck(Record):
     distance: float | None = None
     adapter_distance: float | None = None
     forecast: Forecasts = Forecasts()
+    numbers: int | None = Field(default=None, description="that the adapter was trained with")
     seconds: float | None = None
     error: str | None = None
 
@@ -64,6 +65,7 @@ class BenchSeed(Record):
     seed: int
     native_gain: Interval
     teacher: Interval
+    home: Interval | None = None
     check: BenchCheck
     rows: list[BenchRow]
 
@@ -75,6 +77,7 @@ class BenchAdapter(Record):
     seeds: list[int]
     native_gain: Interval = Field(description="score(native) − score(none), in the world's own unit")
     teacher: Interval = Field(description="the old base + LoRA's score less score(none), in the same unit")
+    home: Interval | None = Field(default=None, description="the old base + LoRA's score less the old base's alone")
     check: BenchCheck
     rows: list[BenchRow]
     by_seed: list[BenchSeed] = Field(default_factory=list, description="where there are several seeds: each one's own")

@@ -25,7 +25,7 @@ from regraft.refine.quantised import check_quantiser, quantise
 from regraft.report.train_schema import TrainLook, TrainReport
 from regraft.runtime.load import Loaded, library, load_model, quiet_libraries
 from regraft.runtime.room import check_room
-from regraft.training.kinds import KINDS, config_of, default_targets, kind_of
+from regraft.training.kinds import KINDS, config_of, default_targets, kind_of, settle
 from regraft.training.lessons import Lesson, PictureLesson, TextLesson, split
 from regraft.training.loop import Course, Heard, Look, run
 from regraft.training.picture_data import read_pictures
@@ -111,7 +111,7 @@ def train(
         with _before(tuned, settings) as conversion:
             batch, rate = settings.batch or taught.batch, settings.rate or kind.rate
             course = run(model, tuned, taught.lesson, settings, batch, rate, heard, state)
-            notes = [*([quantised] if quantised else []), *_settled(tuned, settings)]
+            notes = [note for note in (quantised, settle(tuned, settings.kind)) if note]
             written, told = write_trained(
                 tuned,
                 base,
@@ -242,15 +242,6 @@ def _before(tuned: Any, settings: TrainSettings) -> Iterator[Path | None]:
         tuned.save_pretrained(place, save_embedding_layers=False)
         config.init_lora_weights = asked
         yield Path(place)
-
-
-def _settled(tuned: Any, settings: TrainSettings) -> list[str]:
-    """Fix what depends on the input, so that the adapter is a change of weights; told in words."""
-    config = tuned.peft_config["default"]
-    if settings.kind != "foura" or config.gate != "adaptive":
-        return []
-    tuned.base_model.freeze_gate()
-    return ["its gate was frozen to the directions that were open for at least half of the training's inputs"]
 
 
 def _rows(course: Course) -> list[TrainLook]:

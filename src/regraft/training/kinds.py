@@ -136,3 +136,16 @@ def default_targets(model: nn.Module, kind: str, *, denoiser: bool) -> tuple[str
         what = f"a {type(model).__name__} has no attention layers of the usual names"
         raise InputError(what, remedy="Use --targets.")
     return found
+
+
+def settle(tuned: Any, kind: str) -> str:
+    """Fix what depends on the input, so that a trained adapter is a change of weights; told in words.
+
+    Args:
+        tuned: PEFT's model.
+        kind: of its adapter.
+    """
+    if kind != "foura" or tuned.peft_config["default"].gate != "adaptive":
+        return ""
+    tuned.base_model.freeze_gate()
+    return "its gate was frozen to the directions that were open for at least half of the training's inputs"
