@@ -19,7 +19,7 @@ from regraft.adapter import MODEL, Adapter
 from regraft.base import Base, open_base
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
-from regraft.bench.memory import Peak
+from regraft.bench.cost import Cost
 from regraft.bench.variants import REFINE, Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
@@ -144,15 +144,13 @@ class Group:
             from regraft.bench.refined import refined
 
             return self._measured(*refined(self, variant))
-        with Peak() as peak:
-            started = time.process_time()
+        with Cost() as cost:
             result = self.ported(variant)
-            seconds = time.process_time() - started
         report = result.report
         cell = Cell(
             row=variant.name,
-            seconds=round(seconds, 2),
-            peak_mb=peak.added_mb,
+            seconds=round(cost.seconds, 2),
+            peak_mb=cost.added_mb,
             used=report.method,
             refused=report.verdict == "refused",
             energy_kept=_energy(result),
