@@ -37,7 +37,8 @@ from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.applied import applied, fitting
 from regraft.runtime.both import BothModels, modules_of
-from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded
 from regraft.updates import LowRank
 
 __all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "Strip", "refine"]

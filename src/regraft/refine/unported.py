@@ -26,7 +26,7 @@ from regraft.refine.told import report_of
 from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.both import BothModels
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 
 #: Called with (done, in all, what is at work).
 Tick = Callable[[int, int, str], None]
