@@ -18,7 +18,8 @@ from regraft.base import Base
 from regraft.checkpoints.single_file import split_components
 from regraft.families import family_of_base, module_names
 from regraft.plan import check_families, locate
-from regraft.tensors import InMemory, TensorRef, read_rows, read_safetensors
+from regraft.tensor_files import read_safetensors
+from regraft.tensors import InMemory, TensorRef, read_rows
 from regraft.updates import LowRank
 from toys import StateDict, drifted, llama, save_base
 

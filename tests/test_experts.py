@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,12 @@ from diffusers import WanTransformer3DModel
 from running import Run
 from safetensors.torch import load_file, save_file
 
+import regraft.cli.port
 from regraft import load_adapter, open_base
+from regraft.errors import InputError
 from regraft.experts import experts
+from regraft.report.json_schema import parse
+from regraft.report.schema import PortReport
 
 MODULE = "transformer.blocks.0.attn1.to_q"
 
@@ -52,6 +58,38 @@ def test_each_expert_gets_a_file_of_its_own(bases: tuple[Path, Path], adapter: P
         assert load_file(tmp_path / f"out_{expert}.safetensors").keys() == load_file(adapter).keys()
         # The terminal breaks long paths.
         assert f"out_{expert}.safetensors" in "".join(ran.out.split())
+
+
+@pytest.mark.parametrize("wanted", [(), ("--dry-run",)])
+def test_the_records_of_both_experts_are_one_json_document(
+    bases: tuple[Path, Path], adapter: Path, tmp_path: Path, run: Run, wanted: tuple[str, ...]
+) -> None:
+    old, new = map(str, bases)
+    ran = run("port", adapter, "--from", old, "--to", new, "-o", tmp_path / "out.safetensors", "--json", *wanted)
+    assert ran.code == 0, ran.err
+    records = json.loads(ran.out)
+    if wanted:
+        assert [record["verdict"] for record in records] == ["survives", "survives"]
+        return
+    files = [tmp_path / f"out_{expert}.safetensors" for expert in ("high_noise", "low_noise")]
+    assert [record["outputs"] for record in records] == [[str(file)] for file in files]
+    assert all(parse(PortReport, json.dumps(record)).counts.ported == 1 for record in records)
+
+
+def test_what_was_written_is_told_where_the_other_expert_fails(
+    bases: tuple[Path, Path], adapter: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_on_the_second(*arguments: Any, **options: Any) -> Any:
+        if (tmp_path / "out_high_noise.safetensors").exists():
+            raise InputError("is damaged")
+        return fit_for(*arguments, **options)
+
+    fit_for = regraft.cli.port.fit_for
+    monkeypatch.setattr("regraft.cli.port.fit_for", fails_on_the_second)
+    old, new = map(str, bases)
+    ran = run("port", adapter, "--from", old, "--to", new, "-o", tmp_path / "out.safetensors", "--json")
+    assert (ran.code, ran.err) == (1, "regraft: is damaged\n")
+    assert [record["outputs"] for record in json.loads(ran.out)] == [[str(tmp_path / "out_high_noise.safetensors")]]
 
 
 def test_an_expert_is_judged_by_its_own_weights(bases: tuple[Path, Path], adapter: Path) -> None:

@@ -28,7 +28,7 @@ from regraft.likeness import compare_sketches
 from regraft.lineage import KEY as LINEAGE
 from regraft.plan import locate
 from regraft.report.identify_schema import CandidateSummary, ClueSummary, IdentifyReport, Match
-from regraft.tensors import TORCH_SUFFIXES
+from regraft.tensor_files import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     from regraft.hub.repository import PublishedFile

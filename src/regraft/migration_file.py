@@ -31,7 +31,8 @@ from regraft.migrations.model import VERSION, Header, Map, Row
 from regraft.migrations.recognise import recognise
 from regraft.nearness import Nearness
 from regraft.output import check_writable, readable, whole
-from regraft.tensors import Shape, TensorRef, read_safetensors
+from regraft.tensor_files import read_safetensors
+from regraft.tensors import Shape, TensorRef
 from regraft.transport import IDENTITY, LinearMap, Transport
 
 KEY = "regraft_migration"

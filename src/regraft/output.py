@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from regraft.errors import OutputError, first_line
-from regraft.tensors import TORCH_SUFFIXES
+from regraft.tensor_files import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     from regraft.formats import Written

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from regraft.errors import InputError, reading
 from regraft.families import get_family
-from regraft.tensors import read_safetensors
+from regraft.tensor_files import read_safetensors
 
 Kind = Literal["epsilon", "v", "flow", "sample"]
 

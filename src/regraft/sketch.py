@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.tensors import SAFETENSORS_DTYPES, Shape, TensorRef, read_elements
+from regraft.tensor_files import SAFETENSORS_DTYPES
+from regraft.tensors import Shape, TensorRef, read_elements
 
 # Elements of the sample: of a weight with two dimensions or more, of a bias or norm. Each in this many runs.
 _OF_WEIGHT, _OF_VECTOR, _RUNS = 32, 8, 4

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft import load_adapter
 from regraft.errors import InputError
-from regraft.tensors import read_safetensors
+from regraft.tensor_files import read_safetensors
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs links, pipes and owners of files")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regraft.errors import RegraftError
-from regraft.tensors import read_torch
+from regraft.tensor_files import read_torch
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.weight": torch.ones(2, 2, dtype=torch.float16)}
 

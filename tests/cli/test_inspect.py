@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import regraft.tensor_files
 import regraft.tensors
 from regraft import load_adapter
 from regraft.cli import register
@@ -104,7 +105,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return by_offset(ref, parts)
 
     monkeypatch.setattr(regraft.tensors.Stored, "_read", noted)
-    regraft.tensors.read_safetensors(REAL)
+    regraft.tensor_files.read_safetensors(REAL)
     assert opened == 1, "the watch sees no file"
     return names
 

@@ -7,7 +7,7 @@ from math import exp
 import numpy as np
 import pytest
 
-from regraft.forecast.curve import Curve, fit_curve, interval, width_that_holds
+from regraft.forecast.curve import LEAST, MOST, NOISE, Curve, fit_curve, interval, width_that_holds
 
 NAMES = ("drift", "removed")
 
@@ -49,6 +49,20 @@ def test_a_wider_interval_holds_a_narrower_one(damage: float) -> None:
     assert lows == sorted(lows, reverse=True)
     assert highs == sorted(highs)
     assert ends[0] == pytest.approx((exp(-damage), exp(-damage)))
+
+
+def test_even_without_damage_two_trainings_differ_and_where_all_is_lost_that_is_certain() -> None:
+    assert interval(0.0, 1.0) == pytest.approx((1 - NOISE, 1 + NOISE))
+    assert interval(0.0, 1e3) == (0.9, MOST)
+    assert interval(99.0, 1e-3) == pytest.approx((LEAST, NOISE * 1e-3))
+    assert interval(1e6, 1e3)[1] == pytest.approx(2 * NOISE)
+
+
+def test_the_offset_that_made_the_rows_is_found() -> None:
+    figures = np.random.default_rng(0).uniform(0, 1, (60, 2))
+    curve = fit_curve(NAMES, figures, np.exp(-0.4 - figures @ [2.0, 0.7]), np.ones(60), belief={}, offset=True)
+    assert curve.offset == pytest.approx(0.4, abs=0.05)
+    assert curve.recovery({}) == pytest.approx(exp(-curve.offset))
 
 
 @pytest.mark.parametrize(("damage", "recovery"), [(0.2, 0.3), (0.2, 0.95), (1.5, 0.6), (0.5, 0.05)])

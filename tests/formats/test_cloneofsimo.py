@@ -17,7 +17,8 @@ from regraft.families import module_names
 from regraft.formats.cloneofsimo import module_order
 from regraft.inspection import inspect_adapter
 from regraft.ops.convert import convert_adapter
-from regraft.tensors import InMemory, read_safetensors
+from regraft.tensor_files import read_safetensors
+from regraft.tensors import InMemory
 
 REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"
 DOWN = [f"down_blocks.{stage}.attentions.{i}" for stage in range(3) for i in range(2)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft import load_adapter
 from regraft.formats._hashes import with_true_hashes
-from regraft.tensors import read_safetensors
+from regraft.tensor_files import read_safetensors
 
 VECTORS: list[dict[str, Any]] = golden("hash-vectors")["vectors"]
 

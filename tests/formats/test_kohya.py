@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from regraft import Adapter, ModuleRef, OutputError, load_adapter
 from regraft.adapter import TokenRef
 from regraft.families import module_names
-from regraft.tensors import InMemory, read_safetensors
+from regraft.tensor_files import read_safetensors
+from regraft.tensors import InMemory
 from regraft.updates import Full, LowRank
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

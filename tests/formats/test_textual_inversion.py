@@ -19,7 +19,8 @@ from regraft.adapter import TokenRef
 from regraft.formats._bundled_embeddings import bundled, read_bundled
 from regraft.inspection import inspect_adapter
 from regraft.ops.convert import convert_adapter
-from regraft.tensors import InMemory, read_safetensors
+from regraft.tensor_files import read_safetensors
+from regraft.tensors import InMemory
 from regraft.updates import LowRank
 
 L, G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"

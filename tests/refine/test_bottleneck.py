@@ -19,7 +19,7 @@ from regraft.refine.bottleneck.places import Spot
 from regraft.refine.bottleneck.starting import first_state
 from regraft.runtime import load_model
 from regraft.runtime.both import BothModels
-from regraft.tensors import read_tensor_file
+from regraft.tensor_files import read_tensor_file
 from verify import tiny
 from verify.hub import HUB, SIZE, Small, saved, trained
 

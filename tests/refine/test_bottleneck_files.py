@@ -18,7 +18,7 @@ from regraft import InputError
 from regraft.refine.bottleneck import BottleneckResult, load_bottlenecks
 from regraft.refine.bottleneck.layers import placed
 from regraft.runtime import load_model
-from regraft.tensors import read_tensor_file
+from regraft.tensor_files import read_tensor_file
 from verify.hub import HUB, Small, hooked, saved, trained
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from regraft.migration_file import KEY
 from regraft.schemas import standard_schema
-from regraft.tensors import SAFETENSORS_DTYPES
+from regraft.tensor_files import SAFETENSORS_DTYPES
 
 VECTORS = Path(__file__).parent / "vectors"
 

@@ -178,7 +178,7 @@ def test_a_pipeline_with_a_lora_gives_what_diffusers_gives(tmp_path: Path) -> No
 @pytest.mark.slow  # a process of its own, to import diffusers anew
 def test_a_library_that_is_imported_while_it_is_to_be_quiet_is_quiet_until_the_end() -> None:
     said = """
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 with quiet_libraries():
     with quiet_libraries():
         import diffusers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.runtime import quiet_libraries
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 
 _BLOCK = re.compile(r"(.*transformer_blocks)\.(\d+)\.(.*)")
 # What a transformer block adds to its residual stream goes through one of these.

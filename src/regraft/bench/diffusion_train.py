@@ -33,7 +33,7 @@ from regraft.bench.diffusion_recipes import ADAPTERS, BASES, AdapterRecipe, Base
 from regraft.bench.resume import Checkpoints, cosine_rate, step_generator
 from regraft.demo import data_folder
 from regraft.runtime import quiet_libraries
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 from regraft.training.kinds import config_of, settle
 
 BATCH, LORA_BATCH, SAVE_EVERY = 32, 16, 150

@@ -21,7 +21,7 @@ from regraft.base import Base, open_base
 from regraft.bench.by_index import by_index
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
-from regraft.bench.memory import Peak
+from regraft.bench.cost import Cost
 from regraft.bench.variants import BY_INDEX, REFINE, Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
@@ -148,15 +148,13 @@ class Group:
             return self._measured(*refined(self, variant))
         if variant.method == BY_INDEX:
             return self._measured(Cell(row=variant.name, used=BY_INDEX), by_index(self.adapter))
-        with Peak() as peak:
-            started = time.process_time()
+        with Cost() as cost:
             result = self.ported(variant)
-            seconds = time.process_time() - started
         report = result.report
         cell = Cell(
             row=variant.name,
-            seconds=round(seconds, 2),
-            peak_mb=peak.added_mb,
+            seconds=round(cost.seconds, 2),
+            peak_mb=cost.added_mb,
             used=report.method,
             refused=report.verdict == "refused",
             energy_kept=_energy(result),

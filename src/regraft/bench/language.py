@@ -24,7 +24,8 @@ from regraft.bench.language_train import AdapterRecipe, Log, drift, losses, trai
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which
 from regraft.errors import InputError
 from regraft.runtime.applied import applied
-from regraft.runtime.load import library, load_model, quiet_libraries
+from regraft.runtime.libraries import library, quiet_libraries
+from regraft.runtime.load import load_model
 
 #: Held-out texts in a score, of `CONTEXT` characters each.
 WINDOWS = 64

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regraft.bench.language_text import CHARACTERS
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 
 #: Longest text that a model reads, in tokens.
 CONTEXT = 128

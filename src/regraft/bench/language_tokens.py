@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regraft.bench.language_models import CONTEXT
 from regraft.bench.language_text import CHARACTERS
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 
 
 def character_tokenizer() -> Any:

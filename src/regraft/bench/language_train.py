@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from regraft.bench.language_models import CONTEXT
 from regraft.bench.language_tokens import encode
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 from regraft.training.kinds import config_of, settle
 
 #: Called with a line of the log.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -11,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.adapter import Adapter
 from regraft.bench.cells import Cell
-from regraft.bench.memory import Peak
+from regraft.bench.cost import Cost
 from regraft.bench.variants import Variant
 from regraft.errors import UsageError
 from regraft.methods import get_method
@@ -66,17 +65,15 @@ def refined(group: Group, variant: Variant) -> tuple[Cell, Adapter]:
         given["prompts"] = tuple(given["prompts"])
     settings = replace(RefineSettings(), rank=rank, n_inputs=variant.n_inputs, seed=group.seed, **given, **asked)
     how = variant.options.get("start")
-    with Peak() as peak:
-        began = time.process_time()
+    with Cost() as cost:
         start = how if how is None or how == ZERO else group.ported(Variant(how, how)).adapter
         result = refine(group.adapter, group.old, group.new, start=start, settings=settings)
-        seconds = time.process_time() - began
     cell = Cell(
         row=variant.name,
-        seconds=round(seconds, 2),
-        peak_mb=peak.added_mb,
+        seconds=round(cost.seconds, 2),
+        peak_mb=cost.added_mb,
         used=f"{how or result.report.start}, {result.report.objective}",
-        figures={name: float(f"{value:.5g}") for name, value in _figures(group, result, seconds).items()},
+        figures={name: float(f"{value:.5g}") for name, value in _figures(group, result, cost.seconds).items()},
     )
     return cell, result.adapter
 

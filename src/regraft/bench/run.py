@@ -28,7 +28,7 @@ from regraft.bench.variants import Variant
 from regraft.bench.worlds import PairSpec, World
 from regraft.errors import InputError, RegraftError, UsageError, first_line
 from regraft.report.bench_schema import BenchCheck
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 
 #: World → where its class is; each is made of the cache's folder.
 WORLDS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.checkpoints.quantised import Plain, plain_weights
 from regraft.errors import InputError, reading
-from regraft.tensors import TORCH_SUFFIXES, read_tensor_file
+from regraft.tensor_files import TORCH_SUFFIXES, read_tensor_file
 
 
 def container(file: Path) -> str:

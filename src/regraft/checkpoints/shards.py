@@ -12,7 +12,8 @@ from regraft.checkpoints.quantised import Plain, plain_weights
 from regraft.checkpoints.single_file import split_components
 from regraft.errors import InputError
 from regraft.limits import check_names, read_json_object
-from regraft.tensors import TensorRef, read_tensor_file
+from regraft.tensor_files import read_tensor_file
+from regraft.tensors import TensorRef
 
 _AGAIN = "Download or copy it again."
 

@@ -14,7 +14,8 @@ from regraft.checkpoints import Checkpoint, Reader
 from regraft.checkpoints._encoders import find_encoders
 from regraft.checkpoints._files import read_plain
 from regraft.checkpoints._original import find_model
-from regraft.tensors import TORCH_SUFFIXES, TensorRef
+from regraft.tensor_files import TORCH_SUFFIXES
+from regraft.tensors import TensorRef
 
 
 def split_components(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Mapping[str, TensorRef]], tuple[str, ...]]:

@@ -6,8 +6,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import indent
 from typing import NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -64,6 +65,12 @@ def emit(record: Record, *, json: bool, quiet: bool, table: Callable[[Console], 
         sys.stdout.write(_escaped(record.to_json()) + "\n")
     elif not quiet:
         table(out)
+
+
+def emit_list(records: Sequence[Record]) -> None:
+    """Print several records as one JSON document."""
+    listed = ",\n".join(indent(record.to_json(), "  ") for record in records)
+    sys.stdout.write(_escaped(f"[\n{listed}\n]") + "\n")
 
 
 @contextmanager

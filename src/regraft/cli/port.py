@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from regraft.cache import find_cached, keep
 from regraft.carry import Settings
 from regraft.check import check_migration
 from regraft.cli import _options as o
-from regraft.cli._sink import Ticker, emit, progress
+from regraft.cli._sink import Ticker, emit, emit_list, progress
 from regraft.cli._ways import Ends, migration_along, say_size
 from regraft.errors import UsageError
 from regraft.experts import experts, labelled
@@ -29,7 +30,7 @@ from regraft.output import check_writable, whole, write_text
 from regraft.plan import check_families, source_modules
 from regraft.port import apply_migration, fit_for
 from regraft.prepare import check_understood
-from regraft.report.schema import PortReport
+from regraft.report.schema import CheckReport, PortReport
 from regraft.report.tables import check_table, port_table
 
 
@@ -165,14 +166,24 @@ def port(
     )
     apart = experts(loaded, source, target) if read is None and target is not None and save_migration is None else {}
     if not apart:
-        run(target, output, report)
+        run.tell(run(target, output, report))
+        if save_migration is not None and target is not None and not (dry_run or json or quiet):
+            say_size(save_migration, size_of(target))
         return
     for path in (output, report):
         if path is not None and not dry_run:
             for label in apart:
                 check_writable(labelled(path, label), overwrite=overwrite, source=adapter)
-    for label, expert in apart.items():
-        run(expert, *(labelled(path, label) if path is not None else None for path in (output, report)))
+    records: list[CheckReport | PortReport] = []
+    try:
+        for label, expert in apart.items():
+            records.append(run(expert, *(labelled(path, label) if path else None for path in (output, report))))
+            if not json:
+                run.tell(records[-1])
+    finally:
+        # Of the first one, too, where the second can't be made: its file is there.
+        if json and records:
+            emit_list(records)
 
 
 @dataclass(frozen=True)
@@ -196,8 +207,8 @@ class _Run:
     overwrite: bool
     started: float
 
-    def __call__(self, target: Base | None, output: Path | None, report: Path | None) -> None:
-        """Port to one base, or print the plan of it."""
+    def __call__(self, target: Base | None, output: Path | None, report: Path | None) -> CheckReport | PortReport:
+        """Port to one base, or make the plan of it."""
         adapter, source, settings, read = self.adapter, self.source, self.settings, self.read
         with ExitStack() as stack:
             tick = stack.enter_context(progress("Porting", quiet=self.quiet))
@@ -213,9 +224,7 @@ class _Run:
             elif source is not None and target is not None:
                 read = remeasure(read, source, target, adapter)
             if self.dry_run:
-                plan = check_migration(adapter, read, settings.selection, source, target)
-                emit(plan, json=self.json, quiet=self.quiet, table=lambda console: check_table(plan, console))
-                return
+                return check_migration(adapter, read, settings.selection, source, target)
             result = apply_migration(adapter, read, settings, old=source, new=target, tick=tick, started=self.started)
             assert output is not None
             written = result.save(output, format=self.format, overwrite=self.overwrite)
@@ -225,9 +234,12 @@ class _Run:
 
             checked = check_migration(adapter, read, settings.selection, source, target)
             write_text(render_port(record, check=checked), report, overwrite=self.overwrite)
-        emit(record, json=self.json, quiet=self.quiet, table=lambda console: port_table(record, console))
-        if self.save_migration is not None and target is not None and not (self.json or self.quiet):
-            say_size(self.save_migration, size_of(target))
+        return record
+
+    def tell(self, record: CheckReport | PortReport) -> None:
+        """Print the record."""
+        table = partial(check_table, record) if isinstance(record, CheckReport) else partial(port_table, record)
+        emit(record, json=self.json, quiet=self.quiet, table=table)
 
     def _record(self, record: PortReport, read: Migration, written: Sequence[Path]) -> PortReport:
         way = [str(edge.place or edge.file) for edge in self.way]

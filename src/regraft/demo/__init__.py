@@ -29,7 +29,7 @@ from regraft.port import apply_migration, fit_for
 from regraft.probes.pictures import Images, draw, png
 from regraft.report.demo_schema import DemoReport, FarUpgrade, LabelledCheck, NearUpgrade
 from regraft.report.schema import InspectReport, Picture, VerifyReport
-from regraft.runtime.load import library, quiet_libraries
+from regraft.runtime.libraries import library, quiet_libraries
 from regraft.updates import LowRank
 from regraft.verify import verify
 

@@ -20,7 +20,8 @@ from regraft.errors import InputError, UsageError, reading, understanding
 from regraft.hub import hub_id_of
 from regraft.limits import read_json_object
 from regraft.output import ADAPTER_CONFIG, write_whole
-from regraft.tensors import TORCH_SUFFIXES, TensorRef, read_tensor_file
+from regraft.tensor_files import TORCH_SUFFIXES, read_tensor_file
+from regraft.tensors import TensorRef
 
 
 @dataclass(frozen=True)

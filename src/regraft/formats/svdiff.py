@@ -22,7 +22,8 @@ from regraft.families import families, find_shape, without_text_model
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._common import check_float, component_for, contiguous, training_metadata
 from regraft.formats._factors import cannot_hold
-from regraft.tensors import TensorRef, read_safetensors
+from regraft.tensor_files import read_safetensors
+from regraft.tensors import TensorRef
 from regraft.updates import SpectralShift, Update
 from regraft.updates._kind import scaled_ref
 

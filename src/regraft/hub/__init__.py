@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.tensors import TORCH_SUFFIXES, TensorRef
+from regraft.tensor_files import TORCH_SUFFIXES
+from regraft.tensors import TensorRef
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@:\s]+))?(?::(?P<file>[^:]+))?", re.ASCII

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.hub.ranges import RemoteFile, Span
-from regraft.tensors import SAFETENSORS_DTYPES, InBytes, Shape, TensorFile, TensorRef, n_bytes
+from regraft.tensor_files import SAFETENSORS_DTYPES, TensorFile
+from regraft.tensors import InBytes, Shape, TensorRef, n_bytes
 
 _FIRST_READ, _LONGEST_HEADER = 1 << 17, 100_000_000
 

@@ -24,7 +24,7 @@ from regraft.hub import HubId
 from regraft.hub.access import TIMEOUT, Unreachable, asking, cache_folder, endpoint, forbidden, is_offline, patiently
 from regraft.hub.ranges import RemoteFile
 from regraft.hub.remote import read_remote_safetensors
-from regraft.tensors import STAND_INS, TORCH_SUFFIXES, TensorFile, read_tensor_file, read_torch
+from regraft.tensor_files import STAND_INS, TORCH_SUFFIXES, TensorFile, read_tensor_file, read_torch
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from regraft.output import ADAPTER_CONFIG, check_writable, readable, whole
 from regraft.plan import check_families
 from regraft.report.json_schema import parse
 from regraft.report.schema import VerifyReport
-from regraft.tensors import TORCH_SUFFIXES, read_safetensors
+from regraft.tensor_files import TORCH_SUFFIXES, read_safetensors
 
 _CHUNK = 1 << 22
 

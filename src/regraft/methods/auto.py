@@ -19,7 +19,7 @@ from regraft.methods.grown import grown_from
 from regraft.methods.procrustes import procrustes
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import Batches, make_batches
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 from regraft.transport import Transport
 from regraft.updates import Update
 from regraft.widening import widened

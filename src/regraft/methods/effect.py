@@ -21,7 +21,8 @@ from regraft.probes.batches import Batch, make_batches
 from regraft.removed import is_stream, removed_writes
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
-from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded
 from regraft.runtime.record import calls_of, input_rows, is_conv1d, is_matrix, matrix_of, output_rows, shaped_as
 from regraft.runtime.walk import Walks
 from regraft.spaces import named_sides

@@ -9,7 +9,7 @@ from regraft.methods import Carried, method
 from regraft.methods._choosing import HeldOut, lowest, scaled
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import make_batches
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 

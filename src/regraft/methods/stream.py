@@ -12,7 +12,7 @@ from regraft.methods._stream_solve import Write
 from regraft.methods._stream_text import TextSettings, carry_text
 from regraft.methods.task import AdapterTask
 from regraft.probes.batches import make_batches
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 from regraft.updates import Update
 
 N_TEXTS, N_STATES = 192, 384

@@ -17,7 +17,7 @@ from regraft.migration_file import KEY, load_migration, read_header
 from regraft.migrations.base_id import called
 from regraft.migrations.compose import compose_all
 from regraft.migrations.model import Header
-from regraft.tensors import read_safetensors
+from regraft.tensor_files import read_safetensors
 
 # A folder of more files, and more ways to look at than these, is no folder of migrations that anybody keeps.
 _MOST_FILES, _MOST_WAYS = 10_000, 5_000

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError, reading
-from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded
 
 
 class Probe(Protocol):

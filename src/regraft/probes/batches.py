@@ -22,7 +22,8 @@ from regraft.probes.sentences import SENTENCES
 from regraft.probes.text import encode, longest, same_tokens, sample_texts, sentence, vocabulary_of
 from regraft.runtime.applied import applied
 from regraft.runtime.both import BothModels, Side
-from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded
 
 #: Who made an input: the old base, the old base with its adapter, the new base, or none of them.
 Maker = Literal["old", "adapter", "new", "given"]

@@ -16,7 +16,8 @@ from regraft.adapter import Adapter
 from regraft.errors import RegraftError, first_line
 from regraft.report.schema import Picture
 from regraft.runtime.applied import applied, fitting
-from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded
 
 STEPS, LARGEST = 20, 512
 

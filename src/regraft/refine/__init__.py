@@ -9,22 +9,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.errors import InputError
 from regraft.lineage import KEY, dumped, lineage_of
-from regraft.memory import peak_mb
 from regraft.metadata import with_ranks
 from regraft.methods.task import Running
-from regraft.migration import summarise
 from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
-from regraft.refine.beside import COPY, NATIVE, alone, placed, rows
+from regraft.refine.beside import COPY, NATIVE, alone, placed, rows, worse_than_none
 from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
-from regraft.refine.loop import Heard, Look, measured, train
+from regraft.refine.loop import Heard, Look, train
 from regraft.refine.pictures import picture_inputs
 from regraft.refine.prompting import picture_prompts
 from regraft.refine.quantised import check_quantiser
@@ -35,12 +32,13 @@ from regraft.refine.starting import STREAM, ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
 from regraft.refine.teacher import Teacher
-from regraft.refine.told import lineage_entry, look_row, summary_of
+from regraft.refine.told import lineage_entry, report_of
 from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.applied import applied, fitting
 from regraft.runtime.both import BothModels, modules_of
-from regraft.runtime.load import Loaded, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded
 from regraft.updates import LowRank
 
 __all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "Strip", "refine"]
@@ -159,35 +157,23 @@ def refine(
             untrained, quantised = _untrained(student), student.quantised
         beside = rows(begin.how, course, none, copy, known)
     refined = replace(begin.adapter, updates=updates)
-    report = RefineReport(
-        regraft_version=__version__,
-        input=str(adapter.path),
-        outputs=[],
-        start=begin.how,
-        start_reason=begin.reason,
-        objective=chosen,
-        objective_reason=why,
-        hidden=hidden,
-        quantised=quantised,
-        inputs=inputs.made,
-        n_inputs=sum(len(batch) for batch in inputs.fit),
-        steps=course.best_look.step,
-        stopped=course.stopped,
-        unkept=course.unkept or unkept,
-        recovered=course.best_look.recovered,
+    report = report_of(
+        adapter.path,
+        (old, new),
+        course,
+        inputs,
+        start=(begin.how, begin.reason),
+        objective=(chosen, why),
         beside=beside,
-        looks=[look_row(look, strip.training(look)) for look in course.looks],
-        prompts=strip.rows,
-        pictures=strip.columns,
-        summary=summary_of(begin.how, course),
         trained=trained,
         modules=modules,
         untrained=untrained,
-        source=summarise(old),
-        target=summarise(new),
-        seconds=perf_counter() - began,
-        peak_mb=peak_mb(),
+        unkept=unkept,
+        began=began,
+        seconds=strip.training,
     )
+    drawn = {"prompts": strip.rows, "pictures": strip.columns}
+    report = report.model_copy(update={"hidden": hidden, "quantised": quantised, **drawn})
     metadata = with_ranks(_told(refined, report), updates.values())
     return RefineResult(replace(refined, metadata=metadata), report)
 
@@ -226,14 +212,14 @@ def _better_than_none(
     if begin.how == ZERO:
         return begin
     with applied(new.components, fitting(new.components, begin.adapter)):
-        lacking, _ = measured(held, new)
-    if lacking is None or lacking <= 1:
+        reason = worse_than_none(f"port by {begin.how}", new, held)
+    if not reason:
         return begin
     try:
         zero = from_zero(adapter, *bases)
     except InputError:
         return begin
-    return replace(zero, reason=f"the port by {begin.how} does worse than the new base alone ({1 - lacking:.0%})")
+    return replace(zero, reason=reason)
 
 
 def _given(start: Adapter) -> Start:

@@ -48,6 +48,20 @@ def placed(title: str, adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Re
     return Refined(title=title, recovered=1.0 - lacking, drift=drift, note=note)
 
 
+def worse_than_none(what: str, model: Loaded, held: Sequence[Aim]) -> str:
+    """Why a start is dropped: the new base alone is nearer to what is wanted. Empty where it is not.
+
+    Args:
+        what: the start, in words.
+        model: the new base with the start at work.
+        held: held-out aims.
+    """
+    lacking, _ = measured(held, model)
+    if lacking is None or lacking <= 1:
+        return ""
+    return f"the {what} does worse than the new base alone ({1 - lacking:.0%})"
+
+
 def rows(
     start: str, course: Course, none: Refined, copy: Refined | None, native: Refined | None = None
 ) -> list[Refined]:

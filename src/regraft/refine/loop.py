@@ -20,7 +20,8 @@ from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import STEPS, RefineSettings
 from regraft.refine.states import watching
 from regraft.refine.student import Student
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 from regraft.runtime.optim import checkpoint_activations, optimizer_of, pace
 
 # A start that lacks less than this has nothing left to gain.

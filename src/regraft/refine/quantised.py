@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from regraft.errors import InputError, RegraftError
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 
 #: How the new base's linear layers are held in the training: as they are, in bitsandbytes' nf4, or in its int8.
 Quantize = Literal["none", "4bit", "8bit"]

@@ -19,7 +19,8 @@ from regraft.refine.encoders import trainable_encoders
 from regraft.refine.quantised import Quantize, quantise
 from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 from regraft.runtime.record import is_conv1d
 from regraft.tensors import InMemory
 from regraft.transport import cut

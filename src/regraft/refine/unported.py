@@ -9,27 +9,24 @@ from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 
-from regraft._version import __version__
 from regraft.base import Base
 from regraft.errors import UsageError
-from regraft.memory import peak_mb
-from regraft.migration import summarise
 from regraft.probes.batches import AtWork, Batches, TextBatch, make_batches
 from regraft.refine.aims import aims_by
-from regraft.refine.beside import alone, rows
+from regraft.refine.beside import alone, rows, worse_than_none
 from regraft.refine.kept import inputs_file, read_or_made
-from regraft.refine.loop import Heard, measured, train
+from regraft.refine.loop import Heard, train
 from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, texts_of
 from regraft.refine.settings import PULLS, RefineSettings, settled
 from regraft.refine.starting import ZERO
 from regraft.refine.student import Student
 from regraft.refine.teacher import Teacher
-from regraft.refine.told import look_row, summary_of
+from regraft.refine.told import report_of
 from regraft.refine.useful import check_useful
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.both import BothModels
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 
 #: Called with (done, in all, what is at work).
 Tick = Callable[[int, int, str], None]
@@ -139,39 +136,25 @@ def taught(
             del models, teacher
         none, how, reason = alone(target, held), start.how, ""
         with start.at_work():
-            lacking = measured(held, target)[0]
-            if start.zero is not None and how != ZERO and lacking is not None and lacking > 1:
-                reason = f"the {how} does worse than the new base alone ({1 - lacking:.0%})"
+            if start.zero is not None and how != ZERO and (reason := worse_than_none(how, target, held)):
                 how = ZERO
                 start.zero()
             student = Student(target, {}, {}, {})
             course = train(student, fit, held, settings, heard=heard, state=state)
             trained = sum(parameter.numel() for parameter in student.parameters())
-    best = course.best_look
-    return RefineReport(
-        regraft_version=__version__,
-        input=str(adapter.path),
-        outputs=[],
-        start=how,
-        start_reason=reason,
-        objective=chosen,
-        objective_reason=why,
-        inputs=inputs.made.replace("its adapter", f"its {adapter.noun}"),
-        n_inputs=sum(len(aim.batch) for aim in fit),
-        steps=best.step,
-        stopped=course.stopped,
-        unkept=course.unkept or unkept,
-        recovered=best.recovered,
+    return report_of(
+        adapter.path,
+        (old, new),
+        course,
+        replace(inputs, made=inputs.made.replace("its adapter", f"its {adapter.noun}")),
+        start=(how, reason),
+        objective=(chosen, why),
         beside=rows(how, course, none, None),
-        looks=[look_row(look, look.seconds) for look in course.looks],
-        summary=summary_of(how, course),
         trained=trained,
         modules=start.modules,
-        untrained=dict(start.untrained),
-        source=summarise(old),
-        target=summarise(new),
-        seconds=perf_counter() - began,
-        peak_mb=peak_mb(),
+        untrained=start.untrained,
+        unkept=unkept,
+        began=began,
     )
 
 

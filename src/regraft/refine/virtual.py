@@ -38,7 +38,8 @@ from regraft.refine.unported import Started, Tick, taught
 from regraft.refine.words import NOISE, shared_embeddings
 from regraft.report.refine_schema import RefineReport
 from regraft.runtime.both import BothModels
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 
 #: PEFT's kinds; a P-tuning's file holds what its encoder gave, and is the soft prompt that prompt tuning has.
 PREFIX = "PREFIX_TUNING"

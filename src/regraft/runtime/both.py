@@ -16,7 +16,8 @@ from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.errors import InputError
 from regraft.names import resolve_names
-from regraft.runtime.load import Loaded, load_model, quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.load import Loaded, load_model
 from regraft.runtime.room import check_room
 
 #: Which of two bases.

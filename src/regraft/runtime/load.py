@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +17,15 @@ from regraft.adapter import MODEL
 from regraft.checkpoints import open_checkpoint
 from regraft.checkpoints.quantised import is_read
 from regraft.errors import InputError, RegraftError, first_line, reading
+from regraft.runtime.classes import (
+    diffusers_class,
+    read_config,
+    transformers_class,
+    transformers_config,
+    unet_class,
+    unquantised,
+)
+from regraft.runtime.libraries import library, quiet_libraries
 
 #: What a model gives: logits over a vocabulary, hidden states, or a prediction of noise.
 Kind = Literal["language", "encoder", "denoiser"]
@@ -114,31 +117,19 @@ def load_model(
     return loaded
 
 
-def library(name: str) -> Any:
-    """An optional dependency.
-
-    Raises:
-        RegraftError: it is not installed.
-    """
-    try:
-        return import_module(name)
-    except ImportError:
-        raise RegraftError(f"{name} is not installed", remedy="Run: pip install 'regraft[run]'") from None
-
-
 def _folder(path: Path, dtype: torch.dtype) -> Loaded:
     if (path / "model_index.json").is_file():
         return _pipeline(path, dtype)
-    config = _read_config(path)
+    config = read_config(path)
     if is_read(config):
         # The libraries would keep the packed weights, which no adapter can be merged into.
         return _file(path, path, dtype)
     if "_class_name" in config:
-        cls = _unet_class(config, path)
+        cls = unet_class(config, path)
         with reading(path), quiet_libraries():
             model = cls.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
         return _denoiser(model, path)
-    cls = _transformers_class(config, path)
+    cls = transformers_class(config)
     with _config_in_order(path), reading(path), quiet_libraries(), _fitting_shapes(path):
         model, info = cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, output_loading_info=True)
     _check_keys(info["missing_keys"], (), path)
@@ -165,11 +156,11 @@ def _stored_quantised(path: Path, index: Mapping[str, Any], dtype: torch.dtype) 
         place = path / name
         if name not in index or not (place / "config.json").is_file():
             continue
-        fields = _read_config(place)
+        fields = read_config(place)
         if not is_read(fields):
             continue
         if "_class_name" in fields:
-            found[name] = _filled(_diffusers_class(fields, place), fields, place, dtype)
+            found[name] = _filled(diffusers_class(fields, place), fields, place, dtype)
         else:
             found[name] = _file(place, place, dtype).main
     return found
@@ -198,11 +189,11 @@ def _file(path: Path, config: str | Path | None, dtype: torch.dtype) -> Loaded:
         )
     if place.is_dir() and (place / "model_index.json").is_file() and not (place / "config.json").is_file():
         return _single_file_pipeline(path, place, dtype)
-    fields = _read_config(place)
+    fields = read_config(place)
     if "_class_name" in fields:
-        return _denoiser(_filled(_unet_class(fields, place), fields, path, dtype), path)
+        return _denoiser(_filled(unet_class(fields, place), fields, path, dtype), path)
     state = _state_of(path)
-    cls, settings = _transformers_class(fields, place), _transformers_config(fields, place)
+    cls, settings = transformers_class(fields), transformers_config(fields, place)
     # The Auto classes want a folder; their table gives the class itself.
     cls = cls._model_mapping[type(settings)] if hasattr(cls, "_model_mapping") else cls
     with _fitting_shapes(path), quiet_libraries():
@@ -232,7 +223,7 @@ def _single_file_pipeline(path: Path, place: Path, dtype: torch.dtype) -> Loaded
 
 def _filled(cls: Any, fields: Mapping[str, Any], path: Path, dtype: torch.dtype) -> nn.Module:
     """A diffusers model of these fields with a checkpoint's weights."""
-    model: nn.Module = cls.from_config(_plain(fields))
+    model: nn.Module = cls.from_config(unquantised(fields))
     with _fitting_shapes(path):
         result = model.load_state_dict(_state_of(path), strict=False)
     _check_keys(result.missing_keys, result.unexpected_keys, path)
@@ -244,11 +235,6 @@ def _state_of(path: Path) -> dict[str, Tensor]:
     components = open_checkpoint(path).components
     tensors = components.get(MODEL, {}) if len(components) != 1 else next(iter(components.values()))
     return {name: ref.load() for name, ref in tensors.items()}
-
-
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of the weights that quantised ones stand for."""
-    return {name: value for name, value in fields.items() if name != "quantization_config"}
 
 
 @contextmanager
@@ -296,55 +282,6 @@ def _check_keys(missing: Any, unexpected: Any, path: Path) -> None:
             )
 
 
-def _read_config(place: Path) -> dict[str, Any]:
-    file = place / "config.json" if place.is_dir() else place
-    if not file.is_file():
-        raise InputError("there is no config.json to tell the model's class by", file=place)
-    with reading(file):
-        config = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not ({"_class_name", "architectures", "model_type"} & set(config)):
-        raise InputError("is no config of a transformers or diffusers model", file=file)
-    return config
-
-
-def _diffusers_class(config: Mapping[str, Any], path: Path) -> Any:
-    name = str(config["_class_name"])
-    cls = getattr(library("diffusers"), name, None)
-    if cls is None:
-        raise InputError(f"this version of diffusers has no {name}", file=path, remedy="Upgrade diffusers.")
-    return cls
-
-
-def _unet_class(config: Mapping[str, Any], path: Path) -> Any:
-    cls, name = _diffusers_class(config, path), str(config["_class_name"])
-    if not name.startswith("UNet"):
-        raise InputError(
-            f"a {name} alone can't be run: its inputs come from the pipeline",
-            file=path,
-            remedy="Give the pipeline's folder (the one with model_index.json).",
-        )
-    return cls
-
-
-def _transformers_class(config: Mapping[str, Any], path: Path) -> Any:
-    transformers = library("transformers")
-    for name in config.get("architectures") or ():
-        cls = getattr(transformers, str(name), None)
-        if cls is not None:
-            return cls
-        if str(name).endswith(("ForCausalLM", "LMHeadModel")):
-            return transformers.AutoModelForCausalLM
-    return transformers.AutoModel
-
-
-def _transformers_config(fields: Mapping[str, Any], place: Path) -> Any:
-    transformers = library("transformers")
-    kind = fields.get("model_type")
-    if kind is None or kind not in transformers.CONFIG_MAPPING:
-        raise InputError(f"this version of transformers has no model type {kind!r}", file=place)
-    return transformers.CONFIG_MAPPING[kind].from_dict(_plain(fields))
-
-
 def _kind(model: nn.Module) -> Kind:
     name = type(model).__name__
     generates = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
@@ -372,47 +309,3 @@ def _dtype(name: str) -> torch.dtype:
     if name not in known:
         raise RegraftError(f"no dtype is named {name!r}", remedy=f"Known: {', '.join(known)}.")
     return known[name]
-
-
-_DIFFUSERS = "DIFFUSERS_VERBOSITY"
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence transformers' and diffusers' reports and bars: what matters of them is raised as an error here."""
-    silenced: list[tuple[Any, int, bool]] = []
-    # PEFT imports it where it is there, and on a CPU it warns of kernels that it looks for on the hub.
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    level = bitsandbytes.level
-    bitsandbytes.setLevel(logging.ERROR)
-    told = os.environ.get(_DIFFUSERS)
-    # diffusers is slow to import and may not be needed; where it is, it reads from here how loud to be.
-    os.environ[_DIFFUSERS] = "critical"
-    late = "diffusers" not in sys.modules
-    for name in ("transformers", "diffusers"):
-        # transformers speaks while diffusers imports it.
-        if name not in sys.modules and (name == "diffusers" or find_spec(name) is None):
-            continue
-        its = import_module(f"{name}.utils.logging")
-        silenced.append((its, its.get_verbosity(), bool(its.is_progress_bar_enabled())))
-        its.set_verbosity(its.CRITICAL)
-        its.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # They warn of their own older spellings, which we use to run with older versions of them, too.
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        bitsandbytes.setLevel(level)
-        if told is None:
-            del os.environ[_DIFFUSERS]
-        else:
-            os.environ[_DIFFUSERS] = told
-        if late and "diffusers" in sys.modules:
-            its = import_module("diffusers.utils.logging")
-            # Within another such block it stays as quiet as that one wants it.
-            silenced.append((its, its.CRITICAL if told == "critical" else its.WARNING, False))
-        for its, verbosity, bars in silenced:
-            its.set_verbosity(verbosity)
-            if bars:
-                its.enable_progress_bar()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from regraft.errors import RegraftError
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 
 #: AdamW of torch, or of bitsandbytes with its moments in 8 bits.
 Optimizer = Literal["adamw", "adamw8bit"]

@@ -23,7 +23,8 @@ from regraft.migration import summarise
 from regraft.output import check_writable
 from regraft.refine.quantised import check_quantiser, quantise
 from regraft.report.train_schema import TrainLook, TrainReport
-from regraft.runtime.load import Loaded, library, load_model, quiet_libraries
+from regraft.runtime.libraries import library, quiet_libraries
+from regraft.runtime.load import Loaded, load_model
 from regraft.runtime.room import check_room
 from regraft.training.kinds import KINDS, config_of, default_targets, kind_of, settle
 from regraft.training.lessons import Lesson, PictureLesson, TextLesson, split

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import InputError, UsageError, first_line
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 
 from regraft.errors import InputError, OutputError, first_line
 from regraft.output import whole
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 from regraft.runtime.optim import checkpoint_activations, optimizer_of, pace
 from regraft.training.lessons import Lesson
 from regraft.training.settings import TrainSettings

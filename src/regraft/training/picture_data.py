@@ -13,7 +13,8 @@ from torch import Tensor
 
 from regraft.errors import InputError, reading
 from regraft.runtime.latents import Latents
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _METADATA = "metadata.jsonl"

@@ -15,7 +15,7 @@ from regraft.formats import load_adapter, open_adapter_file
 from regraft.lineage import KEY, dumped
 from regraft.lineage.stamp import first_lineage, write_with_metadata
 from regraft.ops.convert import convert_adapter
-from regraft.runtime.load import quiet_libraries
+from regraft.runtime.libraries import quiet_libraries
 from regraft.training.kinds import kind_of
 from regraft.training.picture_data import Pictures
 

@@ -27,7 +27,8 @@ from regraft.output import ADAPTER_CONFIG
 from regraft.refine.bottleneck.layers import Bottleneck, Form, activation, built
 from regraft.refine.bottleneck.places import LAYOUTS, Position, Spot, blocks_of, layout_of, width_of
 from regraft.runtime.load import Loaded
-from regraft.tensors import check_finite, read_tensor_file
+from regraft.tensor_files import read_tensor_file
+from regraft.tensors import check_finite
 
 #: Names of the weights file; the library takes the first, or the second with ``use_safetensors``.
 WEIGHTS = ("pytorch_adapter.bin", "adapter.safetensors")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from regraft.errors import InputError
 from regraft.refine.bottleneck.places import Layout, Spot, blocks_of, layout_of
-from regraft.runtime.load import Loaded, library
+from regraft.runtime.libraries import library
+from regraft.runtime.load import Loaded
 
 _IN_MODEL = "bottlenecks"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regraft.errors import InputError, OutputError, reading
 from regraft.formats.svdiff import WEIGHTS
-from regraft.tensors import read_safetensors
+from regraft.tensor_files import read_safetensors
 from regraft.tuners._model import tuned_layers
 from regraft.tuners.svdiff.config import SvdiffConfig
 from regraft.tuners.svdiff.layer import SvdiffLayer
