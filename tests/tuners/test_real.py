@@ -99,6 +99,66 @@ def test_a_quantised_base_is_decomposed_as_it_is_read(tuner: str, bits: int, tmp
         assert (model(x) - found).norm() < 0.3 * found.norm()
 
 
+def hqq_quantised() -> Any:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 64, bias=False)
+    config = BaseQuantizeConfig(nbits=8, group_size=64)
+    return torch.nn.Sequential(HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")).eval()
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_hqq_s_layers_are_read_merged_and_given_back(tuner: str, tmp_path: Any) -> None:
+    pytest.importorskip("hqq", reason="hqq is not among the tests' needs: it slows every import of transformers")
+    kind, options = TUNERS[tuner]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        plain = hqq_quantised()(x)
+        model = get_peft_model(hqq_quantised(), kind(target_modules=["0"], **options))
+        assert torch.allclose(model(x), plain, atol=1e-5)
+        stir(model)
+        expected = plain + x @ model.base_model.model[0].get_delta_weight("default").T.float()
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        found = model(x)
+        assert torch.allclose(found, expected, atol=1e-3)
+        model.save_pretrained(tmp_path)
+        assert torch.allclose(PeftModel.from_pretrained(hqq_quantised(), tmp_path)(x), found, atol=1e-5)
+        merged = model.merge_and_unload()
+    assert type(merged[0]).__name__ == "HQQLinear"
+    # Quantised again: near, not equal.
+    assert (merged(x) - found).norm() < 0.1 * found.norm()
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_torchao_s_weights_are_read_and_merged(tuner: str, tmp_path: Any) -> None:
+    pytest.importorskip(
+        "torchao", reason="torchao is not among the tests' needs: it slows every import of transformers"
+    )
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import LlamaForCausalLM, TorchAoConfig
+
+    kind, options = TUNERS[tuner]
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def opened() -> Any:
+        asked = TorchAoConfig(Int8WeightOnlyConfig())
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=asked).eval()
+
+    with torch.no_grad():
+        plain = logits(opened())
+        model = get_peft_model(opened(), kind(target_modules=["q_proj"], **options))
+        assert torch.allclose(logits(model), plain, atol=1e-4)
+        stir(model)
+        found = logits(model)
+        assert not torch.allclose(found, plain, atol=1e-2)
+        model.save_pretrained(tmp_path / "adapter")
+        assert torch.allclose(logits(PeftModel.from_pretrained(opened(), tmp_path / "adapter")), found, atol=1e-4)
+        merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj.weight).__name__ == "Int8Tensor"
+    assert (logits(merged) - found).norm() < 0.1 * (found - plain).norm()
+
+
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_transformers_own_loader_takes_them_and_another_base_is_refused(tuner: str, tmp_path: Any) -> None:
     kind, options = TUNERS[tuner]

@@ -26,7 +26,6 @@ class TunedModel(BaseTuner):
         peft_config: dict[str, Any]
         inject_adapter: Callable[..., None]
         delete_adapter: Callable[[str], None]
-        _replace_module: Callable[..., None]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _create_and_replace(
@@ -52,6 +51,14 @@ class TunedModel(BaseTuner):
             # A further adapter is not trained until it is made the active one.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if not isinstance(new_module, self.tuner_layer_cls):
+            # The base layer comes back as it is: PEFT would look for a weight, which HQQ's layers have under another
+            # name.
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the strength of an adapter on every layer."""
