@@ -13,7 +13,7 @@ from PIL import Image
 from running import Run
 from torch import Tensor
 
-from regraft import InputError, OutputError, UsageError, load_adapter, open_base
+from regraft import InputError, OutputError, UsageError, load_adapter, open_base, training
 from regraft.lineage import lineage_of
 from regraft.report.train_schema import TrainReport
 from regraft.runtime import applied, load_model
@@ -114,6 +114,31 @@ def test_a_language_model_s_loads_in_peft_and_does_what_regraft_reads(
     assert lineage is not None
     assert lineage["base"]["fingerprint"] == opened.fingerprint
     assert lineage["ports"] == []
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_on_a_quantised_base_a_lora_is_trained_as_qlora_does(
+    quantize: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = tiny.llama(tmp_path / "wide", width=64)
+    tiny.write_tokenizer(base)
+    held: list[type] = []
+    run = training.run
+
+    def seen(model: Any, *rest: Any) -> Any:
+        held.append(type(model.main.model.layers[0].self_attn.q_proj.base_layer))
+        return run(model, *rest)
+
+    monkeypatch.setattr(training, "run", seen)
+    report = made(texts, base, tmp_path / "out", quick("lora", quantize=quantize))
+    layer = bitsandbytes.nn.Linear4bit if quantize == "4bit" else bitsandbytes.nn.Linear8bitLt
+    assert issubclass(held[0], layer)
+    assert any("bits" in note for note in report.notes)
+    model = load_model(base)
+    alone = logits(model.main)
+    with applied(model.components, load_adapter(tmp_path / "out")):
+        assert not torch.allclose(logits(model.main), alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "rslora"])
