@@ -61,10 +61,11 @@ def test_an_adapter_of_each_kind_finds_its_places_on_v1(name, v1, tmp_path):
     assert {update.rank for update in adapter.updates.values()} == {recipe.rank}
     ends = {ref.path.rsplit(".attentions.")[-1] for ref in adapter.updates}
     assert all(any(end.endswith(target) for target in recipe.targets) for end in ends)
-    before = v1.main.conv_out.weight.clone()
+    modules = [v1.components[ref.component].get_submodule(ref.path) for ref in adapter.updates]
+    before = [module.weight.clone() for module in modules]
     with applied(v1.components, adapter):
-        assert any(update.delta().norm() > 0 for update in adapter.updates.values())
-    assert torch.equal(v1.main.conv_out.weight, before)
+        assert not any(torch.equal(module.weight, old) for module, old in zip(modules, before, strict=True))
+    assert all(torch.equal(module.weight, old) for module, old in zip(modules, before, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name.startswith("cyano-")])
@@ -116,33 +117,53 @@ def test_training_is_the_same_every_time_and_differs_between_seeds(tmp_path):
     assert one != other
 
 
-def test_a_run_that_was_cut_off_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_and_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     unbroken = Toy(tmp_path / "a").adapter("v1", "cyano", 0)
     shop = Toy(tmp_path / "b")
+    learnt: list[int] = []
 
     class Cut(Exception):
         pass
 
-    def cut(step: int, **_: float) -> None:
-        if step == 1:
+    def cut(step: int) -> None:
+        learnt.append(step)
+        if learnt == [0, 1]:
             raise Cut
 
+    monkeypatch.setattr(Checkpoints, "note", lambda _self, step, **_: cut(step))
     with monkeypatch.context() as patched:
         patched.setattr(train, "SAVE_EVERY", 1)
-        patched.setattr(Checkpoints, "note", lambda _self, step, **_: cut(step))
         with pytest.raises(Cut):
             shop.adapter("v1", "cyano", 0)
     assert not shop.adapter_file("v1", "cyano", 0).exists()
     assert tensors(shop.adapter("v1", "cyano", 0)) == tensors(unbroken)
+    assert learnt == [0, 1, 1]
 
 
 def test_a_few_step_adapter_is_taught_by_the_bases_own_guided_ways(tmp_path):
-    shop = Toy(tmp_path)
+    shop = Toy(tmp_path / "a")
     assert load_adapter(shop.adapter("v1", "few-step", 0)).updates
     found = trajectories("v1", shop, 2, seed=5)
     assert found["states"].shape == (FEW_STEPS + 1, 2, 8, 16, 16)
     assert found["states"][0].float().std() == pytest.approx(1, abs=0.1)  # noise at the start
-    assert torch.equal(trajectories("v1", shop, 2, seed=5)["states"], found["states"])
+    again = trajectories("v1", Toy(tmp_path / "b"), 2, seed=5)
+    assert all(torch.equal(again[name], found[name]) for name in ("states", "prompts"))
+    assert not torch.equal(trajectories("v1", shop, 2, seed=6)["states"], found["states"])
+
+
+def test_a_pupil_that_is_its_teacher_has_nothing_to_learn_and_another_has(v1):
+    states, times, words = torch.randn(2, 8, 16, 16), torch.tensor([100, 800]), torch.randn(2, 16, 64)
+    teacher, pupil = (models.open_unet(data_folder() / "v1") for _ in range(2))
+    teaching = train._Teaching(teacher, pupil)
+
+    def taught() -> float:
+        return teaching.loss(pupil(states, times, words).sample, states, times, words).item()
+
+    assert taught() == 0
+    pupil.mid_block.resnets[0].conv1.weight.data *= 1.5
+    assert taught() > 0
+    teaching.close()
+    assert not any(module._forward_hooks for unet in (teacher, pupil) for module in unet.modules())
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -152,6 +173,9 @@ def test_every_base_is_trained_and_loads(name, tmp_path):
     start = models.open_unet(data_folder() / "v1")
     assert 0 < models.drift(start, loaded.main) < 0.2
     assert (folder / "tokenizer" / "vocab.json").is_file()
+    encoders = [models.open_text(place)[0].state_dict() for place in (data_folder() / "v1", folder)]
+    same = all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
+    assert same is not BASES[name].text
 
 
 def test_a_finished_model_is_not_trained_again(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from regraft.base import open_base
 from regraft.bench import language
 from regraft.bench.language import LanguageWorld
 from regraft.bench.language_models import CONTEXT, Size, deepened, pruned, widened
-from regraft.bench.language_recipes import ADAPTERS, BASES, DEV, DEV_PAIRS, PAIRS, BaseRecipe, as_it_is
-from regraft.bench.language_text import DOMAINS, split
+from regraft.bench.language_recipes import ADAPTERS, BASES, DEV, DEV_PAIRS, PAIRS, THIRD, BaseRecipe, as_it_is
+from regraft.bench.language_text import CHARACTERS, DOMAINS, split
 from regraft.bench.language_train import AdapterRecipe, Course, TunerRecipe, losses
 from regraft.errors import InputError
 from regraft.formats import load_adapter
@@ -67,6 +67,7 @@ def test_every_new_base_opens_and_scores(world, name):
     model = load_model(folder)
     assert model.kind == "language"
     assert model.tokenizer.decode(model.tokenizer("a = 1\n  b")["input_ids"]) == "a = 1\n  b"
+    assert (len(model.tokenizer) > len(CHARACTERS)) is bool(TOY_BASES[name].tokens)
     with world.scorer(pair, "new", "plain") as score:
         scores = score(None)
     assert scores.task.shape == scores.retention.shape == (4,)
@@ -83,11 +84,12 @@ def test_the_old_base_is_the_same_for_every_pair(world):
 def test_an_adapter_scores_as_peft_runs_it(world, name):
     folder = world.adapter("lm-drift-1", name, 0)
     model = load_model(world.base("lm-drift-1", "old"))
-    windows = text("task").windows(4, CONTEXT)
+    task, third = (text(domain).windows(4, CONTEXT) for domain in ("task", THIRD))
     with world.scorer("lm-drift-1", "old", name) as score:
         bare, scored, again = score(None), score(load_adapter(folder)), score(None)
-    judged = losses(peft.PeftModel.from_pretrained(model.main, str(folder)).eval(), model.tokenizer, windows)
-    np.testing.assert_allclose(-scored.task, judged.numpy(), atol=1e-5)
+    judge = peft.PeftModel.from_pretrained(model.main, str(folder)).eval()
+    for scores, windows in ((scored.task, task), (scored.retention, third)):
+        np.testing.assert_allclose(-scores, losses(judge, model.tokenizer, windows).numpy(), atol=1e-5)
     assert not np.allclose(scored.task, bare.task, atol=1e-5)
     assert np.array_equal(bare.task, again.task)
     assert np.array_equal(bare.retention, again.retention)
@@ -138,10 +140,20 @@ def test_what_is_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "language" / "bases").iterdir() if p.is_dir()]
 
 
+def test_only_a_distilled_base_has_a_teacher(tmp_path, monkeypatch):
+    taught: list[bool] = []
+    monkeypatch.setattr(language, "train", lambda *_, teacher=None, **__: taught.append(teacher is not None))
+    world = toy_world(tmp_path)
+    for which in ("old", "new"):
+        world.base("lm-pruned", which)
+    world.base("lm-deeper", "new")
+    assert taught == [False, True, False]
+
+
 def test_make_trains_all_of_a_pair(tmp_path):
     made: list[str] = []
     toy_world(tmp_path).make(["lm-drift-1"], made.append)
-    assert len(made) == 2 * len(TOY_ADAPTERS)
+    assert len(set(made)) == len(made) == 2 * len(TOY_ADAPTERS)
     bases = [p.name.rpartition("-")[0] for p in (tmp_path / "language" / "bases").iterdir() if p.is_dir()]
     assert sorted(bases) == ["drift-1", "v1"]
 

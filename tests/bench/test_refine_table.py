@@ -151,11 +151,20 @@ def test_variants_are_means_over_all_seeds_that_have_them(record: BenchReport) -
     assert "| start=zero | 0.600 |" in page
 
 
-def test_a_start_stands_before_the_objective_whatever_their_names(record: BenchReport) -> None:
+@pytest.mark.parametrize(
+    ("used", "told"),
+    [
+        ("output, stream, zero", "stream, zero → output"),
+        ("effect, output", "effect → output"),
+        ("effect, sample, stream", "stream, effect → sample"),
+        ("effect", "effect → effect"),
+    ],
+)
+def test_a_start_stands_before_the_objective_whatever_their_names(record: BenchReport, used: str, told: str) -> None:
     near = record.pairs[0].adapters[0]
-    seeds = [one.model_copy(update={"used": "output, stream, zero"}) for one in near.rows]
+    seeds = [one.model_copy(update={"used": used}) for one in near.rows]
     pair = record.pairs[0].model_copy(update={"adapters": [near.model_copy(update={"rows": seeds})]})
-    assert "| stream, zero → output |" in refine_table.refine_page(record.model_copy(update={"pairs": [pair]}))
+    assert f"| {told} |" in refine_table.refine_page(record.model_copy(update={"pairs": [pair]}))
 
 
 def test_all_lines_of_a_table_have_as_many_cells(record: BenchReport) -> None:

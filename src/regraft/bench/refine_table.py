@@ -19,6 +19,7 @@ BEGIN, END = "<!-- refine: written by `regraft bench table` -->", "<!-- /refine 
 
 _BESIDE = ("copy", "auto")
 _OBJECTIVES = get_args(Objective)
+_EFFECT = "effect"
 # What a curve runs over: the option, and what it is called.
 _CURVES = {"steps": "steps", "n_inputs": "inputs asked for"}
 
@@ -123,8 +124,13 @@ def _costs(record: BenchReport) -> str:
 def _way(used: str) -> str:
     """Starts and objectives apart: over seeds, a row has the names of both in one list."""
     names = used.split(", ")
-    apart = [[name for name in names if (name in _OBJECTIVES) is objective] for objective in (False, True)]
-    return " → ".join(", ".join(part) for part in apart)
+    objectives = [name for name in names if name in _OBJECTIVES]
+    starts = [name for name in names if name not in _OBJECTIVES]
+    if _EFFECT in objectives:
+        # A method's name, too: beside another objective it is the start; alone it is both.
+        starts.append(_EFFECT)
+        objectives = [name for name in objectives if name != _EFFECT] or [_EFFECT]
+    return " → ".join(", ".join(part) for part in (starts, objectives))
 
 
 def _each(record: BenchReport, name: str) -> Iterator[tuple[BenchPair, BenchAdapter, BenchRow]]:
