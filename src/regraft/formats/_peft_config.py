@@ -40,6 +40,18 @@ MINIMAL: Config = {
     "use_dora": False,
     "lora_bias": False,
 }
+# Fields that mean the same for every tuner.
+_OF_ANY_KIND = (
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 # The weights of these heads are (out, in) even in a model whose blocks are Conv1D.
 _LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "summary")
 
@@ -207,8 +219,7 @@ def as_lora(config: Config | None) -> Config:
         return MINIMAL
     if str(config.get("peft_type") or "LORA").upper() == "LORA":
         return config
-    kept = ("task_type", "auto_mapping", "modules_to_save", "base_model_name_or_path", "revision")
-    return {**MINIMAL, **{name: config[name] for name in kept if name in config}}
+    return {**MINIMAL, **{name: config[name] for name in _OF_ANY_KIND if name in config}}
 
 
 def is_matched(path: str, targets: Iterable[str]) -> bool:
