@@ -13,8 +13,25 @@ from regraft import Adapter, Base, InputError, ModuleRef, fit_migration, load_mi
 from regraft.adapter import MODEL
 from regraft.carry import Settings
 from regraft.tensors import InMemory
-from regraft.updates import Boft, Diff, Full, GLora, Ia3, LoHa, LoKr, LowRank, Oft, Slice, SpectralShift, Update
+from regraft.updates import (
+    Boft,
+    Diff,
+    FourierFT,
+    Full,
+    GLora,
+    Ia3,
+    LoHa,
+    LoKr,
+    LowRank,
+    Oft,
+    Slice,
+    SpectralShift,
+    Update,
+    Vera,
+    with_shapes,
+)
 from regraft.updates.rows import take_rows
+from regraft.updates.vera import Seed
 from toys import StateDict, drifted, llama, lora, permutation, regauged, save_base
 
 MODULE = "model.layers.1.self_attn.q_proj"
@@ -41,7 +58,12 @@ ON_THE_WEIGHT: dict[str, Update] = {
     "glora": GLora(values(24, 2), values(2, 24), values(24, 2), values(2, 24), 2.0),
     "svdiff": SpectralShift(values(24)),
 }
-ALL = FACTORED | ON_THE_WEIGHT
+BY_SHAPE: dict[str, Update] = {
+    "vera": Vera(values(24), values(3, seed=1), values(3, 40, seed=2), values(30, 3, seed=3)),
+    "vera drawn": Vera(values(24), values(3, seed=1), None, None, Seed(5, 1)),
+    "fourierft": FourierFT(values(40), 300.0, 7),
+}
+ALL = FACTORED | ON_THE_WEIGHT | BY_SHAPE
 
 
 def with_update(update: Update, path: str = MODULE, state: StateDict | None = None) -> Adapter:
@@ -131,6 +153,30 @@ def test_without_the_old_base_what_acts_on_the_weight_is_refused(name: str, tmp_
     assert ModuleRef(MODEL, MODULE) not in partly.adapter.updates
 
 
+@pytest.mark.parametrize("name", BY_SHAPE)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_migration_alone_knows_the_shapes_that_a_file_leaves_out(name: str, rank: int | None, tmp_path: Path) -> None:
+    old, new, residual = turned_bases(tmp_path)
+    migration = fit_migration(old, new, "procrustes")
+    carried = migration.port(with_update(BY_SHAPE[name]), Settings(rank=rank)).adapter.updates[ModuleRef(MODEL, MODULE)]
+    assert isinstance(carried, LowRank)
+    wanted = with_shapes({0: BY_SHAPE[name]}, {0: (24, 24)})[0].delta() @ residual.T
+    if rank is None:
+        torch.testing.assert_close(carried.delta(), wanted, rtol=1e-3, atol=1e-5)
+    else:
+        best = torch.linalg.svd(wanted)[1][rank:].norm()
+        assert carried.rank == rank
+        assert float((carried.delta() - wanted).norm()) == pytest.approx(float(best), rel=1e-3, abs=1e-5)
+
+
+def test_one_of_a_shape_that_no_projection_has_is_named(bases: tuple[Base, Base]) -> None:
+    narrow = Vera(values(24), values(3, seed=1), values(3, 23, seed=2), values(24, 3, seed=3))
+    undrawn = Vera(values(24), values(3, seed=1), None, None, Seed(5, 2))
+    for update, says in ((narrow, "the base's weight is"), (undrawn, "random projections are not in its file")):
+        with pytest.raises(InputError, match=says):
+            port(with_update(update), *bases, "copy")
+
+
 def test_spectral_shifts_are_never_carried_by_index(bases: tuple[Base, Base]) -> None:
     shift = ON_THE_WEIGHT["svdiff"]
     carried = port(with_update(shift), *bases, "copy").adapter.updates[ModuleRef(MODEL, MODULE)]
@@ -177,7 +223,7 @@ def test_another_rank_of_a_flattened_kernel_is_a_lora_of_the_convolution(tmp_pat
 
 
 def test_strength_reaches_every_kind(bases: tuple[Base, Base]) -> None:
-    for name in ("lokr", "ia3", "glora"):
+    for name in ("lokr", "ia3", "glora", "vera", "fourierft"):
         carried = port(with_update(ALL[name]), *bases, "copy", settings=Settings(strength=0.5))
         weight = bases[1].weight(ModuleRef(MODEL, MODULE))
         change = carried.adapter.updates[ModuleRef(MODEL, MODULE)].delta(weight)

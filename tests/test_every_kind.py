@@ -21,6 +21,7 @@ from regraft.updates import (
     Boft,
     Diff,
     Foura,
+    FourierFT,
     Full,
     GLora,
     Ia3,
@@ -31,7 +32,9 @@ from regraft.updates import (
     SpectralShift,
     Subspace,
     Update,
+    Vera,
 )
+from regraft.updates.vera import Seed
 from verify import tiny
 
 FEW = Running(n_inputs=12)
@@ -52,13 +55,15 @@ KINDS = (
     "svdiff",
     "lorax",
     "foura",
+    "vera",
+    "fourierft",
     "diff",
     "full",
 )
 
 
-def values(*shape: int, seed: int = 0) -> InMemory:
-    return InMemory(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
+def values(*shape: int, seed: int = 0, size: float = 0.1) -> InMemory:
+    return InMemory(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size)
 
 
 def update_of(kind: str, weight: Tensor) -> Update:
@@ -78,6 +83,11 @@ def update_of(kind: str, weight: Tensor) -> Update:
         "svdiff": SpectralShift(values(n)),
         "lorax": Subspace(values(3)),
         "foura": Foura(values(2, n), values(n, 2, seed=1), 1.0),
+        "vera": Vera(
+            *(values(n, size=1.0), values(3, seed=1, size=1.0)),
+            *(values(3, n + 2, seed=2, size=0.5), values(n + 4, 3, seed=3, size=0.5)),
+        ),
+        "fourierft": FourierFT(values(40), 50.0, 7),
         "diff": Diff(values(n, n), f"{MODULE.path}.diff"),
         "full": Full(InMemory(weight + values(n, n).load()), WEIGHT.path),
     }
@@ -172,6 +182,9 @@ PEFT = {
     "ia3": Ia3(InMemory(1 + values(16, 1).load()), InMemory(torch.tensor(0)), "peft"),
     "oft": Oft(values(4, 6), convention="peft"),
     "boft": Boft(values(2, 4, 4, 4), InMemory(torch.ones(16, 1)), convention="peft"),
+    "vera": Vera(values(16), values(2, seed=1), values(2, 16, seed=2), values(16, 2, seed=3)),
+    "vera drawn": Vera(values(16), values(2, seed=1), None, None, Seed(5, 1)),
+    "fourierft": FourierFT(values(30), 50.0, 7),
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "loha": {"peft_type": "LOHA", "r": 2, "alpha": 4},
@@ -179,6 +192,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ia3": {"peft_type": "IA3", "feedforward_modules": []},
     "oft": {"peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": False},
     "boft": {"peft_type": "BOFT", "boft_block_size": 4},
+    "vera": {"peft_type": "VERA", "r": 2},
+    "vera drawn": {"peft_type": "VERA", "r": 2, "save_projection": False, "projection_prng_key": 5},
+    "fourierft": {"peft_type": "FOURIERFT", "scaling": 50.0, "random_loc_seed": 7, "n_frequency": 30},
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
-from regraft.changes import is_copied, on_weight
+from regraft.changes import by_itself, is_copied, on_weight
 from regraft.errors import InputError
 from regraft.families import block_of
 from regraft.methods import Carried
@@ -128,6 +128,9 @@ class Carrier:
         if found is not None:
             same = found.kind == update.kind and not isinstance(update, Slice)
             return found, "" if same else f"; a {update.kind} as the LoRA that it equals", strength
+        alone = by_itself(update.scaled(strength))
+        if alone is not None:
+            return alone, f"; a {update.kind} converted: its change, a LoRA of rank {alone.rank}", 1.0
         made = self._on_old(ref, update.scaled(strength))
         return made, f"; a {update.kind} converted: its change of the old weight, a LoRA of rank {made.rank}", 1.0
 

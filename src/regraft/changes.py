@@ -1,8 +1,8 @@
 """Updates that are no plain factors, as the low-rank change that they make: what any method can carry.
 
-LoRA, Tucker, LoHa, LoKr and FouRA equal a LoRA on every weight. IA3, OFT, BOFT, GLoRA, SVDiff and LoRA-X act on the
-weight itself:
-theirs is ΔW = merged(W_old) − W_old, at its numerical rank, so that nothing is lost before a cut that is asked for.
+LoRA, Tucker, LoHa, LoKr, FouRA and VeRA equal a LoRA on every weight. IA3, OFT, BOFT, GLoRA, SVDiff and LoRA-X act on
+the weight itself: theirs is ΔW = merged(W_old) − W_old. That and FourierFT's are taken at their numerical rank, so that
+nothing is lost before a cut that is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from regraft.tensors import InMemory
-from regraft.updates import Boft, Ia3, LowRank, Oft, Slice, SpectralShift, Subspace, Update
+from regraft.updates import Boft, ByShape, Ia3, LowRank, Oft, Slice, SpectralShift, Subspace, Update
 from regraft.updates.exact import is_factored, refactor
 
 
@@ -40,7 +40,15 @@ def takes_old(update: Update, *, identity: bool, recut: bool, weakened: bool) ->
         recut: another rank is wanted.
         weakened: another strength than 1 is wanted.
     """
+    if isinstance(update, ByShape) and update.additive:
+        return False
     return not is_factored(update) and (recut or not identity or not is_copied(update, weakened=weakened))
+
+
+def by_itself(update: Update) -> LowRank | None:
+    """A change that depends on no weight as a LoRA of its numerical rank; None where it depends on one."""
+    known = isinstance(update, ByShape) and update.additive
+    return refactor(update.delta()).update if known else None
 
 
 def on_weight(update: Update, weight: Tensor, whole: Tensor | None = None, bias: Tensor | None = None) -> LowRank:

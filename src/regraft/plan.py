@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
+from typing import TYPE_CHECKING
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
@@ -14,7 +15,10 @@ from regraft.families import family_of_base
 from regraft.names import resolve_names
 from regraft.pairing import Named, find_component
 from regraft.tensors import Shape
-from regraft.updates import Update
+from regraft.updates import ByShape, Update, with_shapes
+
+if TYPE_CHECKING:
+    from regraft.migration import Migration
 
 # Initialisations that take a part of the base's weights into the adapter and out of the base (peft 0.21).
 _CHANGED_BASES = ("pissa", "olora", "loftq", "corda")
@@ -91,6 +95,27 @@ def locate(adapter: Adapter, base: Named, which: str) -> Located:
             else:
                 modules[ModuleRef(component, path)] = ModuleRef(home, target)
     return Located(modules, missing, tuple(unknown))
+
+
+def with_shapes_of(adapter: Adapter, migration: Migration, old: Base | None) -> Adapter:
+    """The adapter, its updates told the shapes of the old base's weights; see `regraft.updates.with_shapes`.
+
+    Args:
+        adapter: as it was read.
+        migration: knows the shapes of the modules that it was fitted for.
+        old: knows those of all.
+    """
+    if not any(isinstance(update, ByShape) for update in adapter.updates.values()):
+        return adapter
+    homes = locate(adapter, migration if old is None else old, "old").modules
+    shapes = {ref: _shape_of(home, migration, old) for ref, home in homes.items()}
+    return replace(adapter, updates=with_shapes(adapter.updates, {r: s for r, s in shapes.items() if s is not None}))
+
+
+def _shape_of(home: ModuleRef, migration: Migration, old: Base | None) -> Shape | None:
+    if old is not None:
+        return old.shape(home) if f"{home.path}.weight" in old.components[home.component] else None
+    return migration.entries[home].shape_old if home in migration.entries else None
 
 
 def source_modules(adapter: Adapter, old: Base) -> dict[ModuleRef, Update]:

@@ -25,7 +25,7 @@ from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Carried, Skip, get_method
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
-from regraft.plan import Selection, check_families, locate, weights_of_wholes
+from regraft.plan import Selection, check_families, locate, weights_of_wholes, with_shapes_of
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
 from regraft.settling import settled
@@ -132,6 +132,7 @@ def apply_migration(
     started = time.perf_counter() if started is None else started
     recut = settings.rank not in (None, "full")
     weakened = settings.strength != 1.0 or bool(settings.block_strength)
+    adapter = with_shapes_of(adapter, migration, old)
     ready = prepare(adapter, migration, settings.selection, old, new, recut=recut, weakened=weakened)
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:

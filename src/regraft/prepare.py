@@ -13,10 +13,11 @@ from regraft.forecast import Evidence, Judgement, Survey, judge
 from regraft.forecast.survey import survey
 from regraft.migration import Migration
 from regraft.pairing import Named
-from regraft.plan import Located, Selection, locate
+from regraft.plan import Located, Selection, locate, with_shapes_of
 from regraft.tensors import check_finite
 from regraft.tokens import refused_tokens
-from regraft.updates import Update
+from regraft.updates import ByShape, Update
+from regraft.updates.vera import UNDRAWN
 from regraft.wholes import Whole, home_of, plan_wholes
 
 
@@ -95,6 +96,7 @@ def prepare(
     Raises:
         InputError: an update holds NaN or Inf.
     """
+    adapter = with_shapes_of(adapter, migration, old)
     which = "old" if migration.source is not None else "new"
     located = locate(adapter, migration, which)
     # A migration of this adapter's modules alone has no entries for a component of whole parameters alone.
@@ -112,6 +114,8 @@ def prepare(
             continue
         if not update.fits(entry.shape_old):
             problems[str(ref)] = f"changes {tuple(update.shape)}, the base's weight is {tuple(entry.shape_old)}"
+        elif isinstance(update, ByShape) and not update.additive:
+            problems[str(ref)] = UNDRAWN
         elif entry.uncovered:
             problems[str(ref)] = entry.reason
         elif entry.transport is None:
@@ -171,6 +175,7 @@ def _square_on(update: Update, home: ModuleRef | None, old: Base | None) -> floa
     """‖ΔW‖² on the old base's weight, where that is there."""
     if old is None or home is None or f"{home.path}.weight" not in old.components.get(home.component, {}):
         return None
-    if not update.fits(old.shape(home)):
+    # What waits for a shape would have taken this one.
+    if isinstance(update, ByShape) or not update.fits(old.shape(home)):
         return None
     return update.norm(old.weight(home)) ** 2

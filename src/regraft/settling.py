@@ -10,7 +10,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import OutputError
 from regraft.formats import get_format
-from regraft.formats._peft_config import MINIMAL
+from regraft.formats._peft_config import as_lora
 from regraft.methods.task import HOLD_DIFF
 from regraft.report.schema import PortedModule
 from regraft.tensors import InMemory
@@ -43,9 +43,7 @@ def settled(
     if format != adapter.format:
         ready = replace(ready, format=format, layout={})
     if format == "peft" and ready.config is not None and any(isinstance(u, LowRank) for u in updates.values()):
-        kept = {name: ready.config.get(name) for name in ("task_type", "auto_mapping", "modules_to_save")}
-        if str(ready.config.get("peft_type")).upper() != "LORA":
-            ready = replace(ready, config={**MINIMAL, **kept})
+        ready = replace(ready, config=as_lora(ready.config))
     whole = {ref: diff for ref in other if format in HOLD_DIFF and (diff := _dense(ref, updates[ref])) is not None}
     names = {ref: next(iter(whole[ref])) if ref in whole else ref for ref in updates}
     ready = replace(

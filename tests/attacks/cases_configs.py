@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from attack_cases import GOOD_CONFIG, attack, folder
+from attack_cases import GOOD_CONFIG, MODULE, Build, attack, folder, numbers
+from safetensors.torch import save_file
 
 FILE = "adapter_config.json: "
 FINE = ("inspect", "check", "port", "convert")
@@ -136,8 +137,57 @@ for _name, _change in (
     ("megatron_config that runs on", {"megatron_config": {"a": {"b": {"c": {}}}}, "loftq_config": "x"}),
 ):
     attack(_name, folder(_change), verbs=(), fine=("inspect", "check", "port"))
-for _kind in ("LOHA", "XLORA", "", 3, ["LORA"], {"a": 1}, "\x1b"):
+for _kind in ("LOHA", "VERA", "FOURIERFT", "XLORA", "", 3, ["LORA"], {"a": 1}, "\x1b"):
     attack(f"peft_type {_kind!r}", folder({"peft_type": _kind}), verbs=(), fine=("inspect",))
+
+
+def _random_directions(kind: str, config: dict[str, object], n: int = 3) -> Build:
+    """A folder of VeRA or FourierFT on one module of the base, with something changed in its config."""
+    keys = {"VERA": {"vera_lambda_b": 8, "vera_lambda_d": n}, "FOURIERFT": {"fourierft_spectrum": n}}[kind]
+    whole = {"r": n, "save_projection": False, "scaling": 1.0, "random_loc_seed": 1, "n_frequency": n}
+
+    def build(place: Path) -> str:
+        opened = folder({"peft_type": kind, **whole, **config})(place)
+        tensors = {f"base_model.model.{MODULE}.{name}": numbers(size) for name, size in keys.items()}
+        save_file(tensors, place / opened / "adapter_model.safetensors")
+        return opened
+
+    return build
+
+
+for _name, _kind, _change, _says in (
+    ("a VeRA whose r would fill the memory", "VERA", {"r": 10**12}, "but the config's r is 1000000000000. Give"),
+    ("a VeRA whose r is no number", "VERA", {"r": "3"}, FILE + "r: must be a whole number above 0, not '3'. Give"),
+    (
+        "a VeRA whose seed no generator takes",
+        "VERA",
+        {"projection_prng_key": 10**30},
+        FILE + "projection_prng_key: must be a whole number of 64 bits, not one beyond 64 bits. Give",
+    ),
+    (
+        "a FourierFT whose n_frequency would fill the memory",
+        "FOURIERFT",
+        {"n_frequency": 10**12},
+        "but the config's n_frequency is 1000000000000. Give",
+    ),
+    ("a FourierFT without a seed", "FOURIERFT", {"random_loc_seed": None}, FILE + "random_loc_seed: is missing. Give"),
+):
+    attack(_name, _random_directions(_kind, _change), _says)
+attack(
+    "a VeRA whose projections would fill the memory",
+    _random_directions("VERA", {}, 1 << 15),
+    "projections vera_A and vera_B are not in the file. Save",
+)
+attack(
+    "a FourierFT with more numbers than its weight",
+    _random_directions("FOURIERFT", {}, 65),
+    "most of the adapter's modules do not fit it. Give",
+    verbs=("port",),
+    fine=("inspect",),
+    code=3,
+)
+_BOMB = _random_directions("FOURIERFT", {"n_frequency_pattern": {"(a+)+$": 5}})
+attack("a FourierFT with a pattern that is a bomb", _BOMB, verbs=(), fine=("inspect", "port"))
 
 
 def _large_config(place: Path) -> str:

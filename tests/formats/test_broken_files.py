@@ -157,6 +157,6 @@ def test_keys_of_other_methods_are_listed_not_guessed(tmp_path: Path) -> None:
     adapter = load_adapter(write(tmp_path / "other.safetensors", tensors))
     assert dict(adapter.updates) == {}
     assert set(adapter.unrecognised) == set(tensors)
-    peft_keys = {f"base_model.model.x.{name}": torch.ones(2, 2) for name in ("vera_lambda_d", "lora_E")}
+    peft_keys = {f"base_model.model.x.{name}": torch.ones(2, 2) for name in ("randlora_gamma", "lora_E")}
     adapter = load_adapter(write(tmp_path / "peft.safetensors", peft_keys))
     assert set(adapter.unrecognised) == set(peft_keys)

@@ -20,6 +20,7 @@ from regraft.updates import (
     Boft,
     Diff,
     Foura,
+    FourierFT,
     Full,
     GLora,
     Ia3,
@@ -30,6 +31,7 @@ from regraft.updates import (
     Subspace,
     Tucker,
     Update,
+    Vera,
 )
 
 LINEAR = ModuleRef("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -82,6 +84,10 @@ CASES: dict[str, tuple[ModuleRef, Update]] = {
     "lorax": (KERNEL, Subspace(_ref(4))),
     "foura": (LINEAR, Foura(_ref(3, N), _ref(N, 3, seed=1), 0.5)),
     "foura of a kernel": (KERNEL, Foura(_ref(3, INTO // 2 + 1, 3, 3, 2), _ref(N // 2 + 1, 3, 2), 0.5, size=(N, INTO))),
+    "vera": (LINEAR, Vera(_ref(N), _ref(3, seed=1), _ref(3, N, seed=2), _ref(N, 3, seed=3), weight_shape=(N, N))),
+    "vera without a shape": (LINEAR, Vera(_ref(N), _ref(3, seed=1), _ref(3, N, seed=2), _ref(N, 3, seed=3))),
+    "fourierft": (LINEAR, FourierFT(_ref(20), 30.0, 7, weight_shape=(N, N))),
+    "fourierft without a shape": (LINEAR, FourierFT(_ref(20), 30.0, 7)),
 }
 TARGETS = [name for name, format in formats().items() if format.write is not None]
 

@@ -232,3 +232,31 @@ def test_what_is_written_is_what_was_measured_biases_included(adapter: Adapter, 
     beside = refined(adapter, old, new, start="zero", native=first.adapter).report.beside
     assert beside[-1].title == "native"
     assert beside[-1].recovered == pytest.approx(first.report.recovered, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["vera", "fourierft"])
+def test_numbers_on_random_directions_are_refined_as_the_lora_of_their_change(
+    kind: str, old: Path, new: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    torch.manual_seed(0)
+    drawn: dict[str, Any] = {"r": 4, "save_projection": False} if kind == "vera" else {"n_frequency": 30}
+    config = (peft.VeraConfig if kind == "vera" else peft.FourierFTConfig)(target_modules=list(ROLES), **drawn)
+    model = peft.get_peft_model(load_model(old).main, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * (0.5 if "lambda" in name else 0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    result = refined(load_adapter(tmp_path / "adapter"), old, new)
+    assert result.report.recovered > result.report.looks[0].recovered
+    assert all(isinstance(update, LowRank) for update in result.adapter.updates.values())
+    result.adapter.save(tmp_path / "refined")
+    ids = torch.randint(3, 48, (2, 12), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        served = peft.PeftModel.from_pretrained(load_model(new).main, tmp_path / "refined").eval()(input_ids=ids).logits
+        mine = load_model(new)
+        with applied(mine.components, load_adapter(tmp_path / "refined")):
+            found = mine.main(input_ids=ids).logits
+    torch.testing.assert_close(found, served, rtol=1e-3, atol=1e-4)

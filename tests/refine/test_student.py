@@ -14,7 +14,8 @@ from regraft.errors import InputError
 from regraft.refine.student import student_of
 from regraft.runtime import Loaded, applied, load_model
 from regraft.tensors import InMemory
-from regraft.updates import Diff, LowRank
+from regraft.updates import Diff, FourierFT, LoKr, LowRank, Update, Vera
+from regraft.updates.vera import Seed
 from verify import tiny
 
 
@@ -103,6 +104,31 @@ def test_gpt2s_transposed_layers_are_trained_as_they_lie(tmp_path: Path) -> None
         torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
         for ref, update in student.updates().items():
             torch.testing.assert_close(update.delta(), start.updates[ref].delta(), rtol=1e-4, atol=1e-6)
+
+
+def numbers(*shape: int, seed: int = 0) -> InMemory:
+    return InMemory(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
+
+
+@pytest.mark.parametrize("kind", ["lokr", "vera", "vera drawn", "fourierft"])
+def test_what_equals_a_lora_is_trained_as_one(kind: str, tmp_path: Path) -> None:
+    model = load_model(tiny.llama(tmp_path / "base"))
+    made: dict[str, Update] = {
+        "lokr": LoKr(1.0, w1=numbers(4, 4), w2=numbers(4, 4, seed=1)),
+        "vera": Vera(numbers(16), numbers(3, seed=1), numbers(3, 16, seed=2), numbers(16, 3, seed=3)),
+        "vera drawn": Vera(numbers(16), numbers(3, seed=1), None, None, Seed(5, 2)),
+        "fourierft": FourierFT(numbers(20), 100.0, 7),
+    }
+    start = replace(tiny.lora(model.main, ("o_proj",)), config=None)
+    refs = list(start.updates)[:2]
+    start = replace(start, updates=dict.fromkeys(refs, made[kind]))
+    with applied(model.components, start):
+        wanted = text_output(model)
+    assert not torch.allclose(text_output(model), wanted, atol=1e-3)
+    with student_of(model, start) as student:
+        assert set(student.layers) == set(refs)
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-3, atol=1e-4)
+        assert all(isinstance(update, LowRank) for update in student.updates().values())
 
 
 def test_a_higher_rank_adds_directions_without_effect_that_can_be_trained(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "lorax": {"options": {"r": 2}},
     "vera": {"rank": 4},
 }
-READ = [kind for kind in KINDS if kind not in ("vera", "fourierft")]
 
 
 def quick(kind: str, **more: Any) -> TrainSettings:
@@ -91,7 +90,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_language_model_s_loads_in_peft_and_does_what_regraft_reads(
     kind: str, texts: Path, old: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,9 @@ from regraft.updates.columns import widen
 from regraft.updates.exact import as_lowrank, refactor
 from regraft.updates.rows import take_rows
 
-FACTORED = [name for name, update in SAMPLES.items() if update.kind in ("lora", "dora", "tucker", "loha", "lokr")]
+FACTORED = [
+    name for name, update in SAMPLES.items() if update.kind in ("lora", "dora", "tucker", "loha", "lokr", "vera")
+]
 
 
 @pytest.mark.parametrize("name", FACTORED)
@@ -36,6 +38,9 @@ RANKS = {
     "lokr with other bounds": 2 * 1,
     # (3, 2) ⊗ (4, 4): at most the weight's own rank.
     "lokr": 8,
+    "vera": 3,
+    # 11 directions of a weight that has 8.
+    "vera turned": 8,
 }
 
 
@@ -55,12 +60,13 @@ def test_alpha_still_gives_the_scale() -> None:
     assert float(lora.alpha.load()) / lora.rank == pytest.approx(loha.scale)
 
 
-def test_a_dense_change_is_a_lora_only_when_asked() -> None:
-    diff = SAMPLES["diff conv"]
-    assert as_lowrank(diff) is None
-    lora = as_lowrank(diff, dense=True)
+@pytest.mark.parametrize("name", ["diff conv", "fourierft", "fourierft turned"])
+def test_a_dense_change_is_a_lora_only_when_asked(name: str) -> None:
+    update = SAMPLES[name]
+    assert as_lowrank(update) is None
+    lora = as_lowrank(update, dense=True)
     assert lora is not None
-    assert torch.equal(lora.delta(), diff.delta())
+    assert torch.equal(lora.delta(), update.delta())
 
 
 @pytest.mark.parametrize("name", ["full", "ia3 per row", "oft", "boft", "glora", "svdiff"])

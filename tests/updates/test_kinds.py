@@ -28,6 +28,8 @@ KINDS = {
     "svdiff",
     "lorax",
     "foura",
+    "vera",
+    "fourierft",
 }
 
 

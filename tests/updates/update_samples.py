@@ -10,6 +10,7 @@ from regraft.updates import (
     Boft,
     Diff,
     Foura,
+    FourierFT,
     Full,
     GLora,
     Ia3,
@@ -21,6 +22,7 @@ from regraft.updates import (
     Subspace,
     Tucker,
     Update,
+    Vera,
 )
 
 OUT, IN, KERNEL = 12, 8, (3, 3)
@@ -106,6 +108,14 @@ SAMPLES: dict[str, Update] = {
     "foura": Foura(ref(3, IN), ref(OUT, 3, seed=1), 0.5),
     "foura masked conv": Foura(ref(3, IN, 3, 3), ref(OUT, 3, seed=1), 0.5, InMemory(torch.tensor([1.0, 0.0, 1.0]))),
     "foura fourier": Foura(ref(3, IN // 2 + 1, 2), ref(OUT // 2 + 1, 3, 2, seed=1), 0.5, size=(OUT, IN)),
+    "vera": Vera(ref(OUT), ref(3, seed=1), ref(3, IN + 2, seed=2), ref(OUT + 4, 3, seed=3), weight_shape=MATRIX),
+    "vera turned": Vera(
+        *(ref(IN), ref(11, seed=1), ref(11, OUT, seed=2), ref(IN + 2, 11, seed=3)),
+        orientation="conv1d",
+        weight_shape=MATRIX,
+    ),
+    "fourierft": FourierFT(ref(5), 20.0, 7, weight_shape=MATRIX),
+    "fourierft turned": FourierFT(ref(OUT * IN), 3.0, 7, "conv1d", MATRIX),
 }
 _NAMES = {id(update): name for name, update in SAMPLES.items()}
 ADDITIVE = {name: update for name, update in SAMPLES.items() if update.additive}

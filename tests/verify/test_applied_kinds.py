@@ -13,7 +13,21 @@ from regraft.adapter import MODEL
 from regraft.probes.controls import random_like
 from regraft.runtime.applied import applied, find_places
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Foura, GLora, Ia3, LoHa, LoKr, Oft, SpectralShift, Subspace, Tucker, Update
+from regraft.updates import (
+    Diff,
+    Foura,
+    FourierFT,
+    GLora,
+    Ia3,
+    LoHa,
+    LoKr,
+    Oft,
+    SpectralShift,
+    Subspace,
+    Tucker,
+    Update,
+    Vera,
+)
 
 
 def values(*shape: int, seed: int = 0) -> InMemory:
@@ -30,6 +44,8 @@ UPDATES: dict[str, Update] = {
     "shifted": SpectralShift(values(8)),
     "inside": Subspace(values(3)),
     "waves": Foura(values(2, 8), values(12, 2, seed=1), 0.5),
+    "vectors": Vera(values(12), values(2, seed=1), values(2, 9, seed=2), values(12, 2, seed=3)),
+    "spectrum": FourierFT(values(40), 30.0, 7),
     "norm.weight": Diff(values(8), "norm.w_norm"),
     "norm.bias": Diff(values(8, seed=1), "norm.b_norm"),
 }
@@ -39,7 +55,8 @@ ADAPTER = Adapter({ModuleRef(MODEL, path): update for path, update in UPDATES.it
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    linear = {name: nn.Linear(8, 12) for name in ("proj", "turned", "scaled", "both", "shifted", "inside", "waves")}
+    names = ("proj", "turned", "scaled", "both", "shifted", "inside", "waves", "vectors", "spectrum")
+    linear = {name: nn.Linear(8, 12) for name in names}
     kernels = {name: nn.Conv2d(8, 12, 3) for name in ("conv", "core")}
     return nn.ModuleDict({**linear, **kernels, "norm": nn.LayerNorm(8)})
 

@@ -22,7 +22,8 @@ from regraft.report.identify_schema import ComparedBase, FingerprintReport, Like
 
 # How the keys of an adapter's parts end: none of a base does.
 _PART = re.compile(
-    r"(^|[._])(lora|hada|lokr|oft|boft|ia3|dora|alpha$|on_input$|diff(_b)?$|[ab][12]\.weight$|delta$)", re.IGNORECASE
+    r"(^|[._])(lora|hada|lokr|oft|boft|ia3|vera|fourierft|dora|alpha$|on_input$|diff(_b)?$|[ab][12]\.weight$|delta$)",
+    re.IGNORECASE,
 )
 
 BaseArgument = Annotated[Path, typer.Argument(metavar="BASE", help="A file, index, folder or hub id.")]

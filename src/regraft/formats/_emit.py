@@ -337,6 +337,8 @@ NAMES = {
     "svdiff": "a spectral shift",
     "lorax": "a LoRA-X update",
     "foura": "a FouRA update",
+    "vera": "a VeRA update",
+    "fourierft": "a FourierFT update",
 }
 
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from regraft.errors import InputError, shortened
 from regraft.patterns import Pattern, TooComplex, compiled, matches
@@ -40,11 +40,31 @@ MINIMAL: Config = {
     "use_dora": False,
     "lora_bias": False,
 }
+# Fields that mean the same for every tuner.
+_OF_ANY_KIND = (
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+# The weights of these heads are (out, in) even in a model whose blocks are Conv1D.
+_LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "summary")
 
 
 def _compiled(pattern: str) -> Pattern | re.Pattern[str]:
     # The rule of peft.utils.other.get_pattern_key (0.21): a whole name, or the end of one after a dot.
     return compiled(pattern, around=r"(.*\.)?({})$")
+
+
+def orientation_of(path: str, config: Config | None) -> Literal["weight", "conv1d"]:
+    """How the base stores the weight of a linear layer: GPT-2's Conv1D has (in, out)."""
+    turned = bool((config or {}).get("fan_in_fan_out")) and path.rpartition(".")[2] not in _LINEAR_HEADS
+    return "conv1d" if turned else "weight"
 
 
 def by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
@@ -191,6 +211,15 @@ def exactly(path: str) -> str:
     """A pattern for this module alone: ``^`` keeps it from matching the end of a longer name."""
     # In ``net.1.0`` a bare dot would match ``net.100`` too; elsewhere plain names are what people expect to read.
     return "^" + (re.escape(path) if re.search(r"\.\d+\.\d", path) else path)
+
+
+def as_lora(config: Config | None) -> Config:
+    """The config to begin a LoRA's from: the own one, or of another kind's what holds for any."""
+    if config is None:
+        return MINIMAL
+    if str(config.get("peft_type") or "LORA").upper() == "LORA":
+        return config
+    return {**MINIMAL, **{name: config[name] for name in _OF_ANY_KIND if name in config}}
 
 
 def is_matched(path: str, targets: Iterable[str]) -> bool:

@@ -9,9 +9,10 @@ Facts (peft 0.21.2; merged weights are judged in tests/formats/test_peft_kinds.p
   where the config alone tells the axis.
 - Trainable tokens: ``trainable_tokens_delta`` (tokens, width) holds new rows of an embedding, by the config's indices;
   beside a LoRA with a level ``token_adapter`` before it.
-- LORAX, SVDIFF and FOURA (`regraft.tuners`): `regraft.formats._peft_tuners`.
+- LORAX, SVDIFF and FOURA (`regraft.tuners`): `regraft.formats._peft_tuners`. VERA and FOURIERFT:
+  `regraft.formats._peft_random`.
 - Without a config: scale 1, OFT by PEFT's defaults, IA3's axis by shape.
-- Every other tuner (VeRA, FourierFT, prompts, …) is named, and its keys are listed: nothing of it is guessed.
+- Every other tuner (VB-LoRA, HRA, prompts, …) is named, and its keys are listed: nothing of it is guessed.
 """
 
 from __future__ import annotations
@@ -32,20 +33,29 @@ from regraft.formats._common import Parts, check_float
 from regraft.formats._factors import cannot_hold
 from regraft.formats._peft_config import Config, by_pattern, check_numbers, check_pattern, exactly, is_matched
 from regraft.formats._peft_lokr import lokr_config
+from regraft.formats._peft_random import PARTS as RANDOM_PARTS
+from regraft.formats._peft_random import (
+    RANDOM,
+    build_random,
+    check_random_config,
+    corrected_random,
+    random_parts,
+    shared_projections,
+)
 from regraft.formats._peft_tuners import PARTS, TUNERS, build_tuner, check_tuner_config, tuner_parts
 from regraft.formats._suffixes import build
 from regraft.patterns import compiled, matches
 from regraft.tensors import InMemory, TensorRef
-from regraft.updates import Boft, Foura, Ia3, LoHa, LoKr, Oft, SpectralShift, Subspace, Update
+from regraft.updates import Boft, Foura, FourierFT, Ia3, LoHa, LoKr, Oft, SpectralShift, Subspace, Update, Vera
 
 #: peft_type → kind of update.
-TYPES = {"LOHA": LoHa, "LOKR": LoKr, "OFT": Oft, "BOFT": Boft, "IA3": Ia3} | TUNERS
+TYPES = {"LOHA": LoHa, "LOKR": LoKr, "OFT": Oft, "BOFT": Boft, "IA3": Ia3} | TUNERS | RANDOM
 TOKENS = "TRAINABLE_TOKENS"
 _BEGINNINGS = {"hada": "LOHA", "lokr": "LOKR", "oft": "OFT", "boft": "BOFT", "ia3": "IA3"}
-_BEGINNINGS |= {name.lower(): name for name in TUNERS}
+_BEGINNINGS |= {name.lower(): name for name in (*TUNERS, *RANDOM)}
 _KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_R|boft_[Rs]|ia3_l|"
-    rf"{PARTS})"
+    rf"{PARTS}|{RANDOM_PARTS})"
     r"(?:\.(?!weight$)(?P<name>[^.]+))?(?P<suffix>\.weight)?"
 )
 _TOKENS_KEY = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
@@ -80,7 +90,9 @@ def token_of(path: str, config: Config | None) -> TokenRef:
     return TokenRef(MODEL, f"{path}{numbers if isinstance(numbers, list) else '[…]'}")
 
 
-def build_kind(kind: str, path: str, parts: Mapping[str, str], file: AdapterFile) -> Update:
+def build_kind(
+    kind: str, path: str, parts: Mapping[str, str], file: AdapterFile, projections: Mapping[str, str], modules: int
+) -> Update:
     """The update of one module.
 
     Args:
@@ -88,6 +100,8 @@ def build_kind(kind: str, path: str, parts: Mapping[str, str], file: AdapterFile
         path: of the module.
         parts: part (``hada_w1_a``) → key.
         file: that holds the keys.
+        projections: VeRA's ``A`` and ``B`` → key, as far as the file has them.
+        modules: how many of the kind the file has.
 
     Raises:
         InputError: a part is missing, of a wrong dtype or shape.
@@ -99,6 +113,8 @@ def build_kind(kind: str, path: str, parts: Mapping[str, str], file: AdapterFile
         return replace(update, scale=1.0 if config is None else kind_scale(config, path, update.rank))
     if kind in TUNERS:
         return build_tuner(kind, path, parts, file)
+    if kind in RANDOM:
+        return build_random(kind, path, parts, projections, modules, file)
     held = Parts()
     for part, key in parts.items():
         held.add(part, key, file.tensors[key], file.path)
@@ -157,6 +173,8 @@ def check_kind_config(config: Config, kind: str, file: Path) -> None:
     """
     if kind in TUNERS:
         check_tuner_config(config, kind, file)
+    if kind in RANDOM:
+        check_random_config(config, kind, file)
     if kind in ("LOHA", "LOKR"):
         check_numbers(config, ("r", "alpha"), file)
         if config["r"] <= 0:
@@ -182,6 +200,8 @@ def kind_keys(update: Update, stem: str, name: str) -> dict[str, TensorRef]:
         return {f"{stem}.{part}{name}": ref for part, ref in parts.items()}
     if isinstance(update, Subspace | SpectralShift | Foura):
         return {f"{stem}.{part}{name}": ref for part, ref in tuner_parts(update).items()}
+    if isinstance(update, Vera | FourierFT):
+        return {f"{stem}.{part}{name}": ref for part, ref in random_parts(update).items()}
     if isinstance(update, Oft):
         return {f"{stem}.oft_R{name}.weight": update.blocks}
     if isinstance(update, Boft):
@@ -189,6 +209,18 @@ def kind_keys(update: Update, stem: str, name: str) -> dict[str, TensorRef]:
         return {f"{stem}.boft_R{name}": update.blocks, f"{stem}.boft_s{name}": update.rescale}
     assert isinstance(update, Ia3)
     return {f"{stem}.ia3_l{name}": update.weight}
+
+
+def projection_keys(updates: Mapping[str, Update], spelt: Mapping[str, str], name: str) -> dict[str, TensorRef]:
+    """The keys of what the VeRA updates of a file share.
+
+    Args:
+        updates: module path → update, of any kind.
+        spelt: ``A`` and ``B`` → key, where the file had them.
+        name: the adapter's, as `kind_keys` takes it.
+    """
+    found = shared_projections(updates)
+    return {spelt.get(part, f"base_model.vera_{part}{name}"): ref for part, ref in found.items()}
 
 
 def check_kind(update: Update, path: str, *, own: bool) -> str:
@@ -232,6 +264,8 @@ def corrected_kind(
         _set_scales(result, updates, cut[1])
     elif kind in ("LOHA", "LOKR"):
         _scales(result, config, updates)
+    if kind in RANDOM:
+        result = corrected_random(result, kind, updates)
     if kind == "SVDIFF" and config is None:
         # One number on a norm is a shift of its norm; a matrix of one singular value is told by its module.
         result["norm_shift"] = "scalar" if any(update.rank == 1 for update in updates.values()) else "element"

@@ -11,7 +11,7 @@ Facts (peft 0.21):
 - ``fan_in_fan_out`` (GPT-2's Conv1D): the base's weight is (in, out), so ΔW is (B A)ᵀ there too.
 - DoRA: ``lora_magnitude_vector`` without ``.weight``; (out,), or (1, out, 1, 1) for a convolution. ``lora_B.bias`` is
   scaled like ΔW.
-- Other tuners (LoHa, LoKr, OFT, BOFT, IA3, trainable tokens, and those of `regraft.tuners`):
+- Other tuners (LoHa, LoKr, OFT, BOFT, IA3, VeRA, FourierFT, trainable tokens, and those of `regraft.tuners`):
   `regraft.formats._peft_kinds`. One file holds one kind.
 - ``target_parameters`` (experts stacked in one parameter) are no plain products: their keys are listed, not read.
 - Parameters stored whole: ``modules_to_save``, trained biases (``<module>.bias``, with a segment ``base_layer`` where
@@ -35,7 +35,7 @@ from regraft.formats._bundled_embeddings import check_embedding
 from regraft.formats._common import Choices, Parts, chosen, contiguous, doubled, shapes_of, training_metadata
 from regraft.formats._factors import Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
 from regraft.formats._model_card import CARD, with_base
-from regraft.formats._peft_config import MINIMAL, check_config, corrected, scale_of
+from regraft.formats._peft_config import as_lora, check_config, corrected, orientation_of, scale_of
 from regraft.formats._peft_kinds import (
     TOKENS,
     TYPES,
@@ -44,13 +44,15 @@ from regraft.formats._peft_kinds import (
     check_kind_config,
     corrected_kind,
     kind_keys,
+    projection_keys,
     split_kind,
     split_tokens,
     token_of,
 )
+from regraft.formats._peft_random import split_projection
 from regraft.output import ADAPTER_CONFIG
 from regraft.tensors import TensorRef, Transposed
-from regraft.updates import Full, LoHa, LoKr, LowRank, Update
+from regraft.updates import FourierFT, Full, LoHa, LoKr, LowRank, Update, Vera
 from regraft.updates.lowrank import Orientation
 
 PREFIX = "base_model.model."
@@ -75,8 +77,6 @@ _OTHER_TUNERS = re.compile(
     r"fourierft_|prompt_|adaption_|randlora_|shira_|c3a_|miss_|bone_|road_|waveft_|osf_|gralora_|delora_|lorax_|svdiff_|foura_)"
 )
 _READ = ("LORA", *TYPES, TOKENS)
-# The weights of these heads are (out, in) even in a model whose blocks are Conv1D.
-_LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "summary")
 
 
 def _detect(file: AdapterFile) -> bool:
@@ -102,7 +102,8 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         ref = ModuleRef(MODEL, path)
         if ref in updates:
             raise doubled(f"update of {ref}", file.path, next(iter(parts.values())))
-        updates[ref] = build_kind(kind, path, parts, file)
+        modules = sum(other == kind for other, _ in keys.kinds)
+        updates[ref] = build_kind(kind, path, parts, file, keys.projections, modules)
     for path, update in keys.full.items():
         ref = ModuleRef(MODEL, path)
         if ref in updates:
@@ -116,6 +117,7 @@ def _read(file: AdapterFile, names: BaseNames | None) -> Adapter:
         "modules": (*keys.lora, *(path for _, path in keys.kinds)),
         "base_model": (config or {}).get("base_model_name_or_path"),
         "nested": keys.nested,
+        "projections": keys.projections,
         "tokens": {token: key for token, (key, _) in keys.tokens.items()},
         "unsupported": stated if stated is not None and stated not in _READ else "",
     }
@@ -146,6 +148,7 @@ class _Keys:
     names: set[str] = field(default_factory=set)
     nested: dict[str, str] = field(default_factory=dict)
     magnitudes: Choices = field(default_factory=Choices)
+    projections: dict[str, str] = field(default_factory=dict)
 
 
 def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
@@ -158,7 +161,14 @@ def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
         role = _ROLES.get((found["part"], found["suffix"])) if found else None
         kind = split_kind(name)
         embedding = split_tokens(name)
-        if not key.startswith(prefix) or stated not in (None, *_READ) or (found and found["path"].endswith(wrapped)):
+        projection = split_projection(key) if stated in (None, "VERA") else None
+        if projection:
+            side, own = projection
+            if side in keys.projections:
+                raise doubled(f"vera_{side}, beside {keys.projections[side]}", file.path, key)
+            keys.projections[side] = key
+            keys.names |= {own} if own else set()
+        elif not key.startswith(prefix) or stated not in (None, *_READ) or (found and found["path"].endswith(wrapped)):
             keys.unrecognised.append(key)
         elif found and role and stated in (None, "LORA"):
             # Beside `target_parameters` the modules inside of the wrapped one have a level more.
@@ -186,6 +196,8 @@ def _sorted_keys(file: AdapterFile, prefix: str, stated: str | None) -> _Keys:
             if path in keys.full:
                 raise doubled(f"value of {path}, beside {keys.full[path].key}", file.path, key)
             keys.full[path] = Full(ref, key)
+    if not any(kind == "VERA" for kind, _ in keys.kinds):
+        keys.unrecognised += keys.projections.values()
     return keys
 
 
@@ -209,8 +221,7 @@ def _low_rank(path: str, part: Parts, file: AdapterFile) -> LowRank:
     rank = down.shape[0]
     scale = scale_of(file.config, path, rank) if file.config is not None else 1.0
     magnitude, bias = part.tensors.get("magnitude"), part.tensors.get("bias")
-    flat_head = path.rpartition(".")[2] in _LINEAR_HEADS
-    conv1d = bool((file.config or {}).get("fan_in_fan_out")) and len(up.shape) == 2 and not flat_head
+    conv1d = orientation_of(path, file.config) == "conv1d" and len(up.shape) == 2
     if not part.embedding and not conv1d:
         if magnitude is not None:
             # (1, out, 1, 1) on a convolution: as (out,) it can't be taken for a norm per input.
@@ -255,6 +266,7 @@ def _write(adapter: Adapter) -> Written:
             tensors |= _keys(adapter, path, folded(update) if bare else update)
         else:
             tensors |= kind_keys(update, *_stem(adapter, path))
+    tensors |= projection_keys(others, adapter.layout.get("projections", {}) if own else {}, _name(adapter))
     metadata = dict(adapter.metadata) if own else {"format": "pt", **training_metadata(adapter.metadata)}
     if bare:
         _check_bare(paths)
@@ -289,7 +301,8 @@ def _config(
     old = adapter.config if own and adapter.config is not None else None
     if kind != "LORA":
         return corrected_kind(old, kind, others, keep_targets=keep)
-    config = corrected(MINIMAL if old is None else old, low_rank, keep_targets=keep)
+    # What holds trained tokens alone stays of its kind.
+    config = corrected(as_lora(old) if low_rank or old is None else old, low_rank, keep_targets=keep)
     if any(update.orientation == "conv1d" for update in low_rank.values()):
         config["fan_in_fan_out"] = True
     # An activated LoRA does nothing until these tokens have come.
@@ -302,7 +315,13 @@ def _check_bare(updates: Mapping[str, Update]) -> None:
         if isinstance(update, LoHa | LoKr) and update.scale != 1.0:
             remedy = "Without its config nothing says the scale: write a folder."
             raise cannot_hold("bare PEFT", f"a {update.kind} update of another scale than 1", path, remedy)
-        if isinstance(update, LowRank) and update.orientation == "conv1d":
+        if isinstance(update, FourierFT):
+            remedy = "Without its config nothing says its scale and places: write a folder."
+            raise cannot_hold("bare PEFT", "a fourierft update", path, remedy)
+        if isinstance(update, Vera) and update.seed is not None:
+            remedy = "Without its config nothing says what its projections are drawn from: write a folder."
+            raise cannot_hold("bare PEFT", "a vera update without its projections", path, remedy)
+        if isinstance(update, LowRank | Vera) and update.orientation == "conv1d":
             remedy = "Without its config nothing says that the weights are transposed: write a folder."
             raise cannot_hold("bare PEFT", "an update of a Conv1D layer", path, remedy)
 
@@ -327,8 +346,12 @@ def _full_key(adapter: Adapter, path: str, update: Full) -> str:
 def _stem(adapter: Adapter, path: str) -> tuple[str, str]:
     """What stands before and, as a raw state dict's adapter name, behind a part's name."""
     layout = adapter.layout if adapter.format == "peft" else {}
-    name = f".{layout['adapter_name']}" if layout.get("adapter_name") else ""
-    return f"{layout.get('prefix', PREFIX)}{layout.get('nested', {}).get(path, path)}", name
+    return f"{layout.get('prefix', PREFIX)}{layout.get('nested', {}).get(path, path)}", _name(adapter)
+
+
+def _name(adapter: Adapter) -> str:
+    name = adapter.layout.get("adapter_name") if adapter.format == "peft" else ""
+    return f".{name}" if name else ""
 
 
 def _keys(adapter: Adapter, path: str, update: LowRank) -> dict[str, TensorRef]:

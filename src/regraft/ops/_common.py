@@ -20,7 +20,7 @@ from regraft.formats._common import check_values
 from regraft.names import resolve_names
 from regraft.pairing import find_component
 from regraft.tensors import TensorRef
-from regraft.updates import LoHa, LoKr, LowRank, Update
+from regraft.updates import ByShape, LoHa, LoKr, LowRank, Update, with_shapes
 from regraft.updates.exact import as_lowrank, refactor
 
 #: Called with (modules done, modules in all, module's name).
@@ -55,7 +55,7 @@ def read_whole(path: str | Path, base: Base | None = None) -> Adapter:
 
 
 def read(path: str | Path, base: Base | None) -> Adapter:
-    """An adapter, read with what its base tells of names and layouts.
+    """An adapter, read with what its base tells of names, layouts and shapes.
 
     Raises:
         InputError: it can't be read, or holds NaN or Inf.
@@ -63,7 +63,7 @@ def read(path: str | Path, base: Base | None) -> Adapter:
     names = names_in(base) if base is not None else None
     adapter = load_adapter(path, names=names, base_config=base.configs.get(MODEL) if base is not None else None)
     check_values(adapter)
-    return adapter
+    return shaped(adapter, base)
 
 
 def names_in(base: Base) -> dict[str, tuple[str, ...]]:
@@ -125,6 +125,16 @@ class BaseWeights:
         return self.base.parameter(ModuleRef(home.component, home.path.removesuffix("weight") + "bias"))
 
 
+def shaped(adapter: Adapter, base: Base | None) -> Adapter:
+    """The adapter, its updates told the shapes of the base's weights; see `regraft.updates.with_shapes`."""
+    if base is None or not any(isinstance(update, ByShape) for update in adapter.updates.values()):
+        return adapter
+    weights = BaseWeights(base, adapter)
+    found = {ref: weights.find(ref) for ref in adapter.updates}
+    shapes = {ref: weight.shape for ref, weight in found.items() if weight is not None}
+    return replace(adapter, updates=with_shapes(adapter.updates, shapes))
+
+
 def parameter_of(path: str, update: Update) -> str:
     """Name of the parameter that an update changes."""
     return path if update.by_parameter else f"{path}.weight"
@@ -159,7 +169,12 @@ def change_on(base: BaseWeights, ref: ModuleRef, update: Update) -> Tensor:
     """What the update does to its base's weight, magnitude and all: merged − W, float32, of the weight's shape."""
     weight = base.load(ref)
     try:
+        if isinstance(update, ByShape):
+            return update.delta(weight)
         return update.merged(weight).reshape(weight.shape) - weight
+    except ValueError as error:
+        remedy = "Give the base that the adapter was made for."
+        raise InputError(str(error), file=base.adapter.path, key=str(ref), remedy=remedy) from None
     except RuntimeError:
         raise InputError(
             f"does not fit the base's weight of shape {list(weight.shape)}",
@@ -221,6 +236,11 @@ def same_tensors(one: Mapping[str, TensorRef], two: Mapping[str, TensorRef]) -> 
         ref.dtype == two[role].dtype and ref.shape == two[role].shape and torch.equal(ref.load(), two[role].load())
         for role, ref in one.items()
     )
+
+
+def beside(update: Update) -> tuple[object, ...]:
+    """What ΔW depends on beside the stored tensors: a scale, the seed of what is drawn."""
+    return getattr(update, "scale", None), getattr(update, "seed", None)
 
 
 def spelt(value: float | int | None, otherwise: str = "–") -> str:

@@ -15,7 +15,7 @@ from regraft.formats import AdapterFile, Format, Written, formats, get_format, r
 from regraft.ops._common import aligned_names, for_target
 from regraft.output import ADAPTER_CONFIG, write_whole
 from regraft.tensors import InMemory, TensorRef
-from regraft.updates import Update
+from regraft.updates import ByShape, Update, with_shapes
 
 
 def write_checked(
@@ -67,8 +67,15 @@ def check_back(adapter: Adapter, written: Written, format: Format, target: Path)
             raise _fault("is missing", format, target, str(token))
         found[_shape(vectors)] -= 1
     ours, theirs = ({name: ref for ref, name in named.items()} for named in aligned_names((adapter, back)))
+    # What a file of the kind does not tell, the adapter knew from its base.
+    told = {
+        theirs[n]: u.weight_shape
+        for n, r in ours.items()
+        if n in theirs and isinstance(u := adapter.updates[r], ByShape)
+    }
+    got = with_shapes(back.updates, {ref: shape for ref, shape in told.items() if shape is not None})
     for name, ref in ours.items():
-        if name not in theirs or not _alike(adapter.updates[ref], back.updates[theirs[name]]):
+        if name not in theirs or not _alike(adapter.updates[ref], got[theirs[name]]):
             what = "is missing" if name not in theirs else "is another change"
             raise _fault(what, format, target, str(ref))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from regraft._version import __version__
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import open_base
-from regraft.ops._common import Ticker, aligned_names, no_ticker, read, same_tensors
+from regraft.ops._common import Ticker, aligned_names, beside, no_ticker, read, same_tensors
 from regraft.report.ops_schema import ComparedModule, DiffReport
 from regraft.updates import Full, Update
 from regraft.updates.exact import as_lowrank
@@ -77,7 +77,7 @@ def _metadata(one: Adapter, two: Adapter) -> dict[str, tuple[str | None, str | N
 
 
 def _compared(name: ModuleRef, one: Update, two: Update) -> ComparedModule:
-    equal = one.kind == two.kind and same_tensors(one.parts(), two.parts()) and _scale(one) == _scale(two)
+    equal = one.kind == two.kind and same_tensors(one.parts(), two.parts()) and beside(one) == beside(two)
     norms: tuple[float | None, float | None] = (_norm(one), _norm(two))
     cosine: float | None = None
     distance: float | None = None
@@ -133,10 +133,6 @@ def _size(update: Update) -> int:
     for n in update.shape:
         size *= n
     return size
-
-
-def _scale(update: Update) -> float | None:
-    return getattr(update, "scale", None)
 
 
 def _magnitudes(one: Update, two: Update) -> str:

@@ -27,6 +27,7 @@ from regraft.ops._common import (
     Factors,
     Ticker,
     aligned_names,
+    beside,
     cast,
     change_on,
     factored,
@@ -300,8 +301,9 @@ def _dtype(updates: Sequence[Update]) -> torch.dtype:
 
 
 def _all_equal(parts: Sequence[_Part]) -> bool:
-    one = parts[0].update
-    return all(part.update.kind == one.kind and same_tensors(one.parts(), part.update.parts()) for part in parts[1:])
+    one, others = parts[0].update, [part.update for part in parts[1:]]
+    alike = all(other.kind == one.kind and beside(other) == beside(one) for other in others)
+    return alike and all(same_tensors(one.parts(), other.parts()) for other in others)
 
 
 def _flat(shape: Sequence[int]) -> tuple[int, int]:

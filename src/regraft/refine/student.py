@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
+from regraft.changes import by_itself
 from regraft.errors import InputError
 from regraft.refine.encoders import trainable_encoders
 from regraft.refine.quantised import Quantize, quantise
-from regraft.runtime.applied import applied
+from regraft.runtime.applied import applied, find_places
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
@@ -25,6 +26,7 @@ from regraft.runtime.record import is_conv1d
 from regraft.tensors import InMemory
 from regraft.transport import cut
 from regraft.updates import LowRank, Update
+from regraft.updates.exact import as_lowrank
 
 _NAME = "refined"
 
@@ -107,7 +109,7 @@ def student_of(
 
     Args:
         base: the new base.
-        start: an adapter by the new base's own names; what is no low-rank update is merged and kept as it is.
+        start: an adapter by the new base's own names; what neither is nor equals a LoRA is merged and kept as it is.
         rank: of every trained update; None for each one's own. Added directions start at zero effect.
         targets: patterns (``*.q_proj``) of further modules to train, from zero.
         seed: of added directions.
@@ -117,8 +119,11 @@ def student_of(
     Raises:
         InputError: nothing of the adapter can be trained, or a pattern matches no module.
     """
-    own = {ref: update for ref, update in start.updates.items() if isinstance(update, LowRank)}
     model = twin(base)
+    places, _ = find_places(model.components, start)
+    # By the base's shapes, which some kinds' files don't tell.
+    updates = {ref: places[ref].update if ref in places else update for ref, update in start.updates.items()}
+    own = {ref: low for ref, update in updates.items() if (low := _low_rank(update)) is not None}
     # Where nobody else holds it, quantising lets go of the whole weights.
     del base
     encoders = trainable_encoders(model, own, targets)
@@ -127,7 +132,8 @@ def student_of(
         for ref, module in modules_of(model, own).items()
         if not why_not(model, ref, module, encoders, own[ref])
     }
-    rest = {ref: update for ref, update in start.updates.items() if ref not in trained}
+    # One file may hold one kind: what is not trained becomes a LoRA beside the trained ones, too.
+    rest = {ref: own.get(ref, update) for ref, update in updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
     trained |= _further(model, targets, trained, rank, encoders)
     trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
@@ -142,6 +148,13 @@ def student_of(
         quantised = quantise(model, quantize, precision)
         encoders &= {ref.component for ref in trained}
         yield Student(model, _injected(model, trained), trained, rest, quantised, encoders)
+
+
+def _low_rank(update: Update) -> LowRank | None:
+    """The LoRA that an update is, or equals; None where it depends on the weight or is stored whole."""
+    if update.by_parameter:
+        return None
+    return as_lowrank(update) or by_itself(update)
 
 
 def why_not(

@@ -12,7 +12,8 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.names import resolve_names
 from regraft.tensors import Shape
-from regraft.updates import Full, Ia3, LowRank, Update
+from regraft.updates import ByShape, Full, Ia3, LowRank, Update, with_shapes
+from regraft.updates.vera import UNDRAWN
 
 _NOT_THERE = "no such module"
 
@@ -116,12 +117,14 @@ def _places_in(
     tensors = _tensors(model)
     parameters = {path: path if u.by_parameter else f"{path}.weight" for path, u in updates.items()}
     names = resolve_names(parameters.values(), tensors.keys())
+    there = {path: tensors[name] for path in updates if (name := names[parameters[path]]) is not None}
+    updates = with_shapes(updates, {path: tuple(getattr(*place).shape) for path, place in there.items()})
     for path, update in updates.items():
         ref, target = ModuleRef(component, path), names[parameters[path]]
         if target is None:
             lost[ref] = _NOT_THERE
             continue
-        place = Place(*tensors[target], update)
+        place = Place(*there[path], update)
         why = _misfit(place)
         if why is None:
             found[ref] = place
@@ -147,7 +150,9 @@ def _misfit(place: Place) -> str | None:
         # An embedding with added tokens is saved whole, with more rows than the base's.
         longer = len(want) == 2 and want[1:] == have[1:] and want[0] > have[0] and place.name == "weight"
         return None if want == have or longer else f"its shape is {have}, the adapter's {want}"
-    return None if place.update.fits(have) else f"its shape is {have}, the adapter's {want}"
+    if not place.update.fits(have):
+        return f"its shape is {have}, the adapter's {want}"
+    return UNDRAWN if isinstance(place.update, ByShape) and not place.update.additive else None
 
 
 def _exchange(

@@ -49,7 +49,7 @@ class Kind:
 
     def fits(self, weight_shape: Shape) -> bool:
         """Whether the update can change a weight of this shape; 1 × 1 kernels and matrices are the same."""
-        return _bare(weight_shape) == _bare(self.shape)
+        return bare(weight_shape) == bare(self.shape)
 
     @property
     def rank(self) -> int | None:
@@ -118,7 +118,7 @@ class Kind:
         return None
 
 
-def _bare(shape: Shape) -> Shape:
+def bare(shape: Shape) -> Shape:
     """The shape without kernel sides of 1 at its end."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]

@@ -159,6 +159,21 @@ class Zeros:
         return torch.zeros(self.shape, dtype=self.dtype)
 
 
+@dataclass(frozen=True)
+class Cast:
+    """A `TensorRef` to another in a dtype."""
+
+    of: TensorRef
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return self.of.shape
+
+    def load(self) -> Tensor:
+        return self.of.load().to(self.dtype)
+
+
 def padded_to(ref: TensorRef, dim: int, size: int) -> TensorRef:
     """``ref`` with zeros at the end of ``dim``.
 
@@ -194,6 +209,8 @@ def same(one: TensorRef | None, other: TensorRef | None) -> bool:
         return False
     if isinstance(one, Transposed) and isinstance(other, Transposed):
         return same(one.of, other.of)
+    if isinstance(one, Cast) and isinstance(other, Cast) and same(one.of, other.of):
+        return True
     if isinstance(one, Cut) and isinstance(other, Cut) and (one.dim, one.ranges) == (other.dim, other.ranges):
         return same(one.of, other.of)
     # By bytes: torch.equal knows no 8-bit floats.

@@ -11,6 +11,7 @@ from regraft.updates._kind import is_per_column
 from regraft.updates.boft import Boft
 from regraft.updates.diff import Diff
 from regraft.updates.foura import Foura
+from regraft.updates.fourierft import FourierFT
 from regraft.updates.full import Full
 from regraft.updates.glora import GLora
 from regraft.updates.ia3 import Ia3
@@ -22,6 +23,7 @@ from regraft.updates.oft import Oft
 from regraft.updates.rows import Slice
 from regraft.updates.svdiff import SpectralShift
 from regraft.updates.tucker import Tucker
+from regraft.updates.vera import Vera
 
 if TYPE_CHECKING:
     from regraft.updates import Update
@@ -82,6 +84,10 @@ def _findings(update: Update) -> Iterator[tuple[str, _Finding]]:
         yield from _subspace(update)
     elif isinstance(update, Foura):
         yield from _foura(update)
+    elif isinstance(update, Vera):
+        yield from _vera(update)
+    elif isinstance(update, FourierFT):
+        yield "spectrum", _dims(update.spectrum.shape, 1)
 
 
 def _dims(shape: Shape, least: int, most: int | None = None) -> _Finding:
@@ -194,6 +200,19 @@ def _foura(update: Foura) -> Iterator[tuple[str, _Finding]]:
     if update.mask is not None:
         yield "mask", _dims(update.mask.shape, 1)
         yield "mask", _equal(update.mask.shape[0], a[0], "a (the rank)")
+
+
+def _vera(update: Vera) -> Iterator[tuple[str, _Finding]]:
+    yield "lambda_b", _dims(update.lambda_b.shape, 1)
+    yield "lambda_d", _dims(update.lambda_d.shape, 1)
+    if update.a is None or update.b is None:
+        return
+    rank, rows = update.lambda_d.shape[0], update.lambda_b.shape[0]
+    for role, ref, dim in (("a", update.a, 0), ("b", update.b, 1)):
+        yield role, _dims(ref.shape, 2)
+        yield role, _equal(ref.shape[dim], rank, "lambda_d (the rank)")
+    have = update.b.shape[0]
+    yield "b", None if have >= rows else f"has {have} rows where lambda_b has {rows}"
 
 
 def _oft(update: Oft) -> Iterator[tuple[str, _Finding]]:

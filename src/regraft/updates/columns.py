@@ -10,12 +10,14 @@ from regraft.updates._views import padded_to
 from regraft.updates.diff import Diff
 from regraft.updates.exact import as_lowrank
 from regraft.updates.foura import Foura
+from regraft.updates.fourierft import FourierFT
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
 from regraft.updates.lorax import Subspace
 from regraft.updates.lowrank import LowRank
 from regraft.updates.rows import Slice, take_rows
 from regraft.updates.tucker import Tucker
+from regraft.updates.vera import Vera
 
 if TYPE_CHECKING:
     from regraft.updates import Update
@@ -53,9 +55,9 @@ def widen(update: Update, new_in: int) -> Update | None:
             return None
         shape = None if update.weight_shape is None else (update.shape[0], new_in)
         return replace(update, v=padded_to(update.v, 0, new_in), weight_shape=shape)
-    if isinstance(update, (LoKr, Foura)):
-        # A LoKr's new width need not be a multiple of w2's; a FouRA's transform takes in every column.
-        low = as_lowrank(update)
+    if isinstance(update, (LoKr, Foura, Vera, FourierFT)):
+        # A LoKr's new width need not be a multiple of w2's; transforms take in every column; VeRA's A goes on.
+        low = as_lowrank(update, dense=True)
         return None if low is None else widen(low, new_in)
     if isinstance(update, Slice):
         whole = widen(update.of, new_in)

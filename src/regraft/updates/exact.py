@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,11 +13,13 @@ from regraft.tensors import InMemory, Shape, TensorRef
 from regraft.updates._kind import is_per_column
 from regraft.updates.diff import Diff
 from regraft.updates.foura import Foura
+from regraft.updates.fourierft import FourierFT
 from regraft.updates.loha import LoHa
 from regraft.updates.lokr import LoKr
 from regraft.updates.lowrank import LowRank
 from regraft.updates.rows import Slice, take_rows
 from regraft.updates.tucker import Tucker
+from regraft.updates.vera import Vera
 
 if TYPE_CHECKING:
     from regraft.updates import Update
@@ -38,11 +41,12 @@ def as_lowrank(update: Update, *, dense: bool = False) -> LowRank | None:
     """The same change as a LoRA (DoRA's magnitude included), in float32 factors; None where no low rank holds it.
 
     A Tucker LoRA keeps its rank, a FouRA that of its open directions; LoHa has rank r₁ · r₂; LoKr that of its halves'
-    product, at most the weight's.
+    product, at most the weight's; VeRA its own, at most the weight's.
 
     Args:
-        update: any. `LoHa` and `LoKr` that flatten a kernel need their ``weight_shape`` to give a convolution's LoRA.
-        dense: give a `Diff` too, at the weight's full rank.
+        update: any. `LoHa` and `LoKr` that flatten a kernel need their ``weight_shape`` to give a convolution's LoRA,
+            `Vera` and `FourierFT` theirs to give any.
+        dense: give a `Diff` and a `FourierFT` too, at the weight's full rank.
     """
     if isinstance(update, LowRank):
         return update
@@ -54,6 +58,11 @@ def as_lowrank(update: Update, *, dense: bool = False) -> LowRank | None:
         return _loha(update)
     if isinstance(update, LoKr):
         return _lokr(update)
+    if isinstance(update, Vera):
+        return _vera(update) if update.additive else None
+    if isinstance(update, FourierFT) and dense and update.additive:
+        made = _lowrank(*_trivial(update.delta().flatten(1)), update.shape, 1.0)
+        return replace(made, orientation=update.orientation)
     if isinstance(update, Diff) and dense and len(update.shape) > 1:
         up, down = _trivial(update.value.load().float().flatten(1))
         return _lowrank(up, down, update.shape, 1.0)
@@ -70,13 +79,23 @@ def is_factored(update: Update) -> bool:
     if isinstance(update, Slice):
         per_column = update.magnitude is not None and is_per_column(update.magnitude.shape)
         return is_factored(update.of) and not per_column
-    return isinstance(update, LowRank | Tucker | LoHa | LoKr | Foura)
+    return isinstance(update, LowRank | Tucker | LoHa | LoKr | Foura) or (isinstance(update, Vera) and update.additive)
 
 
 def _tucker(update: Tucker) -> LowRank:
     mid, _, in_factor = update.factors()
     down = torch.einsum("ij...,jq->iq...", mid, in_factor)
     return LowRank(update.up, InMemory(down), update.scale, update.alpha, update.magnitude)
+
+
+def _vera(update: Vera) -> LowRank:
+    shape = update.shape
+    if update.rank > min(shape[0], prod(shape[1:])):
+        return replace(_lowrank(*_trivial(update.delta().flatten(1)), shape, 1.0), orientation=update.orientation)
+    up, down = update.factors()
+    if update.orientation == "conv1d":
+        up, down = down.T, up.T
+    return replace(_lowrank(up, down, shape, 1.0), orientation=update.orientation)
 
 
 def _loha(update: LoHa) -> LowRank:
