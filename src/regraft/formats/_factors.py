@@ -33,6 +33,26 @@ class Reshaped:
         return self.of.load().reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A `TensorRef` to a matrix whose columns each stand ``times`` times, side by side."""
+
+    of: TensorRef
+    times: int
+
+    @property
+    def shape(self) -> Shape:
+        rows, columns = self.of.shape
+        return rows, columns * self.times
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    def load(self) -> Tensor:
+        return self.of.load().repeat_interleave(self.times, 1)
+
+
 def flat(ref: TensorRef) -> TensorRef:
     """A view with one dimension."""
     return ref if len(ref.shape) == 1 else Reshaped(ref, (prod(ref.shape),))

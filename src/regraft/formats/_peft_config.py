@@ -40,6 +40,8 @@ MINIMAL: Config = {
     "use_dora": False,
     "lora_bias": False,
 }
+# QA-LoRA's groups are those of the quantisation: 16 by PEFT's default, 32 to 128 as a rule.
+_POOLED, _MOST_POOLED = 16, 4096
 # Fields that mean the same for every tuner.
 _OF_ANY_KIND = (
     "task_type",
@@ -65,6 +67,11 @@ def orientation_of(path: str, config: Config | None) -> Literal["weight", "conv1
     """How the base stores the weight of a linear layer: GPT-2's Conv1D has (in, out)."""
     turned = bool((config or {}).get("fan_in_fan_out")) and path.rpartition(".")[2] not in _LINEAR_HEADS
     return "conv1d" if turned else "weight"
+
+
+def pooled_of(config: Config | None) -> int:
+    """How many inputs QA-LoRA pools into one before A reads them; 1 for any other LoRA."""
+    return int(config.get("qalora_group_size", _POOLED)) if config and config.get("use_qalora") else 1
 
 
 def by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
@@ -96,10 +103,15 @@ def check_config(config: Config, file: Path, prefix: str = "") -> None:
     """Make sure that rank and alpha can be read out of a LoRA config.
 
     Raises:
-        InputError: ``r`` or ``lora_alpha`` is missing or no number, a pattern is no regular expression, or a list of
-            names is none.
+        InputError: ``r`` or ``lora_alpha`` is missing or no number, a pattern is no regular expression, a list of
+            names is none, or QA-LoRA's groups have no size.
     """
     check_numbers(config, ("r", "lora_alpha"), file, prefix)
+    if config.get("use_qalora"):
+        group, key = config.get("qalora_group_size", _POOLED), f"{prefix}qalora_group_size"
+        if not isinstance(group, int) or isinstance(group, bool) or not 0 < group <= _MOST_POOLED:
+            what = f"must be a whole number of at most {_MOST_POOLED}, not {_told(group)}"
+            raise InputError(what, file=file, key=key, remedy=_ANOTHER)
     wrapped = config.get("target_parameters")
     if wrapped is not None and not (isinstance(wrapped, list) and all(isinstance(name, str) for name in wrapped)):
         raise InputError("must be a list of names", file=file, key=f"{prefix}target_parameters", remedy=_ANOTHER)
@@ -183,6 +195,9 @@ def corrected(config: Config, updates: Mapping[str, LowRank], *, keep_targets: b
     if not _agrees(config, ranks, alphas):
         result["r"], result["rank_pattern"] = _usual_and_rest(ranks)
         result["lora_alpha"], result["alpha_pattern"] = _usual_and_rest(alphas)
+    if config.get("use_qalora"):
+        # Its A was written out to all inputs as it was read.
+        result["use_qalora"] = False
     result["use_dora"] = any(update.magnitude is not None for update in updates.values())
     if config.get("lora_bias") or any(update.bias is not None for update in updates.values()):
         result["lora_bias"] = any(update.bias is not None for update in updates.values())

@@ -11,6 +11,8 @@ Facts (peft 0.21):
 - ``fan_in_fan_out`` (GPT-2's Conv1D): the base's weight is (in, out), so ΔW is (B A)ᵀ there too.
 - DoRA: ``lora_magnitude_vector`` without ``.weight``; (out,), or (1, out, 1, 1) for a convolution. ``lora_B.bias`` is
   scaled like ΔW.
+- QA-LoRA (``use_qalora``, for GPTQ bases): A reads means over groups of inputs, times the number of groups, so that
+  A stands for itself with each column repeated, times groups / group size. Written as a plain LoRA.
 - Other tuners (LoHa, LoKr, OFT, BOFT, IA3, VeRA, FourierFT, trainable tokens, and those of `regraft.tuners`):
   `regraft.formats._peft_kinds`. One file holds one kind.
 - ``target_parameters`` (experts stacked in one parameter) are no plain products: their keys are listed, not read.
@@ -33,9 +35,9 @@ from regraft.families import family_of_modules, refine_by_hint
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._bundled_embeddings import check_embedding
 from regraft.formats._common import Choices, Parts, chosen, contiguous, doubled, shapes_of, training_metadata
-from regraft.formats._factors import Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
+from regraft.formats._factors import Repeated, Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
 from regraft.formats._model_card import CARD, with_base
-from regraft.formats._peft_config import as_lora, check_config, corrected, orientation_of, scale_of
+from regraft.formats._peft_config import as_lora, check_config, corrected, orientation_of, pooled_of, scale_of
 from regraft.formats._peft_kinds import (
     TOKENS,
     TYPES,
@@ -221,6 +223,10 @@ def _low_rank(path: str, part: Parts, file: AdapterFile) -> LowRank:
     rank = down.shape[0]
     scale = scale_of(file.config, path, rank) if file.config is not None else 1.0
     magnitude, bias = part.tensors.get("magnitude"), part.tensors.get("bias")
+    pooled = pooled_of(file.config)
+    if pooled > 1 and len(down.shape) == 2 and not part.embedding:
+        scale *= down.shape[1] / pooled
+        down = Repeated(down, pooled)
     conv1d = orientation_of(path, file.config) == "conv1d" and len(up.shape) == 2
     if not part.embedding and not conv1d:
         if magnitude is not None:
