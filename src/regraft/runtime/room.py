@@ -11,16 +11,16 @@ import torch
 from regraft.base import Base
 from regraft.errors import InputError
 
-# Models are loaded in float32.
+# Of a number in float32, which models are loaded in unless told otherwise.
 _BYTES = 4
 # Beside the weights: activations, and one tensor twice while it is read.
 _MORE = 1.15
 
 
-def needed(bases: Sequence[Base]) -> int:
-    """Bytes that the weights of some bases take when they are loaded."""
+def needed(bases: Sequence[Base], each: int = _BYTES) -> int:
+    """Bytes that the weights of some bases take when they are loaded, with so many for each number."""
     shapes = (ref.shape for base in bases for part in base.components.values() for ref in part.values())
-    return sum(prod(shape) for shape in shapes) * _BYTES
+    return sum(prod(shape) for shape in shapes) * each
 
 
 def free_bytes(device: str) -> int:
@@ -30,24 +30,30 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_room(bases: Sequence[Base], device: str) -> None:
+_REMEDY = "Free some, take a device or a machine with more, or a method that runs no model (--weights-only)."
+
+
+def check_room(bases: Sequence[Base], device: str, *, each: int = _BYTES, remedy: str = _REMEDY) -> None:
     """Fail before the loading where it can't end well.
 
     Args:
         bases: all that are to be held at once.
         device: where.
+        each: bytes of a number.
+        remedy: what else can be done.
 
     Raises:
         InputError: they need more than is free.
     """
-    need, free = _MORE * needed(bases), free_bytes(device)
+    need, free = _MORE * needed(bases, each), free_bytes(device)
     if need <= free:
         return
-    each = ", ".join(f"{base.path.name} {_gb(needed([base]))}" for base in bases)
+    told = ", ".join(f"{base.path.name} {_gb(needed([base], each))}" for base in bases)
+    beside = f" for both bases ({told})" if len(bases) > 1 else ""
     raise InputError(
-        f"needs about {_gb(need)} of memory beside the other base ({each}), and {_gb(free)} are free on {device}",
+        f"needs about {_gb(need)} of memory{beside}, and {_gb(free)} are free on {device}",
         file=bases[-1].path,
-        remedy="Free some, take a device or a machine with more, or a method that runs no model (--weights-only).",
+        remedy=remedy,
     )
 
 

@@ -183,7 +183,8 @@ def _check(settings: TrainSettings) -> None:
 
 
 def _load(base: Base, settings: TrainSettings) -> Loaded:
-    check_room((base,), settings.device)
+    remedy = "Free some, take --dtype bfloat16, or a device or a machine with more."
+    check_room((base,), settings.device, each=4 if settings.dtype == "float32" else 2, remedy=remedy)
     model = load_model(base.path, config=settings.config, device=settings.device, dtype=settings.dtype)
     if model.kind == "encoder" or getattr(model.main.config, "is_encoder_decoder", False):
         raise InputError(
