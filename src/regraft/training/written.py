@@ -100,6 +100,6 @@ def write_trained(
             return output, []
         write_with_metadata(made, stamped, added, overwrite=False)
         report = convert_adapter(stamped, output, format, base=base.path, overwrite=overwrite)
+    # Its further notes are of what was beside the weights in a folder that nobody has seen.
     changes = Counter((change.status, change.reason) for change in report.changes)
-    told = [f"{count} modules {status} in the file: {reason}" for (status, reason), count in changes.items()]
-    return output, [*told, *report.notes]
+    return output, [f"{count} modules {status} in the file: {reason}" for (status, reason), count in changes.items()]
