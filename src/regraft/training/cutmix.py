@@ -64,12 +64,30 @@ class Phrases:
         both: of a collage, whichever way it is cut.
         beside: of a collage of left and right.
         above: of a collage of top and bottom.
+
+    Raises:
+        UsageError: one doesn't hold the names.
     """
 
     one: str = "photo of a {0}"
     both: str = "photo of a {0} and a {1}"
     beside: str = "photo of a {0} on the left and a {1} on the right"
     above: str = "photo of a {0} at the top and a {1} at the bottom"
+
+    def __post_init__(self) -> None:
+        for phrase, names in ((self.one, ["\0"]), *((phrase, ["\0", "\1"]) for phrase in self.of_two)):
+            try:
+                made = phrase.format(*names)
+            except (LookupError, ValueError, AttributeError):
+                made = ""
+            if any(made.count(name) != 1 for name in names):
+                wanted = " and ".join(f"{{{at}}}" for at in range(len(names)))
+                raise UsageError(f"the phrase {phrase!r} must hold {wanted} once")
+
+    @property
+    def of_two(self) -> tuple[str, str, str]:
+        """Those of collages."""
+        return self.both, self.beside, self.above
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,11 @@ class CutMix:
         if not 0 <= self.probability <= 1:
             raise UsageError(f"a probability lies between 0 and 1, not at {self.probability}", key="cut-mix")
         if len(self.subjects) < (least := 2 if self.probability else 1):
-            raise UsageError(f"needs at least {least} subjects, and there are {len(self.subjects)}", key="cut-mix")
+            raise UsageError(
+                f"needs at least {least} subjects, and there are {len(self.subjects)}",
+                key="cut-mix",
+                remedy="Give more subjects, or a probability of 0.",
+            )
         names = [subject.name for subject in self.subjects]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)

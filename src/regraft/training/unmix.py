@@ -133,7 +133,8 @@ class Apart:
         """Look up the special tokens in the samples' prompts.
 
         Args:
-            samples: a batch, (h, w) alike; collages of subjects without an identifier count as none.
+            samples: a batch, (h, w) alike; collages of subjects without an identifier, or without a prompt, count as
+                none.
             tokenizer: of transformers, that of the text encoder.
             max_length: tokens that prompts are padded and cut to; None for the tokenizer's own.
 
@@ -144,7 +145,8 @@ class Apart:
         tokens = torch.zeros(len(samples), 2, length)
         others = torch.zeros(len(samples), 2, *samples[0].picture.shape[-2:])
         for at, sample in enumerate(samples):
-            if not sample.is_collage or not all(subject.identifier for subject in sample.subjects):
+            named = all(subject.identifier for subject in sample.subjects)
+            if not (sample.is_collage and sample.prompt and named):
                 continue
             for which, subject in enumerate(sample.subjects):
                 places = token_positions(tokenizer, sample.prompt, subject.identifier, length)
