@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regraft import InputError
 from regraft.errors import UsageError
-from regraft.training.cutmix import CutMix, Fit, Phrases, Sample, Subject, collage, fitted
+from regraft.training.cutmix import Cut, CutMix, Fit, Phrases, Sample, Subject, collage, fitted
 
 SIZE = (12, 10)
 #: Each subject is of one grey, so that a pixel tells whose it is.
@@ -53,6 +53,13 @@ def test_prompts_name_each_side_s_subject() -> None:
         assert sample.prompt in allowed
         seen.add((allowed[sample.prompt], left != right))
     assert seen == {(kind, beside) for kind in ("sides", "plain") for beside in (True, False)}
+
+
+@pytest.mark.parametrize(("cut", "word"), [("beside", "left"), ("above", "top")])
+def test_collages_are_cut_as_asked(cut: Cut, word: str) -> None:
+    samples = drawn(CutMix(subjects(), SIZE, 1.0, cuts=(cut,)), 20)
+    assert all(bool(sample.regions[0, :, 0].all()) == (cut == "beside") for sample in samples)
+    assert {word in sample.prompt for sample in samples if " the " in sample.prompt} == {True}
 
 
 def test_a_collage_is_drawn_as_often_as_it_should_be() -> None:

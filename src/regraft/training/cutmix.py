@@ -26,6 +26,9 @@ PROBABILITY = 0.6
 #: CutMix does; ``whole`` fits all of it in, and carries the picture's border on to the region's.
 Fit = Literal["crop", "whole"]
 
+#: How the two of a collage lie: left and right, or top and bottom.
+Cut = Literal["beside", "above"]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -116,8 +119,8 @@ class Sample:
 class CutMix:
     """Draws samples of several subjects (arXiv 2303.11305, section 3.3).
 
-    The two of a collage are drawn without replacement. Left and right or top and bottom, and a prompt with the sides or
-    without, are as likely as each other. Samples for prior preservation are drawn in the same way from `of_classes`.
+    The two of a collage are drawn without replacement. A prompt with the sides or without is as likely as the other.
+    Samples for prior preservation are drawn in the same way from `of_classes`.
 
     Attributes:
         subjects: to choose from; at least two, or one with a probability of 0.
@@ -125,6 +128,7 @@ class CutMix:
         probability: that a sample is a collage.
         fit: how a picture comes into its half.
         phrases: how a sample is described.
+        cuts: ways to lay the two, each as likely as the others.
 
     Raises:
         UsageError: the probability is none, the subjects are too few or have one name, or a half would be empty.
@@ -135,6 +139,7 @@ class CutMix:
     probability: float = PROBABILITY
     fit: Fit = "crop"
     phrases: Phrases = Phrases()
+    cuts: tuple[Cut, ...] = ("beside", "above")
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -158,7 +163,8 @@ class CutMix:
             return self._alone(generator)
         chosen = torch.randperm(len(self.subjects), generator=generator)[:2].tolist()
         first, second = (self.subjects[at] for at in chosen)
-        beside, sides = _chance(generator) < 0.5, _chance(generator) < 0.5
+        beside = self.cuts[int(torch.randint(len(self.cuts), (), generator=generator))] == "beside"
+        sides = _chance(generator) < 0.5
         picture, regions = collage(
             _any(first, generator), _any(second, generator), self.size, beside=beside, fit=self.fit
         )
