@@ -19,15 +19,16 @@ from regraft.refine.quantised import Quantize
 from regraft.report.tables import train_table
 from regraft.training import KINDS, Look, TrainSettings, state_file
 from regraft.training import train as train_adapter
+from regraft.training.settings import SubjectFolder, SubjectSettings
 
 
 def train(
     data: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="DATA", help="A folder of pictures with captions; .txt or .jsonl files, or a folder of them."
         ),
-    ],
+    ] = None,
     base: Annotated[
         Path | None, typer.Option("--base", metavar="BASE", help="To train on: a pipeline or transformers folder.")
     ] = None,
@@ -68,6 +69,29 @@ def train(
         float, typer.Option("--dropped", help="Share of the pictures that are shown without a caption.")
     ] = TrainSettings.dropped,
     context: Annotated[int, typer.Option("--context", min=8, help="Tokens of a text at most.")] = TrainSettings.context,
+    subject: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subject",
+            metavar="FOLDER=TOKEN NOUN",
+            help="In place of DATA: a folder of pictures of one subject, its special token and its class, as in "
+            "'mine=<v1> cat'; repeatable.",
+        ),
+    ] = None,
+    cut_mix: Annotated[
+        float, typer.Option("--cut-mix", help="Share of the samples that are collages of two subjects.")
+    ] = SubjectSettings.cut_mix,
+    unmix: Annotated[
+        float, typer.Option("--unmix", min=0, help="Weight of keeping each subject's token out of the other's half.")
+    ] = 0.0,
+    prior: Annotated[
+        int, typer.Option("--prior", min=0, help="Pictures of each class that the base draws, to keep knowing it.")
+    ] = 0,
+    fit: Annotated[str, typer.Option("--fit", metavar="crop|whole", help="Of a picture into half a collage.")] = "crop",
+    phrase: Annotated[
+        list[str] | None,
+        typer.Option("--phrase", metavar="NAME=TEXT", help="Prompt for subjects: one, both, beside or above."),
+    ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
     ] = None,
@@ -101,6 +125,7 @@ def train(
     if format is not None:
         get_format(format)
     settings = TrainSettings(
+        subjects=subjects(subject, cut_mix, unmix, prior, fit, phrase),
         kind=o.one_of(kind, "--kind", tuple(KINDS)),
         rank=rank,
         alpha=None if alpha is None else o.above_zero(alpha, "--alpha"),
@@ -150,7 +175,32 @@ def told(look: Look) -> str:
     return "; ".join([*said, *([f"{look.held:.4f} on held-out data"] if look.held is not None else [])])
 
 
-def fields(given: list[str] | None) -> dict[str, Any]:
+def subjects(
+    given: list[str] | None, cut_mix: float, unmix: float, prior: int, fit: str, phrases: list[str] | None
+) -> SubjectSettings | None:
+    """``["mine=<v1> cat"]`` → the folder, special token and class of each subject; None without any.
+
+    Raises:
+        UsageError: one has no folder, no token or no class.
+    """
+    folders = []
+    for text in given or ():
+        # A folder's name may hold the sign; a token and a class don't.
+        folder, _, name = text.rpartition("=")
+        identifier, _, noun = name.strip().partition(" ")
+        if not folder or not noun.strip():
+            raise UsageError(f"--subject {text!r} is no FOLDER=TOKEN NOUN", remedy="As in --subject 'mine=<v1> cat'.")
+        folders.append(SubjectFolder(Path(folder), identifier, noun.strip()))
+    if not folders:
+        return None
+    said = {name: str(value) for name, value in fields(phrases, "--phrase").items()}
+    whole = o.one_of(fit, "--fit", ("crop", "whole"))
+    return SubjectSettings(
+        tuple(folders), o.share(cut_mix, "--cut-mix"), o.finite(unmix, "--unmix"), prior, whole, said
+    )
+
+
+def fields(given: list[str] | None, option: str = "--set") -> dict[str, Any]:
     """``["r=8", "init=gaussian"]`` → {"r": 8, "init": "gaussian"}: values are JSON where they can be, else words.
 
     Raises:
@@ -160,7 +210,7 @@ def fields(given: list[str] | None) -> dict[str, Any]:
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise UsageError(f"--set {text!r} is no FIELD=VALUE")
+            raise UsageError(f"{option} {text!r} is no FIELD=VALUE")
         try:
             found[name.strip()] = json_.loads(value)
         except ValueError:

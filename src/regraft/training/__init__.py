@@ -31,6 +31,7 @@ from regraft.training.lessons import Lesson, PictureLesson, TextLesson, split
 from regraft.training.loop import Course, Heard, Look, run
 from regraft.training.picture_data import read_pictures
 from regraft.training.settings import TrainSettings
+from regraft.training.subjects import subject_lesson
 from regraft.training.texts import read_examples
 from regraft.training.written import file_format, picture_metadata, write_trained
 
@@ -63,7 +64,7 @@ class _Taught:
 
 
 def train(
-    data: Path,
+    data: Path | None,
     base: Base,
     output: Path,
     settings: TrainSettings = TrainSettings(),
@@ -77,7 +78,7 @@ def train(
     """Train an adapter and write it, stamped with its base.
 
     Args:
-        data: a folder of pictures with captions, for a pipeline; text files, for a language model.
+        data: a folder of pictures with captions, for a pipeline; text files, for a language model; None with subjects.
         base: that it is trained on.
         output: PEFT's folder, or a file.
         settings: kind, rank, steps and the rest.
@@ -95,7 +96,7 @@ def train(
     began = perf_counter()
     check_writable(output, overwrite=overwrite)
     kind = kind_of(settings.kind)
-    _check(settings)
+    _check(data, settings)
     state = state or state_file(data, base, settings)
     with quiet_libraries():
         tick(0, settings.steps, "loading the base")
@@ -125,7 +126,7 @@ def train(
     state.unlink(missing_ok=True)
     return TrainReport(
         regraft_version=__version__,
-        data=str(data),
+        data=", ".join(str(place) for place in _places(data, settings)),
         base=summarise(base),
         outputs=[str(written)],
         kind=settings.kind,
@@ -145,15 +146,17 @@ def train(
     )
 
 
-def state_file(data: Path, base: Base, settings: TrainSettings) -> Path:
+def state_file(data: Path | None, base: Base, settings: TrainSettings) -> Path:
     """Where the state of a training of this data (by names, sizes and dates), base and settings is kept.
 
     Raises:
         InputError: there is no such data.
     """
-    if not data.exists():
-        raise InputError("no such file or folder", file=data, remedy="Check the path of the data.")
-    files = sorted(file for file in data.rglob("*") if file.is_file()) if data.is_dir() else [data]
+    files: list[Path] = []
+    for place in _places(data, settings):
+        if not place.exists():
+            raise InputError("no such file or folder", file=place, remedy="Check the path of the data.")
+        files += sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
     asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     content = {
         "data": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
@@ -164,7 +167,19 @@ def state_file(data: Path, base: Base, settings: TrainSettings) -> Path:
     return cache_folder() / "train" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
 
 
-def _check(settings: TrainSettings) -> None:
+def _places(data: Path | None, settings: TrainSettings) -> list[Path]:
+    if data is not None:
+        return [data]
+    return [one.folder for one in settings.subjects.folders] if settings.subjects is not None else []
+
+
+def _check(data: Path | None, settings: TrainSettings) -> None:
+    if (data is None) == (settings.subjects is None):
+        raise UsageError("either data or subjects are learnt", remedy="Name DATA, or give --subject.")
+    if settings.subjects is not None and settings.subjects.unmix and settings.checkpointing:
+        raise UsageError(
+            "unmix needs the attention that gradient checkpointing forgets", remedy="Leave one of the two out."
+        )
     check_quantiser(settings.quantize)
     kind = kind_of(settings.kind)
     if kind.by_weight and settings.quantize != "none":
@@ -201,7 +216,9 @@ def _load(base: Base, settings: TrainSettings) -> Loaded:
     return model
 
 
-def _taught(data: Path, model: Loaded, settings: TrainSettings) -> _Taught:
+def _taught(data: Path | None, model: Loaded, settings: TrainSettings) -> _Taught:
+    if data is None:
+        return _subjects(model, settings)
     if model.pipeline is None:
         examples = read_examples(data, model, settings.context)
         fit, apart = split(len(examples), settings.held, settings.seed)
@@ -209,7 +226,17 @@ def _taught(data: Path, model: Loaded, settings: TrainSettings) -> _Taught:
     pictures = read_pictures(data, model, settings.size, settings.caption)
     fit, apart = split(len(pictures), settings.held, settings.seed)
     lesson = PictureLesson(pictures, fit, apart, settings.dropped, settings.seed)
-    return _Taught(lesson, "pictures", _PICTURES, picture_metadata(pictures))
+    return _Taught(lesson, "pictures", _PICTURES, picture_metadata(pictures.captions, pictures.size))
+
+
+def _subjects(model: Loaded, settings: TrainSettings) -> _Taught:
+    assert settings.subjects is not None
+    if model.pipeline is None:
+        raise InputError(f"subjects are learnt by a pipeline, not by a {model.name}", file=model.path)
+    lesson = subject_lesson(model, settings.subjects, settings.size, settings.dropped, settings.seed)
+    one = lesson.draws.phrases.one
+    captions = [one.format(subject.name) for subject in lesson.draws.subjects for _ in subject.pictures]
+    return _Taught(lesson, "pictures", _PICTURES, picture_metadata(captions, lesson.draws.size))
 
 
 def _tuned(model: Loaded, settings: TrainSettings) -> Any:

@@ -56,9 +56,7 @@ def read_pictures(folder: Path, model: Loaded, size: int | None, caption: str | 
         InputError: there are no pictures, one can't be read or has no caption, or the pipeline has no such latents.
     """
     height, width = _size(model, size)
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
-    if not files:
-        raise InputError(f"has no pictures in it ({', '.join(_SUFFIXES)})", file=folder, remedy="Name their folder.")
+    files = _files(folder)
     said = _captions(folder)
     captions = tuple(_caption(file, said, caption) for file in files)
     with torch.no_grad():
@@ -70,6 +68,27 @@ def read_pictures(folder: Path, model: Loaded, size: int | None, caption: str | 
     if latents.dim() != 4 or not bool(latents.isfinite().all()):
         raise InputError("its autoencoder makes no latents of pictures", file=model.path, remedy="Try --dtype float32.")
     return Pictures(latents, captions, (height, width))
+
+
+def read_pixels(folder: Path, model: Loaded, size: int | None) -> Tensor:
+    """The pictures of a folder as they are cropped for a pipeline, (n, 3, h, w) in [−1, 1]; captions are not read.
+
+    Args:
+        folder: with pictures in it.
+        model: a pipeline with an autoencoder.
+        size: height and width; None for what the pipeline draws.
+
+    Raises:
+        InputError: there are no pictures, one can't be read, or the pipeline has no latents to train on.
+    """
+    return _pixels(model, _files(folder), *_size(model, size))
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"has no pictures in it ({', '.join(_SUFFIXES)})", file=folder, remedy="Name their folder.")
+    return files
 
 
 def _size(model: Loaded, size: int | None) -> tuple[int, int]:

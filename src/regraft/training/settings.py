@@ -8,6 +8,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regraft.refine.quantised import Quantize
+from regraft.training.cutmix import PROBABILITY, Fit
+
+
+@dataclass(frozen=True)
+class SubjectFolder:
+    """A subject that is to be learnt.
+
+    Attributes:
+        folder: of its pictures, without captions.
+        identifier: its special token.
+        noun: its class.
+    """
+
+    folder: Path
+    identifier: str
+    noun: str
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """How several subjects are shown; see `regraft.training.cutmix`.
+
+    Attributes:
+        folders: of the subjects.
+        cut_mix: probability of a collage of two.
+        unmix: weight of the regulariser of `regraft.training.unmix`.
+        prior: pictures of each class that the base draws for prior preservation; 0 for none.
+        fit: how a picture comes into its half.
+        phrases: of `regraft.training.cutmix.Phrases`, by name.
+    """
+
+    folders: tuple[SubjectFolder, ...]
+    cut_mix: float = PROBABILITY
+    unmix: float = 0.0
+    prior: int = 0
+    fit: Fit = "crop"
+    phrases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -16,6 +53,7 @@ class TrainSettings:
 
     Attributes:
         kind: see `regraft.training.kinds.KINDS`.
+        subjects: to learn in place of captioned pictures.
         rank: r; None for the kind's default.
         alpha: of the scale alpha / r; None for r.
         targets: names of modules or their ends, as PEFT takes them, or ``all-linear``; empty for the model's default.
@@ -41,6 +79,7 @@ class TrainSettings:
     """
 
     kind: str = "lora"
+    subjects: SubjectSettings | None = None
     rank: int | None = None
     alpha: float | None = None
     targets: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,6 @@ from regraft.lineage.stamp import first_lineage, write_with_metadata
 from regraft.ops.convert import convert_adapter
 from regraft.runtime.libraries import quiet_libraries
 from regraft.training.kinds import kind_of
-from regraft.training.picture_data import Pictures
 
 
 def file_format(kind: str, output: Path, format: str | None, *, pipeline: bool) -> str | None:
@@ -45,14 +44,15 @@ def file_format(kind: str, output: Path, format: str | None, *, pipeline: bool) 
     return found
 
 
-def picture_metadata(pictures: Pictures) -> dict[str, str]:
+def picture_metadata(captions: Sequence[str], size: tuple[int, int]) -> dict[str, str]:
     """What kohya's scripts note of their data, which `refine` draws its prompts by.
 
     Args:
-        pictures: that it was trained on.
+        captions: of the pictures that it was trained on.
+        size: their height and width.
     """
-    height, width = pictures.size
-    counts = Counter(caption for caption in pictures.captions if caption)
+    height, width = size
+    counts = Counter(caption for caption in captions if caption)
     return {
         "ss_resolution": f"({width}, {height})",
         "ss_tag_frequency": json.dumps({"data": dict(counts.most_common())}, ensure_ascii=False),
