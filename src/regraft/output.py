@@ -78,6 +78,11 @@ def _check_replaceable(folder: Path, *, overwrite: bool, source: Path | None) ->
         )
 
 
+def names_file(path: Path) -> bool:
+    """Whether a path that is not there yet is a weights file's: a folder's name may have dots, as in ``llama-3.1``."""
+    return path.suffix.lower() in (".safetensors", ".gguf", *TORCH_SUFFIXES)
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place on success and vanishes on any failure.
@@ -202,7 +207,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
         what = "nothing is left to write: no key of the input was understood"
         raise OutputError(what, file=source or path, remedy="`regraft inspect` lists its keys.")
     folder = content.folder or bool(content.files)
-    if folder and path.suffix.lower() in (".safetensors", ".gguf", *TORCH_SUFFIXES):
+    if folder and names_file(path):
         raise OutputError(
             "this format is a folder (config beside weights)",
             file=path,

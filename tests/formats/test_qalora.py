@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from regraft import InputError, load_adapter
 from regraft.updates import LowRank
 
-GROUP = 4
-
 
 class Net(nn.Module):
     def __init__(self) -> None:
@@ -24,11 +22,13 @@ class Net(nn.Module):
         self.one, self.two = nn.Linear(16, 12), nn.Linear(8, 6)
 
 
-@pytest.fixture
-def tuned() -> Any:
+@pytest.fixture(params=[1, 4])
+def tuned(request: pytest.FixtureRequest) -> Any:
     """PEFT has the variant for GPTQ layers alone, which need a GPU: here it is put on plain ones."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["one", "two"], use_qalora=True, qalora_group_size=GROUP)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["one", "two"], use_qalora=True, qalora_group_size=request.param
+    )
     model = peft.get_peft_model(Net(), config)
     for layer in (model.base_model.model.one, model.base_model.model.two):
         QALoraLinearVariant.init(layer, "default", config)

@@ -18,7 +18,9 @@ from regraft.lineage import lineage_of
 from regraft.report.train_schema import TrainReport
 from regraft.runtime import applied, load_model
 from regraft.training import KINDS, Look, TrainSettings, loop, state_file, train
-from regraft.training.lessons import split
+from regraft.training.kinds import config_of, default_targets
+from regraft.training.lessons import TextLesson, denoising_loss, split
+from regraft.training.texts import IGNORED, TextExample, read_examples
 from verify import tiny
 
 QUICK = TrainSettings(steps=6, look=3, rate=1e-2, batch=2)
@@ -175,23 +177,48 @@ def test_it_learns_and_says_so(texts: Path, pictures: Path, old: Path, pipe: Pat
         assert held[-1] < 0.9 * held[0]
 
 
-def test_the_held_out_loss_is_the_libraries_own(old: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the rain is in the river"}) + "\n")
-    for settings in (replace(QUICK, held=0.0), replace(QUICK, held=0.0, batch=1)):
-        loss = (
-            made(tmp_path / "a.jsonl", old, tmp_path / f"out{settings.batch}", replace(settings, steps=1))
-            .looks[-1]
-            .loss
-        )
-        model = load_model(old)
-        ids = torch.tensor([[*model.tokenizer("the rain is in the river")["input_ids"], model.tokenizer.eos_token_id]])
+def test_losses_on_texts_are_the_library_s_own_whatever_their_lengths(old: Path) -> None:
+    model = load_model(old)
+    words = ["the rain", "the rain is in the river", "a river of rain and a river", "the", "it was on"]
+    examples = [
+        TextExample(ids, ids)
+        for text in words
+        for ids in [(*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id)]
+    ]
+    each = []
+    for example in examples:
+        ids = torch.tensor([example.ids])
         with torch.no_grad():
-            assert loss == pytest.approx(float(model.main(input_ids=ids, labels=ids).loss), rel=1e-4)
+            each.append((len(example.ids) - 1, float(model.main(input_ids=ids, labels=ids).loss)))
+    mean = sum(count * loss for count, loss in each) / sum(count for count, _ in each)
+    lesson = TextLesson(examples, examples)
+    with torch.no_grad():
+        assert float(lesson.loss(model, range(5), torch.Generator())) == pytest.approx(mean, rel=1e-4)
+    assert lesson.held(model) == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_on_pictures_is_that_of_diffusers_training_scripts(prediction: str, tmp_path: Path) -> None:
+    model = load_model(tiny.pipeline(tmp_path / "pipe", prediction=prediction))
+    clean = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    captions = ["a cat", "rain", ""]
+    with torch.no_grad():
+        found = float(denoising_loss(model, clean, captions, torch.Generator().manual_seed(5)))
+        generator, pipe = torch.Generator().manual_seed(5), model.pipeline
+        noise = torch.randn(clean.shape, generator=generator)
+        times = torch.randint(pipe.scheduler.config.num_train_timesteps, (3,), generator=generator)
+        noisy = pipe.scheduler.add_noise(clean, noise, times)
+        ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        said = pipe.unet(noisy, times, pipe.text_encoder(ids)[0]).sample
+        wanted = {
+            "epsilon": noise,
+            "v_prediction": pipe.scheduler.get_velocity(clean, noise, times) if prediction == "v_prediction" else noise,
+            "sample": clean,
+        }[prediction]
+    assert found == pytest.approx(float(torch.nn.functional.mse_loss(said, wanted)), rel=1e-4)
 
 
 def test_of_a_prompt_only_the_completion_is_learnt(old: Path, tmp_path: Path) -> None:
-    from regraft.training.texts import IGNORED, read_examples
-
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "the rain", "completion": "is in"}))
     model = load_model(old)
     (example,) = read_examples(tmp_path / "a.jsonl", model, 16)
@@ -305,8 +332,14 @@ def test_bad_input_is_told_in_a_line(
         ([edited(tmp_path / "a.jsonl", '{"x": 1}'), "--base", old], "line 1"),
         ([edited(tmp_path / "b.jsonl", "{"), "--base", old], "no JSON"),
         ([edited(tmp_path / "c.jsonl", '{"messages": [{"role": "user"}]}'), "--base", old], "messages"),
-        ([edited(tmp_path / "d.txt", ""), "--base", old, "--held", 0.5], "no text"),
+        ([edited(tmp_path / "d.txt", ""), "--base", old, "--held-out", 0.5], "no text"),
         ([pictures, "--base", pipe, "--size", 13], "multiple"),
+        ([texts, "--base", old, "--held-out", 1], "held out"),
+        ([edited(tmp_path / "e.jsonl", "[" * 20000), "--base", old], "no JSON"),
+        ([texts, "--base", old, "--set", "rank_pattern=5"], "--set"),
+        ([texts, "--base", old, "--set", "layer_replication=[[0,9]]"], "--set"),
+        ([texts, "--base", old, "--set", "inference_mode=true"], "nothing of the adapter is trained"),
+        ([texts, "--base", old, "--set", "init_lora_weights=loftq"], "LoftQ"),
     ]
     for number, (arguments, said) in enumerate(cases):
         out = tmp_path / f"out{number}"
@@ -324,26 +357,110 @@ def test_a_picture_without_a_caption_is_named(pictures: Path, pipe: Path, tmp_pa
     made(place, pipe, tmp_path / "out", replace(QUICK, caption="rain", steps=1))
 
 
-def test_a_loss_that_is_no_number_stops_it(
-    texts: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_no_number_stops_it_at_the_last_good_state(
+    where: str, texts: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regraft.training.lessons import TextLesson
-
     loss = TextLesson.loss
     seen: list[int] = []
 
     def spoilt(self: TextLesson, model: Any, which: Any, generator: Any) -> Tensor:
         seen.append(len(seen))
-        return loss(self, model, which, generator) * (float("nan") if len(seen) > 2 else 1.0)
+        found = loss(self, model, which, generator)
+        if len(seen) <= 2:
+            return found
+        if where == "loss":
+            return found * float("nan")
+        # Its value is 0, its gradient infinite.
+        return found + (found - found.detach()).abs().sqrt()
 
     monkeypatch.setattr(TextLesson, "loss", spoilt)
     report = made(texts, old, tmp_path / "out")
     assert "no number at step 3" in report.stopped
-    assert len(seen) == 3
+    assert (len(seen), report.steps) == (3, 2)
     assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
+    assert any(value.abs().sum() > 0 for name, value in weights(tmp_path / "out").items() if name.endswith("up"))
     seen[:] = [0, 1, 2]
     with pytest.raises(InputError, match="not a number"):
         made(texts, old, tmp_path / "none")
+
+
+def test_a_budget_leaves_a_state_to_go_on_from(texts: Path, old: Path, tmp_path: Path) -> None:
+    short = replace(QUICK, budget=1e-6)
+    report = made(texts, old, tmp_path / "short", short)
+    assert (report.steps, "budget" in report.stopped) == (1, True)
+    assert state_file(texts, open_base(old), QUICK).is_file()
+    made(texts, old, tmp_path / "short", QUICK, overwrite=True)
+    made(texts, old, tmp_path / "whole", QUICK)
+    one, other = weights(tmp_path / "short"), weights(tmp_path / "whole")
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_lycoris_kinds_are_written_as_the_folder_has_them(
+    kind: str, pictures: Path, pipe: Path, tmp_path: Path
+) -> None:
+    made(pictures, pipe, tmp_path / "file.safetensors", quick(kind))
+    made(pictures, pipe, tmp_path / "v1.5-folder", quick(kind))
+    file, folder = load_adapter(tmp_path / "file.safetensors"), load_adapter(tmp_path / "v1.5-folder")
+    assert (file.format, folder.format) == ("lycoris", "peft")
+    mine = {ref.path: update.delta() for ref, update in file.updates.items()}
+    assert len(mine) == len(folder.updates)
+    by_name = {path.replace(".", "_"): delta for path, delta in mine.items()}
+    for ref, update in folder.updates.items():
+        torch.testing.assert_close(by_name[ref.path.replace(".", "_")], update.delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_olora_is_written_for_the_base_as_it_was(texts: Path, old: Path, tmp_path: Path) -> None:
+    import peft
+
+    made(texts, old, tmp_path / "out", quick("lora", options={"init_lora_weights": "olora"}))
+    base = load_model(old).main
+    served = logits(peft.PeftModel.from_pretrained(base, str(tmp_path / "out")).eval())
+    merged = load_model(old)
+    with applied(merged.components, load_adapter(tmp_path / "out")):
+        torch.testing.assert_close(logits(merged.main), served, rtol=1e-3, atol=1e-4)
+
+
+def test_alpha_goes_by_the_rank_however_that_was_given() -> None:
+    assert config_of("lora", rank=4).lora_alpha == 4
+    assert config_of("lora", options={"r": 4}).lora_alpha == 4
+    assert config_of("lora", rank=4, alpha=2.5).lora_alpha == 2.5
+
+
+def test_a_layer_outside_of_the_blocks_is_not_taken_with_them() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2), "add_q_proj": torch.nn.Linear(2, 2)})
+            self.transformer_blocks = torch.nn.ModuleList([block])
+            self.proj_out = torch.nn.Linear(2, 2)
+
+    assert default_targets(Net(), "lora", denoiser=True) == ("to_q", "add_q_proj")
+
+
+def test_a_phone_s_picture_is_turned_upright(pipe: Path, tmp_path: Path) -> None:
+    from regraft.training.picture_data import _pixels
+
+    lying = Image.new("RGB", (16, 16), (255, 0, 0))
+    lying.paste((0, 0, 255), (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    lying.save(tmp_path / "a.png", exif=exif)
+    found = _pixels(load_model(pipe), [tmp_path / "a.png"], 16, 16)
+    torch.testing.assert_close(found[0, :, 12, 8], torch.tensor([-1.0, -1.0, 1.0]))
+
+
+def test_lines_end_at_line_feeds_alone(old: Path, tmp_path: Path) -> None:
+    line = json.dumps({"text": "the rain\u2028is in the river"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert len(read_examples(tmp_path / "a.jsonl", load_model(old), 32)) == 2
+
+
+def test_another_precision_may_follow_in_one_process(texts: Path, old: Path, tmp_path: Path) -> None:
+    made(texts, old, tmp_path / "one", replace(QUICK, steps=1))
+    made(texts, old, tmp_path / "two", replace(QUICK, steps=1, precision="bf16"))
 
 
 def test_nothing_is_replaced_unasked(texts: Path, old: Path, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from regraft.training import KINDS, Look, TrainSettings, state_file
 from regraft.training import train as train_adapter
 from regraft.training.settings import SubjectFolder, SubjectSettings
 
+# What torch's generators take, with room for what is added to it.
+_LARGEST_SEED = 1 << 48
+
 
 def train(
     data: Annotated[
@@ -57,7 +60,7 @@ def train(
     ] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Learning rate; by default the kind's.")] = None,
     held: Annotated[
-        float, typer.Option("--held", help="Share of the data that is only measured on.")
+        float, typer.Option("--held-out", help="Share of the data that is only measured on.")
     ] = TrainSettings.held,
     size: Annotated[
         int | None, typer.Option("--size", min=8, help="Of the pictures; by default what the pipeline draws.")
@@ -66,7 +69,7 @@ def train(
         str | None, typer.Option("--caption", metavar="TEXT", help="Of pictures that have none.")
     ] = None,
     dropped: Annotated[
-        float, typer.Option("--dropped", help="Share of the pictures that are shown without a caption.")
+        float, typer.Option("--caption-dropout", help="Share of the pictures that are shown without a caption.")
     ] = TrainSettings.dropped,
     context: Annotated[int, typer.Option("--context", min=8, help="Tokens of a text at most.")] = TrainSettings.context,
     subject: Annotated[
@@ -95,7 +98,9 @@ def train(
     budget: Annotated[
         str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of first values, order and noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=_LARGEST_SEED, help="Of first values, order and noise.")
+    ] = 0,
     config: o.Config = None,
     device: o.Device = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Of the base.")] = "float32",
@@ -134,10 +139,10 @@ def train(
         steps=steps,
         batch=batch,
         rate=None if rate is None else o.above_zero(rate, "--rate"),
-        held=o.share(held, "--held"),
+        held=o.share(held, "--held-out"),
         size=size,
         caption=caption,
-        dropped=o.share(dropped, "--dropped"),
+        dropped=o.share(dropped, "--caption-dropout"),
         context=context,
         seed=seed,
         budget=seconds(budget),

@@ -69,9 +69,9 @@ def orientation_of(path: str, config: Config | None) -> Literal["weight", "conv1
     return "conv1d" if turned else "weight"
 
 
-def pooled_of(config: Config | None) -> int:
-    """How many inputs QA-LoRA pools into one before A reads them; 1 for any other LoRA."""
-    return int(config.get("qalora_group_size", _POOLED)) if config and config.get("use_qalora") else 1
+def pooled_of(config: Config | None) -> int | None:
+    """How many inputs QA-LoRA pools into one before A reads them; None for any other LoRA."""
+    return int(config.get("qalora_group_size", _POOLED)) if config and config.get("use_qalora") else None
 
 
 def by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:

@@ -224,7 +224,7 @@ def _low_rank(path: str, part: Parts, file: AdapterFile) -> LowRank:
     scale = scale_of(file.config, path, rank) if file.config is not None else 1.0
     magnitude, bias = part.tensors.get("magnitude"), part.tensors.get("bias")
     pooled = pooled_of(file.config)
-    if pooled > 1 and len(down.shape) == 2 and not part.embedding:
+    if pooled is not None and len(down.shape) == 2 and not part.embedding:
         scale *= down.shape[1] / pooled
         down = Repeated(down, pooled)
     conv1d = orientation_of(path, file.config) == "conv1d" and len(up.shape) == 2

@@ -16,7 +16,7 @@ from regraft.lineage import KEY, dumped, lineage_of
 from regraft.lineage.model import VERSION
 from regraft.lineage.updates import scale_convention, update_groups
 from regraft.migrations.base_id import base_id
-from regraft.output import ADAPTER_CONFIG, check_writable, readable, whole
+from regraft.output import ADAPTER_CONFIG, check_writable, names_file, readable, whole
 from regraft.plan import check_families
 from regraft.report.json_schema import parse
 from regraft.report.schema import VerifyReport
@@ -150,7 +150,7 @@ def write_with_metadata(source: Path, output: Path, added: Mapping[str, str], *,
     if source.is_dir() and output.resolve() == source.resolve():
         # Only the weights change: the folder's other files stay as they lie.
         source, output = weights, weights
-    elif source.is_dir() != (output.is_dir() or (not output.exists() and output.suffix == "")):
+    elif source.is_dir() != (output.is_dir() or (not output.exists() and not names_file(output))):
         raise UsageError("a file is stamped into a file, a folder into a folder", remedy="Name the output like it.")
     check_writable(output, overwrite=overwrite, source=source)
     with whole(output) as stage:

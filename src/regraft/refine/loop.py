@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import STEPS, RefineSettings
 from regraft.refine.states import watching
 from regraft.refine.student import Student
-from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
-from regraft.runtime.optim import checkpoint_activations, optimizer_of, pace
+from regraft.runtime.optim import Stepper, checkpoint_activations
 
 # A start that lacks less than this has nothing left to gain.
 _ALL = 1e-3
@@ -139,11 +137,9 @@ class _Run:
         self.student, self.held, self.settings, self.heard = student, held, settings, heard
         self.tasks = [aim for aim in fit if not aim.retention]
         self.kept = [aim for aim in fit if aim.retention]
-        accelerate = library("accelerate")
-        self.accelerator: Any = accelerate.Accelerator(
-            mixed_precision=settings.precision, cpu=settings.device == "cpu", device_placement=False
+        self.stepper = Stepper(
+            student.parameters(), settings.optimizer, settings.rate, settings.precision, settings.device
         )
-        self.optimizer = optimizer_of(student.parameters(), settings.optimizer, settings.rate)
         self.step, self.spent = 0, 0.0
         self.losses: list[float] = []
         self.most = settings.steps or STEPS
@@ -195,23 +191,15 @@ class _Run:
         return pool[int(order[place])]
 
     def one_step(self, aim: Aim) -> float:
-        rate = self.settings.rate * pace(self.step, self.most)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.stepper.at(self.step, self.most)
         blocks = () if aim.hidden is None else aim.hidden.wanted
-        with torch.enable_grad(), self.accelerator.autocast(), watching(self.student.model, blocks) as seen:
+        with torch.enable_grad(), self.stepper.accelerator.autocast(), watching(self.student.model, blocks) as seen:
             outputs = aim.told(_forward(aim, self.student))
         with torch.enable_grad():
             loss = aim.loss(outputs) / self.size
             if aim.hidden is not None:
                 loss = loss + self.settings.hidden * aim.hidden.distance(seen)
-        self.accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        value = float(loss.detach())
-        if math.isfinite(value):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return value
+        return self.stepper.learn(loss)
 
     @torch.no_grad()
     def look(self, began: float) -> None:
@@ -231,7 +219,7 @@ class _Run:
             "now": self.student.state(),
             "best": self.course.best,
             "looks": [list(astuple(look)) for look in self.course.looks],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.stepper.optimizer.state_dict(),
         }
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -248,9 +236,9 @@ class _Run:
             InputError: it is damaged.
         """
         try:
-            found = torch.load(file, weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
             self.student.load(found["now"])
-            self.optimizer.load_state_dict(found["optimizer"])
+            self.stepper.optimizer.load_state_dict(found["optimizer"])
             self.step, self.spent = found["step"], found["spent"]
             self.course = Course([Look(*look) for look in found["looks"]], found["best"])
         except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:

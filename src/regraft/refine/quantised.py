@@ -38,7 +38,7 @@ def check_quantiser(quantize: Quantize) -> None:
         ) from error
 
 
-def quantise(model: Loaded, quantize: Quantize, precision: str = "no") -> str:
+def quantise(model: Loaded, quantize: Quantize, precision: str = "no", whose: str = "the new base") -> str:
     """Put quantised layers in the place of the main model's linear ones; and what was done, in words.
 
     The output matrix and what its class keeps in full precision stay as they are, as with transformers; so do, with
@@ -48,6 +48,7 @@ def quantise(model: Loaded, quantize: Quantize, precision: str = "no") -> str:
         model: a twin (`regraft.runtime.both.twin`): its modules are exchanged, the tensors that it shares are left.
         quantize: ``none`` does nothing.
         precision: that the layers compute in, as accelerate names it.
+        whose: the model, in words.
 
     Raises:
         InputError: there is no linear layer to quantise.
@@ -67,7 +68,7 @@ def quantise(model: Loaded, quantize: Quantize, precision: str = "no") -> str:
         setattr(main.get_submodule(parent), last, _layer(linear, quantize, compute))
     # PEFT chooses its layers by what transformers notes of a model that it has quantised.
     setattr(main, f"is_loaded_in_{quantize}", True)
-    return f"{len(found)} linear layers of the new base were held in {_TOLD[quantize]} while it was trained on"
+    return f"{len(found)} linear layers of {whose} were held in {_TOLD[quantize]} while it was trained on"
 
 
 def _is_quantisable(main: Any, name: str, module: nn.Module, quantize: Quantize) -> bool:

@@ -104,11 +104,14 @@ def train(
         file = file_format(settings.kind, output, format, pipeline=model.pipeline is not None)
         tick(0, settings.steps, "reading the data")
         taught = _taught(data, model, settings)
-        quantised = quantise(model, settings.quantize, settings.precision)
+        quantised = quantise(model, settings.quantize, settings.precision, whose="the base")
         # Of all that is drawn before the first step.
         torch.manual_seed(settings.seed)
         tuned = _tuned(model, settings)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        if not trained or not taught.lesson.n:
+            what = "nothing of the adapter is trained" if not trained else "all of the data is held out"
+            raise InputError(what, file=base.path if not trained else data, remedy="See --set and --held-out.")
         modules = len(tuned.base_model.targeted_module_names)
         with _before(tuned, settings) as conversion:
             batch, rate = settings.batch or taught.batch, settings.rate or kind.rate
@@ -123,7 +126,8 @@ def train(
                 overwrite=overwrite,
                 conversion=conversion,
             )
-    state.unlink(missing_ok=True)
+    if not course.more:
+        state.unlink(missing_ok=True)
     return TrainReport(
         regraft_version=__version__,
         data=", ".join(str(place) for place in _places(data, settings)),
@@ -182,7 +186,9 @@ def _check(data: Path | None, settings: TrainSettings) -> None:
         )
     check_quantiser(settings.quantize)
     kind = kind_of(settings.kind)
-    if kind.by_weight and settings.quantize != "none":
+    if str(settings.options.get("init_lora_weights", "")).startswith("loftq"):
+        raise UsageError("LoftQ changes the base that it begins on", remedy="Take --kind lora with --quantize 4bit.")
+    if (kind.by_weight or changes_base(settings)) and settings.quantize != "none":
         raise UsageError(
             f"a {settings.kind} is computed from the base's weights: of quantised ones it belongs to another base",
             remedy="Leave --quantize out, or take another kind.",
@@ -195,6 +201,12 @@ def _check(data: Path | None, settings: TrainSettings) -> None:
         targets=settings.targets or ("all-linear",),
         options=settings.options,
     )
+
+
+def changes_base(settings: TrainSettings) -> bool:
+    """Whether it begins with an effect, on weights that lack it: PEFT can write it as a LoRA of the whole base."""
+    start = {**kind_of(settings.kind).fixed, **settings.options}.get("init_lora_weights")
+    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda"))
 
 
 def _load(base: Base, settings: TrainSettings) -> Loaded:
@@ -252,7 +264,7 @@ def _tuned(model: Loaded, settings: TrainSettings) -> Any:
         config.task_type = "CAUSAL_LM"
     try:
         return library("peft").get_peft_model(model.main, config)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, LookupError, AttributeError) as error:
         what = f"PEFT can't put a {settings.kind} on it ({first_line(error)})"
         raise InputError(what, file=model.path, remedy="See --rank, --targets and --set.") from error
 
@@ -260,7 +272,7 @@ def _tuned(model: Loaded, settings: TrainSettings) -> Any:
 @contextmanager
 def _before(tuned: Any, settings: TrainSettings) -> Iterator[Path | None]:
     """The adapter as it begins, where it begins with an effect on a changed base: PEFT writes the difference."""
-    if settings.kind != "pissa":
+    if not changes_base(settings):
         yield None
         return
     with TemporaryDirectory() as place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,8 @@ _OURS = "regraft.tuners"
 _LYCORIS = {"rank": "r", "alpha": "alpha"}
 _LORA = "diffusers"
 
-#: Name → kind. Learning rates: of LoRA and its kin that of diffusers' and kohya's scripts; of VeRA, FourierFT and
-#: SVDiff, which train few numbers, those of their papers' and ports' examples; LoRA-X's paper names none: as SVDiff.
+#: Name → kind. Learning rates: of LoRA and its kin that of QLoRA's paper (arXiv 2305.14314, table 9); of VeRA,
+#: FourierFT and SVDiff, which train few numbers, of the order of their papers' and ports'; LoRA-X's paper names none.
 KINDS: dict[str, Kind] = {
     "lora": Kind("LoraConfig", file=_LORA),
     "rslora": Kind("LoraConfig", fixed={"use_rslora": True}, file=_LORA),
@@ -61,8 +62,11 @@ KINDS: dict[str, Kind] = {
     "foura": Kind("FouraConfig", _OURS, fields={"rank": "r", "alpha": "foura_alpha"}),
 }
 
-# What kohya's and diffusers' scripts change of a denoiser by default: its transformer blocks.
-_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+# The linear layers and projections of a denoiser's transformer blocks, as kohya's scripts change them; those of the
+# text's stream (SD 3) behind those of the picture's.
+_DENOISER: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+_DENOISER += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+_BLOCK = re.compile(r"blocks?\.")
 
 
 def kind_of(name: str) -> Kind:
@@ -98,7 +102,9 @@ def config_of(
     """
     kind = kind_of(name)
     rank = rank or kind.rank
-    asked = {"rank": rank, "alpha": rank if alpha is None and "alpha" in kind.fields else alpha}
+    # Given as a field, r is the rank that alpha goes by, too.
+    final = (options or {}).get(kind.fields.get("rank", ""), rank)
+    asked = {"rank": rank, "alpha": final if alpha is None and "alpha" in kind.fields else alpha}
     for ours, value in asked.items():
         if value is not None and ours not in kind.fields:
             raise UsageError(f"a {name} has no {ours}", remedy=f"Leave --{ours} out.")
@@ -109,7 +115,7 @@ def config_of(
         made["lora_alpha"] = int(made["lora_alpha"])
     try:
         return getattr(library(kind.module), kind.config)(**made)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"PEFT makes no {name} of this ({first_line(error)})", remedy="Check --set.") from error
 
 
@@ -130,7 +136,9 @@ def default_targets(model: nn.Module, kind: str, *, denoiser: bool) -> tuple[str
     for name, module in model.named_modules():
         for end in _DENOISER:
             if name == end or name.endswith(f".{end}"):
-                unfit[end] = unfit.get(end, False) or (kind_of(kind).linear and not isinstance(module, nn.Linear))
+                # An end that is a layer outside of the blocks, too, would take that with it.
+                other = not _BLOCK.search(name) or (kind_of(kind).linear and not isinstance(module, nn.Linear))
+                unfit[end] = unfit.get(end, False) or other
     found = tuple(end for end in _DENOISER if not unfit.get(end, True))
     if not found:
         what = f"a {type(model).__name__} has no attention layers of the usual names"

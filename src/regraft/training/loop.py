@@ -16,7 +16,7 @@ from regraft.errors import InputError, OutputError, first_line
 from regraft.output import whole
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
-from regraft.runtime.optim import checkpoint_activations, optimizer_of, pace
+from regraft.runtime.optim import Stepper, checkpoint_activations
 from regraft.training.lessons import Lesson
 from regraft.training.settings import TrainSettings
 
@@ -50,11 +50,13 @@ class Course:
         looks: all so far, the first before any step.
         stopped: why it ended.
         unkept: why its state could not be kept on disk.
+        more: it was stopped before its end, and can go on from its state.
     """
 
     looks: list[Look] = field(default_factory=list)
     stopped: str = ""
     unkept: str = ""
+    more: bool = False
 
 
 def run(
@@ -99,12 +101,9 @@ class _Run:
         self, model: Loaded, tuned: Any, lesson: Lesson, settings: TrainSettings, batch: int, rate: float, heard: Heard
     ) -> None:
         self.model, self.tuned, self.lesson, self.settings, self.heard = model, tuned, lesson, settings, heard
-        self.batch, self.rate = batch, rate
-        self.accelerator: Any = library("accelerate").Accelerator(
-            mixed_precision=settings.precision, cpu=settings.device == "cpu", device_placement=False
-        )
-        self.parameters = [p for p in tuned.parameters() if p.requires_grad]
-        self.optimizer = optimizer_of(self.parameters, settings.optimizer, rate)
+        self.batch = batch
+        parameters = [p for p in tuned.parameters() if p.requires_grad]
+        self.stepper = Stepper(parameters, settings.optimizer, rate, settings.precision, settings.device)
         self.step, self.spent = 0, 0.0
         self.losses: list[float] = []
         self.course = Course()
@@ -125,6 +124,7 @@ class _Run:
             if not math.isfinite(loss):
                 if self.step == 0:
                     raise InputError("the loss is not a number", remedy="Lower --rate, or train in float32.")
+                self.look(began)
                 course.stopped = f"the loss was no number at step {self.step + 1}; the last good state is kept"
                 return
             self.step += 1
@@ -134,8 +134,8 @@ class _Run:
             if self.step % settings.look == 0 or over or self.step == settings.steps:
                 self.look(began)
                 self.save(state)
-            if over:
-                course.stopped = f"the budget of {settings.budget:.0f} s was spent"
+            if over and self.step < settings.steps:
+                course.stopped, course.more = f"the budget of {settings.budget:.0f} s was spent", True
                 return
         course.stopped = f"all {settings.steps} steps were made"
 
@@ -152,22 +152,15 @@ class _Run:
         # Every step has draws of its own, so that one that goes on is the one that was never stopped.
         drawn = (self.settings.seed * 1_000_003 + self.step) % (1 << 62)
         torch.manual_seed(drawn)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * pace(self.step, self.settings.steps)
+        self.stepper.at(self.step, self.settings.steps)
         self.tuned.train()
-        with torch.enable_grad(), self.accelerator.autocast():
+        with torch.enable_grad(), self.stepper.accelerator.autocast():
             loss = self.lesson.loss(self.model, self.chosen(), torch.Generator().manual_seed(drawn))
-        self.accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        value = float(loss.detach())
-        if math.isfinite(value):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return value
+        return self.stepper.learn(loss)
 
     def look(self, began: float) -> None:
         self.tuned.eval()
-        with self.accelerator.autocast():
+        with self.stepper.accelerator.autocast():
             held = self.lesson.held(self.model)
         loss = sum(self.losses) / len(self.losses) if self.losses else None
         self.losses.clear()
@@ -182,7 +175,7 @@ class _Run:
             "losses": self.losses,
             "tuned": library("peft").get_peft_model_state_dict(self.tuned, save_embedding_layers=False),
             "looks": [list(astuple(look)) for look in self.course.looks],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.stepper.optimizer.state_dict(),
         }
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -199,9 +192,9 @@ class _Run:
             InputError: it is damaged.
         """
         try:
-            found = torch.load(file, weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
             library("peft").set_peft_model_state_dict(self.tuned, found["tuned"])
-            self.optimizer.load_state_dict(found["optimizer"])
+            self.stepper.optimizer.load_state_dict(found["optimizer"])
             self.step, self.spent, self.losses = found["step"], found["spent"], found["losses"]
             self.course = Course([Look(*look) for look in found["looks"]])
         except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.errors import InputError, reading
+from regraft.errors import InputError, first_line, reading
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
@@ -95,8 +95,10 @@ def _size(model: Loaded, size: int | None) -> tuple[int, int]:
     pipeline = model.pipeline
     # Such pipelines reshape latents before the denoiser sees them, each in its own way.
     packs = hasattr(pipeline, "_pack_latents")
-    if getattr(pipeline, "vae", None) is None or not Latents(model).noise_is_known or packs:
-        what = "packs its latents in a way of its own" if packs else "has no autoencoder, or no known noise schedule"
+    # Those of videos, and others that compress pictures further, have scales and shapes of their own.
+    plain = isinstance(getattr(pipeline, "vae", None), library("diffusers").AutoencoderKL)
+    if not plain or not Latents(model).noise_is_known or packs:
+        what = "packs its latents in a way of its own" if packs else "has no AutoencoderKL, or no known noise schedule"
         raise InputError(
             f"a {model.name} {what}: it can't be trained here",
             file=model.path,
@@ -120,14 +122,14 @@ def _captions(folder: Path) -> Mapping[str, str]:
         return {}
     found = {}
     with reading(file):
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
             found[str(row["file_name"])] = str(row["text"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError("is no object with file_name and text", file=file, key=f"line {number}") from None
     return found
 
@@ -154,11 +156,18 @@ def _pixels(model: Loaded, files: list[Path], height: int, width: int) -> Tensor
     )
     opened = []
     for file in files:
-        with reading(file), image.open(file) as picture:
-            opened.append(_cropped(picture.convert("RGB"), height, width))
+        try:
+            with reading(file), image.open(file) as picture:
+                opened.append(_cropped(picture, height, width))
+        except image.DecompressionBombError as error:
+            remedy = "Scale it down."
+            raise InputError(f"is too large to be opened ({first_line(error)})", file=file, remedy=remedy) from error
     pixels: Tensor = processor.preprocess(opened, height=height, width=width)
     return pixels
 
 
 def _cropped(picture: Any, height: int, width: int) -> Any:
-    return library("PIL.ImageOps").fit(picture, (width, height), method=library("PIL.Image").Resampling.LANCZOS)
+    ops = library("PIL.ImageOps")
+    # Cameras store a turn beside the pixels.
+    upright = ops.exif_transpose(picture).convert("RGB")
+    return ops.fit(upright, (width, height), method=library("PIL.Image").Resampling.LANCZOS)

@@ -36,6 +36,7 @@ class _Text:
     given: str
     learnt: str
     where: Path
+    key: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -83,7 +84,8 @@ def _read(path: Path) -> Iterator[_Text]:
         if file.suffix.lower() == ".txt":
             yield _Text("", content, file)
             continue
-        for number, line in enumerate(content.splitlines(), 1):
+        # Only at line feeds: JSON may hold other characters that Python ends lines at.
+        for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 yield _of_line(line, file, number)
 
@@ -92,16 +94,16 @@ def _of_line(line: str, file: Path, number: int) -> _Text:
     key = f"line {number}"
     try:
         found = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"is no JSON ({error})", file=file, key=key) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is no JSON ({first_line(error)})", file=file, key=key) from None
     fields = found if isinstance(found, dict) else {}
     if isinstance(fields.get("text"), str):
-        return _Text("", fields["text"], file)
+        return _Text("", fields["text"], file, key)
     if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
-        return _Text(fields["prompt"], fields["completion"], file)
+        return _Text(fields["prompt"], fields["completion"], file, key)
     messages = fields.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
-        return _Text("", "", file, tuple(messages))
+        return _Text("", "", file, key, tuple(messages))
     raise InputError("has neither text, nor prompt and completion, nor messages", file=file, key=key)
 
 
@@ -112,13 +114,17 @@ def _examples(text: _Text, tokenizer: Any, context: int) -> Iterator[TextExample
             ids = tokenizer.apply_chat_template(list(text.messages), tokenize=True, return_dict=False)
         except Exception as error:
             what = f"the tokenizer can't write its messages ({first_line(error)})"
-            raise InputError(what, file=text.where, remedy="Give text, or prompt and completion.") from error
+            remedy = "Give text, or prompt and completion."
+            raise InputError(what, file=text.where, key=text.key, remedy=remedy) from error
         yield from _pieces(ids, context)
         return
     if not text.given:
         yield from _pieces([*_ids(tokenizer, text.learnt), *end], context)
         return
     learnt = [*_ids(tokenizer, text.learnt, special=False), *end][: context - 1]
+    if not learnt:
+        # Without a token for the end there is nothing to say.
+        return
     given = _ids(tokenizer, text.given)[-(context - len(learnt)) :]
     yield TextExample((*given, *learnt), (*[IGNORED] * len(given), *learnt))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.errors import InputError
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 from regraft.training.cutmix import Sample
 
 # These compute softmax(q kᵀ) v, if in different ways; others have more to them, which the recorder's would leave out.

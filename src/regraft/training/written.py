@@ -15,6 +15,7 @@ from regraft.formats import load_adapter, open_adapter_file
 from regraft.lineage import KEY, dumped
 from regraft.lineage.stamp import first_lineage, write_with_metadata
 from regraft.ops.convert import convert_adapter
+from regraft.output import names_file
 from regraft.runtime.libraries import quiet_libraries
 from regraft.training.kinds import kind_of
 
@@ -24,15 +25,15 @@ def file_format(kind: str, output: Path, format: str | None, *, pipeline: bool) 
 
     Args:
         kind: of the adapter.
-        output: a name with a suffix is a file's.
+        output: a name that ends as those of weights files do is a file's.
         format: as asked for.
         pipeline: the adapter is a diffusers pipeline's.
 
     Raises:
         UsageError: that kind of adapter is no single file, or a name and a format that don't go together.
     """
-    if format == "peft" or (format is None and output.suffix == ""):
-        if output.suffix:
+    if format == "peft" or (format is None and not names_file(output)):
+        if names_file(output):
             raise UsageError("PEFT's format is a folder", remedy=f"Name one: -o {output.with_suffix('')}.")
         return None
     found = format or (kind_of(kind).file if pipeline else None)
