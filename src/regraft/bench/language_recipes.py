@@ -77,7 +77,7 @@ ADAPTERS: dict[str, AdapterRecipe] = {
     "dev-po": AdapterRecipe("dev-po", 8, course=Course(200, 5e-3, batch=8)),
 }
 # The kinds that are made to be carried over, on the text and with the budget of `js`, a LoRA of rank 8. Each rate is
-# the best of three to five, by factors of two or three, on dev-web with seed 100.
+# the best of two to five, by factors of two or three, on dev-web with seed 100.
 _TUNERS = {
     "dora": ("dora", 5e-3, {"r": 8, "lora_alpha": 16}),
     "foura": ("foura", 1e-2, {"r": 8, "foura_alpha": 16}),
