@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,11 +186,13 @@ def main() -> None:
 def write(asked: argparse.Namespace, held_out: dict[str, float], rows: dict[str, list[dict[str, Any]]]) -> None:
     """The results, with the command that made them."""
     names = ("mix_rate", "single_right", "sides_right", "attention_to_the_other")
+    first, then = asked.steps
     result = {
-        "command": " ".join(["python", "-m", "tools.cutmix_demo", *sys.argv[1:]]),
+        "command": f"python -m tools.cutmix_demo --cache DIR --adapter {asked.adapter} --seeds {asked.seeds} "
+        f"--steps {first} {then} --out {asked.out}",
         "base": "the demo's v1",
         "adapter": asked.adapter,
-        "steps": {"each subject alone": asked.steps[0], "each way": asked.steps[1]},
+        "steps": {"each subject alone": first, "each way": then},
         "batch": {"subjects": BATCH, "prior": PRIOR},
         "unmix": UNMIX,
         "prompt": ASKED,

@@ -8,7 +8,7 @@ cross-attention maps". The paper refers to an appendix for the rest, which could
 - masks averaged down to a map's resolution: a position on the border counts by its share;
 - a special token of several pieces: the mean over the pieces;
 - collages only: a plain sample has no other region;
-- the weight beside the denoising loss is the caller's: docs/cutmix.md has what 10 did on a small base.
+- the weight beside the denoising loss is the caller's.
 """
 
 from __future__ import annotations
