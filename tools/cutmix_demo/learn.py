@@ -14,7 +14,7 @@ from regraft.bench import diffusion_models as models
 from regraft.bench.diffusion_data import Schedule, ddim, decode, open_autoencoder
 from regraft.bench.resume import cosine_rate, step_generator
 from regraft.demo import data_folder
-from regraft.runtime.load import library
+from regraft.runtime.libraries import library
 from regraft.training.cutmix import CutMix, Sample
 from regraft.training.unmix import Apart, recorded_attention, unmix_loss
 from regraft.tuners import SvdiffConfig
