@@ -25,6 +25,7 @@ VERBS = (
     "check",
     "port",
     "refine",
+    "bridge",
     "verify",
     "convert",
     "resize",

@@ -56,7 +56,7 @@ def check_pipelines(task: AdapterTask) -> None:
 def same_space(task: AdapterTask) -> bool:
     """Whether both bases have one autoencoder, so that latents need no way through pictures."""
     ours, theirs = (model.pipeline.vae.state_dict() for model in (task.models.old, task.models.new))
-    alike: bool = Latents(task.models.old)._scale == Latents(task.models.new)._scale
+    alike: bool = Latents(task.models.old).scale == Latents(task.models.new).scale
     return alike and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

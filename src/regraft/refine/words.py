@@ -24,12 +24,12 @@ def shared_embeddings(models: BothModels) -> tuple[Tensor, Tensor]:
     if models.old.tokenizer is None or models.new.tokenizer is None:
         n = min(len(old), len(new))
         return old[:n], new[:n]
-    ours, theirs = (_spelt(side.tokenizer, len(table)) for side, table in ((models.old, old), (models.new, new)))
+    ours, theirs = (spelt(side.tokenizer, len(table)) for side, table in ((models.old, old), (models.new, new)))
     shared = [(i, theirs[token]) for token, i in ours.items() if token in theirs]
     return old[[i for i, _ in shared]], new[[i for _, i in shared]]
 
 
-def _spelt(tokenizer: Any, rows: int) -> dict[str, int]:
+def spelt(tokenizer: Any, rows: int) -> dict[str, int]:
     """What tokens stand for → number, in the order of numbers; those beyond the table have no embedding."""
     found = sorted(tokenizer.get_vocab().items(), key=lambda one: one[1])
     return {token.translate(SPELT): i for token, i in found if i < rows}

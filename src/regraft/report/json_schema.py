@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.bench_schema import BenchReport
+from regraft.report.bridge_schema import BridgeReport
 from regraft.report.demo_schema import DemoReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
@@ -49,6 +50,7 @@ RECORDS: dict[str, Any] = {
     "diff": DiffReport,
     "bench": BenchReport,
     "train": TrainReport,
+    "bridge": BridgeReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)

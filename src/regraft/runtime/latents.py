@@ -28,19 +28,20 @@ class Latents:
     model: Loaded
 
     @property
-    def _scale(self) -> tuple[float, float]:
+    def scale(self) -> tuple[float, float]:
+        """Factor and shift: latents are (what the autoencoder gives − shift) · factor."""
         config = self.model.pipeline.vae.config
         return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (n, 3, h, w), from −1 to 1."""
-        factor, shift = self._scale
+        factor, shift = self.scale
         vae = self.model.pipeline.vae
         picture: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / factor + shift).sample
         return picture.float().clamp(-1, 1)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        factor, shift = self._scale
+        factor, shift = self.scale
         vae = self.model.pipeline.vae
         mode: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
         return ((mode - shift) * factor).float()

@@ -1,0 +1,51 @@
+"""The old base twice over the same tensors: as it is, and with an adapter in it for as long as it is held."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from regraft.adapter import Adapter
+from regraft.errors import InputError
+from regraft.runtime.applied import applied
+from regraft.runtime.both import twin
+from regraft.runtime.load import Kind, Loaded
+
+
+class Adapted:
+    """A model with an adapter at work in it; the model that it was made of stays as it is.
+
+    Attributes:
+        model: with the adapter.
+    """
+
+    def __init__(self, old: Loaded, adapter: Adapter) -> None:
+        """Merge the adapter into a twin, whose other tensors are the model's own.
+
+        Raises:
+            InputError: the model lacks a module of the adapter, or the adapter adds tokens or changes no weights.
+        """
+        if adapter.tokens:
+            raise InputError("the adapter adds tokens, which a bridge does not run", file=adapter.path)
+        if not adapter.updates:
+            raise InputError("the adapter changes no weights, so there is nothing to add", file=adapter.path)
+        self.model = twin(old)
+        # Entered for good: closing it, or losing the last reference to it, would put the old tensors back.
+        self._held = ExitStack()
+        self._held.enter_context(applied(self.model.components, adapter))
+
+
+def check_kinds(old: Loaded, new: Loaded, kind: Kind, what: str) -> None:
+    """Fail where one of two models is not of the kind that a bridge is for.
+
+    Args:
+        old: the base that the adapter was trained on.
+        new: the base that is bridged to.
+        kind: that both must have.
+        what: the kind, in words.
+
+    Raises:
+        InputError: one has another.
+    """
+    for model in (old, new):
+        if model.kind != kind:
+            raise InputError(f"is no {what} but of kind {model.kind} ({model.name})", file=model.path)

@@ -1,0 +1,193 @@
+"""Delta sampling: what an adapter changes in the old base's picture at a noise level, added to the new base's.
+
+Delta Sampling (arXiv 2512.03056): ε' = ε_new + λ (ε_old+adapter − ε_old), taken between predictions of the picture x̂,
+guided, at one noise level. Here the state is the new base's own, read in the old base's format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import Adapter
+from regraft.bridge.adapted import Adapted, check_kinds
+from regraft.bridge.guided import Prompted
+from regraft.bridge.latent_spaces import SharedLatents, ThroughPixels, old_noise, same_latents
+from regraft.bridge.levels import Levels
+from regraft.errors import InputError, RegraftError
+from regraft.probes.pictures import makes_pictures
+from regraft.runtime.both import twin
+from regraft.runtime.libraries import library, quiet_libraries
+from regraft.runtime.load import Loaded
+
+#: λ, or λ at a share of the sampling that is done, from 0 to below 1.
+Strength = float | Callable[[float], float]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class DeltaPipeline:
+    """The new base's pipeline with what the adapter does to the old base added at each step of its sampler.
+
+    A step costs the new base's pass and two of the old one, each doubled by guidance; with strength 0 the old base is
+    not run. Where the autoencoders differ, a step decodes three pictures and encodes three.
+
+    Attributes:
+        old: the base that the adapter was trained on.
+        with_adapter: the same with the adapter.
+        new: the base that is bridged to.
+        shared: whether both encode pictures alike.
+    """
+
+    def __init__(self, old: Loaded, new: Loaded, adapter: Adapter) -> None:
+        """Nothing is run yet.
+
+        Args:
+            old: a pipeline from prompts to pictures.
+            new: another; autoencoder, schedule and what is predicted may differ.
+            adapter: for ``old``, of any kind that changes weights.
+
+        Raises:
+            InputError: a base is no such pipeline, has no place for a part of the adapter, or its scheduler or
+                autoencoder is not one that can be converted.
+        """
+        check_kinds(old, new, "denoiser", "diffusion model")
+        for model in (old, new):
+            if not makes_pictures(model):
+                raise InputError(f"a {model.name} makes no pictures of prompts", file=model.path)
+        # Each has its own scheduler, whose steps are counted.
+        self.old, self.new = (twin(old) if old is new else old), new
+        self._adapted = Adapted(old, adapter)
+        self.with_adapter = self._adapted.model
+        self._levels = Levels(self.old), Levels(new)
+        self.shared = same_latents(old, new)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 30,
+        guidance_scale: float | None = None,
+        strength: Strength = 1.0,
+        generator: Generators = None,
+        output_type: str = "pil",
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Draw, as the new pipeline does.
+
+        Args:
+            prompt: one or several, for both bases.
+            num_inference_steps: of the new pipeline's scheduler.
+            guidance_scale: of both bases; None: each pipeline's own default.
+            strength: λ, constant or by the share of the sampling that is done.
+            generator: one, or one per prompt.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
+            negative_prompt: what guidance leads away from, for both bases.
+            settings: further arguments of the new pipeline, such as its height and width.
+
+        Returns:
+            diffusers' ``ImagePipelineOutput``.
+
+        Raises:
+            InputError: the new pipeline packs its latents, or does not step through its scheduler; the old one can't be
+                run on prompts alone.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        seeds = _seeds(generator, len(prompts))
+        run = _Run(self, prompts, negative, guidance_scale, strength, seeds)
+        given = {"guidance_scale": guidance_scale, "negative_prompt": negative, "generator": generator, **settings}
+        given = {name: value for name, value in given.items() if value is not None}
+        with run.altering(), quiet_libraries():
+            made = self.new.pipeline(
+                prompt=prompts, num_inference_steps=num_inference_steps, output_type=output_type, **given
+            )
+        if run.done == 0:
+            raise InputError(f"{self.new.name} does not step through its scheduler", file=self.new.path)
+        return library("diffusers").ImagePipelineOutput(images=made.images)
+
+
+@dataclass
+class _Run:
+    """One call of the pipeline.
+
+    Attributes:
+        done: steps of the scheduler.
+    """
+
+    bridge: DeltaPipeline
+    prompts: list[str]
+    negative: Sequence[str] | None
+    guidance: float | None
+    strength: Strength
+    seeds: list[int]
+    done: int = 0
+    _sides: list[Prompted] = field(default_factory=list)
+    _space: SharedLatents | ThroughPixels | None = None
+
+    @contextmanager
+    def altering(self) -> Iterator[None]:
+        """The scheduler's steps get altered predictions inside."""
+        scheduler = self.bridge.new.pipeline.scheduler
+        step = scheduler.step
+
+        @wraps(step)
+        def altered(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **more: Any) -> Any:
+            strength = self._strength(len(scheduler.timesteps))
+            self.done += 1
+            if strength != 0:
+                model_output = self._altered(model_output, timestep, sample, strength)
+            return step(model_output, timestep, sample, *args, **more)
+
+        scheduler.step = altered
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+    def _strength(self, steps: int) -> float:
+        return float(self.strength(self.done / steps)) if callable(self.strength) else self.strength
+
+    def _altered(self, prediction: Tensor, time: Any, sample: Tensor, strength: float) -> Tensor:
+        new, scheduler = self.bridge.new, self.bridge.new.pipeline.scheduler
+        if sample.dim() != 4 or len(sample) != len(self.prompts):
+            raise InputError(f"{new.name} does not step with one picture of latents per prompt", file=new.path)
+        # Schedulers of the Euler kind keep x + r ε, and bring it to the denoiser's format with this.
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, time: sample)
+        levels = self.bridge._levels[1]
+        ratio = levels.ratio(float(time))
+        u = scaled(sample, time).float()
+        space = self._space_of()
+        self._begin(space.shape(u))
+        change = space.change(self._pair, u, prediction.float(), ratio, strength)
+        if not bool(change.isfinite().all()):
+            raise RegraftError("the old base's predictions are no numbers (NaN)", file=self.bridge.old.path)
+        return prediction + (change / levels.slope(ratio)).to(prediction)
+
+    def _space_of(self) -> SharedLatents | ThroughPixels:
+        if self._space is None:
+            old, new = self.bridge._levels
+            noise = None if self.bridge.shared else old_noise(self.bridge.old, self.seeds)
+            self._space = SharedLatents(old, new) if noise is None else ThroughPixels(old, new, noise)
+        return self._space
+
+    def _begin(self, shape: tuple[int, int]) -> None:
+        if not self._sides:
+            models = (self.bridge.old, self.bridge.with_adapter)
+            self._sides = [Prompted.of(m, self.prompts, self.negative, self.guidance, shape) for m in models]
+
+    def _pair(self, z: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        without, adapted = self._sides
+        return without.predict(z, time), adapted.predict(z, time)
+
+
+def _seeds(generator: Generators, n: int) -> list[int]:
+    if isinstance(generator, torch.Generator):
+        return [generator.initial_seed() + i for i in range(n)]
+    return list(range(n)) if generator is None else [one.initial_seed() for one in generator]

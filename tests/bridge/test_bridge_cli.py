@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from running import Run
+
+from bridge import drawing, letters
+from regraft.formats import load_adapter
+from regraft.report.bridge_schema import BridgeReport
+from regraft.report.json_schema import parse
+from regraft.runtime import applied, load_model
+from verify import tiny
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path, numbered: tuple[Path, Path]) -> Path:
+    model = load_model(numbered[0]).main
+    tiny.lora(model, ("q_proj", "v_proj"), size=1.0).save(folder / "lora")
+    return folder / "lora"
+
+
+def test_texts_stand_beside_the_new_bases_own(
+    run: Run, lora: Path, numbered: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = numbered
+    output, prompts = tmp_path / "texts.txt", ["w3 w7", "w1"]
+    asked = ["--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", 8]
+    result = run("bridge", "run", lora, "--from", first, "--to", second, *asked, "-o", output, "--json")
+    assert result.code == 0, result.err
+    record = parse(BridgeReport, result.out)
+    assert (record.unit, record.strength, record.outputs) == ("texts", 1.0, [str(output)])
+    model = load_model(first)
+    for text, prompt in zip(record.texts, prompts, strict=True):
+        ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+        alone = model.main.generate(ids, **settings)
+        with applied(model.components, load_adapter(lora)):
+            adapted = model.main.generate(ids, **settings)
+        told = [model.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) for made in (alone, adapted)]
+        # The second base is the first under other numbers.
+        assert [text.new, text.bridged] == told
+        assert text.prompt == prompt
+        assert text.bridged in output.read_text(encoding="utf-8")
+    assert any(text.new != text.bridged for text in record.texts)
+    printed = run("bridge", "run", lora, "--from", first, "--to", second, *asked)
+    assert record.texts[0].bridged in printed.out
+
+
+def test_texts_are_drawn_alike_at_one_seed(run: Run, lora: Path, numbered: tuple[Path, Path]) -> None:
+    first, second = numbered
+    asked = ["bridge", "run", lora, "--from", first, "--to", second, "--prompt", "w1", "--temperature", 1, "--json"]
+    told = [run(*asked, "--seed", seed).record["texts"] for seed in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+    same = run(*asked, "--strength", 0).record["texts"][0]
+    assert same["new"] == same["bridged"]
+
+
+def test_pictures_are_a_grid_of_prompts_by_new_and_bridged(run: Run, tmp_path: Path) -> None:
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", drift=0.3)
+    tiny.lora({"unet": old.main}, ("to_v",), size=1.0).save(tmp_path / "lora.safetensors", format="diffusers")
+    bases = ("--from", old.path, "--to", new.path)
+    asked = ("bridge", "run", tmp_path / "lora.safetensors", *bases, "--prompt", "a sun", "--prompt", "a boat")
+    output = tmp_path / "grid.png"
+    result = run(*asked, "--steps", 2, "-o", output, "--json")
+    assert result.code == 0, result.err
+    record = parse(BridgeReport, result.out)
+    assert (record.unit, record.texts, record.outputs) == ("pictures", [], [str(output)])
+    grid = imread(output)[:, :, :3]
+    side = grid.shape[0] // 2
+    assert grid.shape == (2 * side, 2 * side, 3)
+    for row, prompt in enumerate(("a sun", "a boat")):
+        generator = torch.Generator().manual_seed(row)
+        alone = new.pipeline(prompt, num_inference_steps=2, generator=generator, output_type="np").images[0]
+        left, right = (grid[row * side : (row + 1) * side, i * side : (i + 1) * side] for i in (0, 1))
+        assert np.abs(left - alone).max() < 0.01
+        assert np.abs(right - alone).max() > 0.01
+    again = run(*asked, "-o", output)
+    assert (again.code, "exists already" in again.err) == (1, True)
+    without = run(*asked)
+    assert (without.code, "--output is missing" in without.err) == (2, True)
+
+
+def test_what_can_not_be_bridged_is_told_in_one_line(
+    run: Run, lora: Path, numbered: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = numbered
+    pipeline = tiny.pipeline(tmp_path / "sd")
+    strangers = letters.model(tmp_path / "ab", [], seed=0, letters="ab").path
+    cases = [
+        ((), 2, "--from and --to"),
+        (("--to", second), 2, "--from and --to"),
+        (("--from", tmp_path / "gone", "--to", second), 1, "gone"),
+        (("--from", first, "--to", pipeline), 1, "of another kind"),
+        (("--from", first, "--to", strangers), 1, "shares no token"),
+        (("--from", pipeline, "--to", pipeline, "-o", tmp_path / "x.png"), 1, "has no place"),
+        (("--from", first, "--to", second, "--strength", "nan"), 2, "--strength"),
+    ]
+    for options, code, words in cases:
+        told = run("bridge", "run", lora, *options, "--prompt", "w1")
+        assert told.code == code, (options, told.err)
+        assert words in told.err
+        assert len(told.err.strip().splitlines()) == 1
+    assert "--prompt is missing" in run("bridge", "run", lora, "--from", first, "--to", second).err
+    assert not list(tmp_path.glob("*.png"))
