@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from regraft.bench.tuners import Tuner
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,8 @@ class AdapterRecipe:
 
 
 @dataclass(frozen=True)
-class TunerRecipe(AdapterRecipe):
-    """An adapter of another kind, on the same pictures with the same budget.
-
-    Attributes:
-        kind: one of `regraft.training.kinds.KINDS`.
-        options: further fields of PEFT's config, by name.
-    """
-
-    kind: str = "lora"
-    options: tuple[tuple[str, Any], ...] = ()
+class TunerRecipe(Tuner, AdapterRecipe):
+    """The recipe of an adapter of another kind than LoRA."""
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -34,7 +34,7 @@ from regraft.bench.resume import Checkpoints, cosine_rate, step_generator
 from regraft.demo import data_folder
 from regraft.runtime import quiet_libraries
 from regraft.runtime.libraries import library
-from regraft.training.kinds import config_of, settle
+from regraft.training.kinds import settle
 
 BATCH, LORA_BATCH, SAVE_EVERY = 32, 16, 150
 TRAJECTORIES = 192
@@ -201,7 +201,7 @@ def _add_adapter(unet: Any, recipe: AdapterRecipe) -> tuple[Any, Any]:
     unet.requires_grad_(False)
     tuned = unet
     if isinstance(recipe, TunerRecipe):
-        config = config_of(recipe.kind, targets=recipe.targets, options=dict(recipe.options))
+        config = recipe.config(recipe.targets)
         tuned = library("peft").get_peft_model(unet, config)
     else:
         config = library("peft").LoraConfig(

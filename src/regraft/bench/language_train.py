@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from regraft.bench.language_models import CONTEXT
 from regraft.bench.language_tokens import encode
+from regraft.bench.tuners import Tuner
 from regraft.runtime.libraries import library
-from regraft.training.kinds import config_of, settle
+from regraft.training.kinds import settle
 
 #: Called with a line of the log.
 Log = Callable[[str], None]
@@ -58,16 +59,8 @@ class AdapterRecipe:
 
 
 @dataclass(frozen=True)
-class TunerRecipe(AdapterRecipe):
-    """An adapter of another kind, on the same text with the same budget.
-
-    Attributes:
-        kind: one of `regraft.training.kinds.KINDS`.
-        options: further fields of PEFT's config, by name.
-    """
-
-    kind: str = "lora"
-    options: tuple[tuple[str, Any], ...] = ()
+class TunerRecipe(Tuner, AdapterRecipe):
+    """The recipe of an adapter of another kind than LoRA."""
 
 
 def batches(texts: Sequence[Tensor], course: Course, seed: int) -> Iterator[Tensor]:
@@ -149,7 +142,7 @@ def train_adapter(model: Any, text: Tensor, recipe: AdapterRecipe, seed: int, lo
 def _config(recipe: AdapterRecipe) -> Any:
     targets = (recipe.targets,) if isinstance(recipe.targets, str) else recipe.targets
     if isinstance(recipe, TunerRecipe):
-        config = config_of(recipe.kind, targets=targets, options=dict(recipe.options))
+        config = recipe.config(targets)
         config.task_type = "CAUSAL_LM"
         return config
     return library("peft").LoraConfig(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regraft.bench.goals import row_of
 from regraft.bench.table import figure, markdown, pair_part, replaced, runs_of, spread
 from regraft.bench.variants import BY_INDEX
-from regraft.report.bench_schema import BenchAdapter, BenchPair, BenchReport
+from regraft.report.bench_schema import BenchAdapter, BenchPair, BenchReport, BenchRow
 
 #: Where a page's generated part begins and ends.
 BEGIN, END = "<!-- portable: written by `regraft bench table` -->", "<!-- /portable -->"
@@ -94,8 +93,8 @@ def _line(adapter: BenchAdapter, plain: BenchAdapter | None, *, pictures: bool) 
         "–" if numbers is None else f"{numbers:,}",
         figure(adapter.home),
         figure(adapter.native_gain),
-        *(_carried(adapter, name) for name in _CARRIED),
-        _against(adapter, plain),
+        *(_carried(rows.get(name)) for name in _CARRIED),
+        _against(auto, adapter, plain),
         "–" if auto is None or auto.seconds is None else f"{auto.seconds:.0f}",
     ]
     for name in ("style", "diversity") if pictures else ():
@@ -104,18 +103,16 @@ def _line(adapter: BenchAdapter, plain: BenchAdapter | None, *, pictures: bool) 
     return line
 
 
-def _carried(adapter: BenchAdapter, name: str) -> str:
-    row = next((row for row in adapter.rows if row.name == name), None)
+def _carried(row: BenchRow | None) -> str:
     if row is None:
         return ""
     if row.recovery.mean is None:
         return "×" if row.missing else "–"
-    said = spread(row.recovery) if name == "auto" else figure(row.recovery)
+    said = spread(row.recovery) if row.name == "auto" else figure(row.recovery)
     return f"({said})" if row.refused else said
 
 
-def _against(adapter: BenchAdapter, plain: BenchAdapter | None) -> str:
-    auto = row_of(adapter.rows, "auto")
+def _against(auto: BenchRow | None, adapter: BenchAdapter, plain: BenchAdapter | None) -> str:
     mine, theirs = adapter.native_gain.mean, None if plain is None else plain.native_gain.mean
     if auto is None or auto.recovery.mean is None or mine is None or not theirs:
         return "–"

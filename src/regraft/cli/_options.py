@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -86,6 +87,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Report = Annotated[Path | None, typer.Option("--report", metavar="FILE.html", help="Also write one HTML page.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
+]
+Optimizer = Annotated[str, typer.Option("--optimizer", metavar="adamw|adamw8bit")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")]
 
 SavedMigration = Annotated[
     Path | None, typer.Option("--migration", metavar="M", help="A saved one, in place of both bases: a file or hub id.")
@@ -98,6 +107,8 @@ Migrations = Annotated[
 ToFingerprint = Annotated[
     str | None, typer.Option("--to-fingerprint", metavar="V1:…", help="--migrations: NEW, where it isn't at hand.")
 ]
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 DTYPES = {
     "float32": torch.float32,
@@ -324,3 +335,17 @@ def free_processors() -> int:
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return max(1, mine - round(load))
+
+
+def seconds(text: str | None) -> float | None:
+    """``90`` → 90; ``10m`` → 600; ``2h`` → 7200.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"--budget {text!r} is no time", remedy="Give seconds, 10m or 2h.")
+    return float(found[1]) * _UNITS[found[2] or "s"]

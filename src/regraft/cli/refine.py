@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from regraft.refine.virtual import is_soft_prompt, load_soft_prompt, refine_soft
 from regraft.report.refine_schema import RefineReport
 from regraft.report.tables import refine_table
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-
 
 def refine(
     adapter: o.AdapterArgument,
@@ -45,9 +42,7 @@ def refine(
         Path | None,
         typer.Option("--native", metavar="FILE", help="An adapter trained on the new base, to show beside the result."),
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
-    ] = None,
+    budget: o.Budget = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -94,12 +89,10 @@ def refine(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Never hold both bases on the device at once: they take turns.")
     ] = False,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
-    ] = False,
-    optimizer: Annotated[str, typer.Option("--optimizer", metavar="adamw|adamw8bit")] = "adamw",
+    checkpointing: o.Checkpointing = False,
+    optimizer: o.Optimizer = "adamw",
     threads: o.Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    resume: o.Resume = False,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
     report: o.Report = None,
     pictures: Annotated[
@@ -136,7 +129,7 @@ def refine(
         prompts=o.texts(prompts),
         filter=_below_one(o.share(filter, "--filter")),
         seed=seed,
-        budget=seconds(budget),
+        budget=o.seconds(budget),
         rank=rank,
         targets=tuple(targets or ()),
         config=config,
@@ -295,17 +288,3 @@ def _start(start: Path | None, new: Base) -> Adapter | Literal["zero"] | None:
 
 def _on(file: Path, base: Base) -> Adapter:
     return load_adapter(file, names=o.names_of(base), base_config=o.config_of(base))
-
-
-def seconds(text: str | None) -> float | None:
-    """``90`` → 90; ``10m`` → 600; ``2h`` → 7200.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise UsageError(f"--budget {text!r} is no time", remedy="Give seconds, 10m or 2h.")
-    return float(found[1]) * _UNITS[found[2] or "s"]

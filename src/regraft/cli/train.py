@@ -11,7 +11,6 @@ import typer
 from regraft.base import open_base
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
-from regraft.cli.refine import seconds
 from regraft.errors import UsageError
 from regraft.formats import get_format
 from regraft.output import check_writable
@@ -95,9 +94,7 @@ def train(
         list[str] | None,
         typer.Option("--phrase", metavar="NAME=TEXT", help="Prompt for subjects: one, both, beside or above."),
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", metavar="10m", help="Time for the training: seconds, 10m or 2h.")
-    ] = None,
+    budget: o.Budget = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=_LARGEST_SEED, help="Of first values, order and noise.")
     ] = 0,
@@ -108,12 +105,10 @@ def train(
     quantize: Annotated[
         str, typer.Option("--quantize", metavar="none|4bit|8bit", help="Of the base while it is trained on (QLoRA).")
     ] = "none",
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
-    ] = False,
-    optimizer: Annotated[str, typer.Option("--optimizer", metavar="adamw|adamw8bit")] = "adamw",
+    checkpointing: o.Checkpointing = False,
+    optimizer: o.Optimizer = "adamw",
     threads: o.Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")] = False,
+    resume: o.Resume = False,
     format: Annotated[str | None, typer.Option("--format", help="Of a file; by default the usual one of the kind.")] = (
         None
     ),
@@ -145,7 +140,7 @@ def train(
         dropped=o.share(dropped, "--caption-dropout"),
         context=context,
         seed=seed,
-        budget=seconds(budget),
+        budget=o.seconds(budget),
         config=config,
         device=device,
         dtype=o.one_of(dtype, "--dtype", ("float32", "bfloat16", "float16")),

@@ -22,7 +22,7 @@ from regraft.probes.batches_diffusion import DiffusionBatch
 from regraft.refine.drawn import PictureBatch
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import RefineSettings
-from regraft.refine.state import kept_file
+from regraft.runtime.training_state import kept_file
 
 # Of the settings, those that inputs depend on; of the retention, whether there is any.
 _ASKED = ("n_inputs", "prompts", "filter", "seed", "config")
@@ -54,7 +54,7 @@ def inputs_file(adapter: Adapter | str, old: Base, new: Base, settings: RefineSe
         "kept": settings.retention > 0,
         "sampled": sampled,
     }
-    return kept_file(content, "inputs-")
+    return kept_file("refine", content, "inputs-")
 
 
 def read_or_made(file: Path, make: Callable[[], Batches]) -> tuple[Batches, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -12,15 +11,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from regraft.errors import InputError, OutputError, first_line
-from regraft.output import whole
+from regraft.errors import InputError
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
 from regraft.refine.settings import STEPS, RefineSettings
 from regraft.refine.states import watching
 from regraft.refine.student import Student
 from regraft.runtime.load import Loaded
-from regraft.runtime.optim import Stepper, checkpoint_activations
+from regraft.runtime.optim import Stepper, checkpoint_activations, epoch_order
+from regraft.runtime.training_state import keep, taken_up
 
 # A start that lacks less than this has nothing left to gain.
 _ALL = 1e-3
@@ -187,8 +186,7 @@ class _Run:
         before, after = (math.floor(share * n) for n in (self.step, self.step + 1))
         pool, number = (self.kept, before) if after > before else (self.tasks, self.step - before)
         epoch, place = divmod(number, len(pool))
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(self.settings.seed + 7919 * epoch))
-        return pool[int(order[place])]
+        return pool[epoch_order(len(pool), self.settings.seed, epoch)[place]]
 
     def one_step(self, aim: Aim) -> float:
         self.stepper.at(self.step, self.most)
@@ -221,13 +219,7 @@ class _Run:
             "looks": [list(astuple(look)) for look in self.course.looks],
             "optimizer": self.stepper.optimizer.state_dict(),
         }
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with whole(file) as stage:
-                torch.save(content, stage)
-        except (OSError, OutputError, RuntimeError) as error:
-            # A full disk costs the chance to go on later, not the training.
-            self.course.unkept = first_line(error)
+        self.course.unkept = keep(content, file) or self.course.unkept
 
     def resume(self, file: Path) -> None:
         """Go on from a state that `save` kept.
@@ -235,18 +227,11 @@ class _Run:
         Raises:
             InputError: it is damaged.
         """
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        with taken_up(file) as found:
             self.student.load(found["now"])
             self.stepper.optimizer.load_state_dict(found["optimizer"])
             self.step, self.spent = found["step"], found["spent"]
             self.course = Course([Look(*look) for look in found["looks"]], found["best"])
-        except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(
-                f"the state of the earlier run can't be read ({first_line(error)})",
-                file=file,
-                remedy="Run without --resume.",
-            ) from error
 
 
 @torch.no_grad()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from regraft.adapter import Adapter
 from regraft.base import Base
-from regraft.cache import cache_folder
 from regraft.content import content_of
 from regraft.refine.settings import RefineSettings
+from regraft.runtime.training_state import kept_file
 
 # What may differ between a run and the one that goes on from it.
 _FREE = ("steps", "budget", "patience", "device", "precision", "low_memory", "checkpointing")
@@ -31,13 +27,7 @@ def state_file(
         "start": content_of(start) if isinstance(start, Adapter) else start,
         "settings": asked,
     }
-    return kept_file(content)
-
-
-def kept_file(content: Mapping[str, Any], kind: str = "") -> Path:
-    """The cache's file of what depends on this content alone."""
-    text = json.dumps(content, sort_keys=True, default=str)
-    return cache_folder() / "refine" / f"{kind}{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+    return kept_file("refine", content)
 
 
 def forget(state: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -75,6 +76,13 @@ def pace(step: int, steps: int) -> float:
         return (step + 1) / _WARM_UP
     done = (step - _WARM_UP) / max(1, steps - _WARM_UP)
     return _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The numbers below ``n`` in the order of an epoch."""
+    generator = torch.Generator().manual_seed(seed + 7919 * epoch)
+    return tuple(torch.randperm(n, generator=generator).tolist())
 
 
 def checkpoint_activations(model: Loaded) -> None:

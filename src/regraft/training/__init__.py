@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +14,6 @@ import torch
 
 from regraft._version import __version__
 from regraft.base import Base
-from regraft.cache import cache_folder
 from regraft.errors import InputError, UsageError, first_line
 from regraft.memory import peak_mb
 from regraft.migration import summarise
@@ -26,6 +23,7 @@ from regraft.report.train_schema import TrainLook, TrainReport
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import Loaded, load_model
 from regraft.runtime.room import check_room
+from regraft.runtime.training_state import kept_file
 from regraft.training.kinds import KINDS, config_of, default_targets, kind_of, settle
 from regraft.training.lessons import Lesson, PictureLesson, TextLesson, split
 from regraft.training.loop import Course, Heard, Look, run
@@ -167,8 +165,7 @@ def state_file(data: Path | None, base: Base, settings: TrainSettings) -> Path:
         "base": str(base.prints),
         "settings": asked,
     }
-    text = json.dumps(content, sort_keys=True, default=str)
-    return cache_folder() / "train" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+    return kept_file("train", content)
 
 
 def _places(data: Path | None, settings: TrainSettings) -> list[Path]:

@@ -51,7 +51,7 @@ KINDS: dict[str, Kind] = {
     "lora": Kind("LoraConfig", file=_LORA),
     "rslora": Kind("LoraConfig", fixed={"use_rslora": True}, file=_LORA),
     "dora": Kind("LoraConfig", fixed={"use_dora": True}, file=_LORA),
-    "pissa": Kind("LoraConfig", fixed={"init_lora_weights": "pissa"}, file=_LORA, by_weight=True, linear=True),
+    "pissa": Kind("LoraConfig", fixed={"init_lora_weights": "pissa"}, file=_LORA, linear=True),
     "loha": Kind("LoHaConfig", rank=8, fields=_LYCORIS, file="lycoris"),
     "lokr": Kind("LoKrConfig", rank=8, fields=_LYCORIS, file="lycoris"),
     "oft": Kind("OFTConfig", rank=8, rate=1e-3, fields={"rank": "r"}, fixed={"oft_block_size": 0}),

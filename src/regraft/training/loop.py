@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 
-from regraft.errors import InputError, OutputError, first_line
-from regraft.output import whole
+from regraft.errors import InputError
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
-from regraft.runtime.optim import Stepper, checkpoint_activations
+from regraft.runtime.optim import Stepper, checkpoint_activations, epoch_order
+from regraft.runtime.training_state import keep, taken_up
 from regraft.training.lessons import Lesson
 from regraft.training.settings import TrainSettings
 
@@ -141,12 +140,9 @@ class _Run:
 
     def chosen(self) -> list[int]:
         """The next step's examples, in the seed's order; each once before any a second time."""
-        first, n, found = self.step * self.batch, self.lesson.n, []
-        for number in range(first, first + self.batch):
-            epoch, place = divmod(number, n)
-            order = torch.Generator().manual_seed(self.settings.seed + 7919 * epoch)
-            found.append(int(torch.randperm(n, generator=order)[place]))
-        return found
+        first, n = self.step * self.batch, self.lesson.n
+        places = (divmod(number, n) for number in range(first, first + self.batch))
+        return [epoch_order(n, self.settings.seed, epoch)[place] for epoch, place in places]
 
     def one_step(self) -> float:
         # Every step has draws of its own, so that one that goes on is the one that was never stopped.
@@ -177,13 +173,7 @@ class _Run:
             "looks": [list(astuple(look)) for look in self.course.looks],
             "optimizer": self.stepper.optimizer.state_dict(),
         }
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with whole(file) as stage:
-                torch.save(content, stage)
-        except (OSError, OutputError, RuntimeError) as error:
-            # A full disk costs the chance to go on later, not the training.
-            self.course.unkept = first_line(error)
+        self.course.unkept = keep(content, file) or self.course.unkept
 
     def resume(self, file: Path) -> None:
         """Go on from a state that `save` kept.
@@ -191,15 +181,8 @@ class _Run:
         Raises:
             InputError: it is damaged.
         """
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        with taken_up(file) as found:
             library("peft").set_peft_model_state_dict(self.tuned, found["tuned"])
             self.stepper.optimizer.load_state_dict(found["optimizer"])
             self.step, self.spent, self.losses = found["step"], found["spent"], found["losses"]
             self.course = Course([Look(*look) for look in found["looks"]])
-        except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(
-                f"the state of the earlier run can't be read ({first_line(error)})",
-                file=file,
-                remedy="Run without --resume.",
-            ) from error
