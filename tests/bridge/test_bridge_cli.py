@@ -10,7 +10,7 @@ from running import Run
 
 from bridge import drawing, letters
 from regraft.formats import load_adapter
-from regraft.report.bridge_schema import BridgeReport
+from regraft.report.bridge_schema import BridgeReport, BridgeTrainReport
 from regraft.report.json_schema import parse
 from regraft.runtime import applied, load_model
 from verify import tiny
@@ -106,3 +106,86 @@ def test_what_can_not_be_bridged_is_told_in_one_line(
         assert len(told.err.strip().splitlines()) == 1
     assert "--prompt is missing" in run("bridge", "run", lora, "--from", first, "--to", second).err
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_mapper_is_trained_and_run(run: Run, tmp_path: Path) -> None:
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", drift=0.3)
+    bases, mapper = ("--from", old.path, "--to", new.path), tmp_path / "mapper.safetensors"
+    quick = ("--pictures", 8, "--steps", 4, "--batch", 4, "--blocks", 1, "--rate", 0.05)
+    result = run("bridge", "train", *bases, "--self", "-o", mapper, *quick, "--json")
+    assert result.code == 0, result.err
+    record = parse(BridgeTrainReport, result.out)
+    assert record.outputs == [str(mapper)]
+    assert (record.steps, record.looks[-1].step, record.rate) == (4, 4, 0.05)
+    assert [level.new for level in record.levels] == ["up_blocks.0", "up_blocks.1"]
+    again = run("bridge", "train", *bases, "--self", "-o", mapper, *quick)
+    assert (again.code, "exists already" in again.err) == (1, True)
+
+    tiny.lora({"unet": old.main}, ("to_v",), size=1.0).save(tmp_path / "lora.safetensors", format="diffusers")
+    asked = ("bridge", "run", tmp_path / "lora.safetensors", *bases, "--mapper", mapper, "--prompt", "a sun")
+    grid = tmp_path / "grid.png"
+    result = run(*asked, "--steps", 2, "-o", grid, "--json")
+    assert result.code == 0, result.err
+    assert "X-Adapter" in parse(BridgeReport, result.out).way
+    pixels = imread(grid)[:, :, :3]
+    half = pixels.shape[1] // 2
+    generator = torch.Generator().manual_seed(0)
+    alone = new.pipeline("a sun", num_inference_steps=2, generator=generator, output_type="np").images[0]
+    assert np.abs(pixels[:, :half] - alone).max() < 0.01
+    assert np.abs(pixels[:, half:] - alone).max() > 0.01
+    switched = run(*asked, "--to", old.path, "--steps", 2, "-o", tmp_path / "x.png")
+    assert (switched.code, "made for another new base" in switched.err) == (3, True)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_controlnet_alone_is_a_plug_in(run: Run, tmp_path: Path) -> None:
+    from diffusers import ControlNetModel
+    from PIL import Image
+
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", drift=0.3)
+    net = ControlNetModel.from_unet(old.main, conditioning_embedding_out_channels=(4, 8))
+    for parameter in net.controlnet_mid_block.parameters():
+        parameter.data.fill_(0.5)
+    net.save_pretrained(tmp_path / "net")
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / "edges.png")
+    bases = ("--from", old.path, "--to", new.path, "--prompt", "a sun", "--steps", 2, "-o", tmp_path / "grid.png")
+    given = ("--controlnet", tmp_path / "net", "--control-image", tmp_path / "edges.png")
+    result = run("bridge", "run", *bases, *given, "--json")
+    assert result.code == 0, result.err
+    assert parse(BridgeReport, result.out).adapter == str(tmp_path / "net")
+    pixels = imread(tmp_path / "grid.png")[:, :, :3]
+    half = pixels.shape[1] // 2
+    assert np.abs(pixels[:, :half] - pixels[:, half:]).max() > 0.01
+    for options, words in (((), "no plug-in"), (given[:2], "go together"), (given[2:], "no plug-in")):
+        told = run("bridge", "run", *bases, *options, "--overwrite")
+        assert (told.code, words in told.err) == (2, True), told.err
+    (tmp_path / "edges.png").write_bytes(b"no picture")
+    told = run("bridge", "run", *bases, *given, "--overwrite")
+    assert (told.code, "edges.png" in told.err, len(told.err.strip().splitlines())) == (1, True, 1), told.err
+
+
+def test_what_can_not_be_trained_is_told_in_one_line(run: Run, numbered: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = tiny.pipeline(tmp_path / "sd"), tiny.pipeline(tmp_path / "sd2")
+    (tmp_path / "empty").mkdir()
+    output = ("-o", tmp_path / "m.safetensors")
+    bases = ("--from", first, "--to", second)
+    cases = [
+        (("--from", first, "--self", *output), 2, "--from and --to"),
+        ((*bases, *output), 2, "--data or --self"),
+        ((*bases, "--self"), 2, "--output is missing"),
+        ((*bases, "--self", "-o", tmp_path / "m.pt"), 2, "no .safetensors"),
+        ((*bases, "--data", tmp_path / "empty", *output), 1, "has no pictures"),
+        ((*bases, "--data", tmp_path / "gone", *output), 1, "no such folder"),
+        ((*bases, "--self", "--levels", "up_blocks.0", *output), 2, "--levels"),
+        ((*bases, "--self", "--levels", "7", *output), 1, "can't be paired"),
+        ((*bases, "--self", "--fusion", "sum", *output), 2, "--fusion"),
+        ((*bases, "--self", "--lead", "2", *output), 2, "--lead"),
+        (("--from", numbered[0], "--to", numbered[1], "--self", *output), 1, "no diffusion model"),
+        (("--from", first, "--to", numbered[0], "--self", *output), 1, "of another kind"),
+    ]
+    for options, code, words in cases:
+        told = run("bridge", "train", *options)
+        assert told.code == code, (options, told.err)
+        assert words in told.err, (words, told.err)
+        assert len(told.err.strip().splitlines()) == 1
+    assert not output[1].exists()

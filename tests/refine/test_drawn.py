@@ -149,14 +149,14 @@ def test_a_filter_keeps_the_pictures_on_which_the_adapter_matters_most(
 ) -> None:
     gaps = torch.arange(12.0)
     seen: list[int] = []
-    at = drawn._Pictures.at
+    at = drawn.Drawn.at
 
-    def chosen(pictures: drawn._Pictures, which: Tensor | slice) -> drawn._Pictures:
+    def chosen(pictures: drawn.Drawn, which: Tensor | slice) -> drawn.Drawn:
         if isinstance(which, Tensor):
             seen.extend(which.tolist())
         return at(pictures, which)
 
-    monkeypatch.setattr(drawn._Pictures, "at", chosen)
+    monkeypatch.setattr(drawn.Drawn, "at", chosen)
     monkeypatch.setattr(drawn, "_own_losses", lambda model, with_, found, seed: (20 + gaps, torch.full((12,), 20.0)))
     batches = picture_samples(both, adapter, 32, 0, None, kept=False, dropped=0.5)
     assert seen == list(range(6, 12))
@@ -182,13 +182,13 @@ def test_prompts_of_its_training_are_drawn_and_the_report_says_so(
     adapter: Adapter, both: BothModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts: list[str] = []
-    draw = drawn._pictures
+    draw = drawn.draw_pictures
 
     def noted(model: Any, given: Any, *rest: Any) -> Any:
         texts.extend(given)
         return draw(model, given, *rest)
 
-    monkeypatch.setattr(drawn, "_pictures", noted)
+    monkeypatch.setattr(drawn, "draw_pictures", noted)
     tagged = replace(
         adapter, metadata={"ss_tag_frequency": '{"1_x": {"ink": 3, "cat": 2}}', "ss_resolution": "(24, 16)"}
     )

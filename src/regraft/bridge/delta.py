@@ -17,6 +17,7 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.bridge.adapted import Adapted, check_kinds
+from regraft.bridge.control import Control, check_image, controlled
 from regraft.bridge.guided import Prompted
 from regraft.bridge.latent_spaces import SharedLatents, ThroughPixels, old_noise, same_latents
 from regraft.bridge.levels import Levels
@@ -39,18 +40,20 @@ class DeltaPipeline:
 
     Attributes:
         old: the base that the adapter was trained on.
-        with_adapter: the same with the adapter.
+        with_adapter: the same with the plug-ins.
+        controlnet: one of those, where it is given.
         new: the base that is bridged to.
         shared: whether both encode pictures alike.
     """
 
-    def __init__(self, old: Loaded, new: Loaded, adapter: Adapter) -> None:
+    def __init__(self, old: Loaded, new: Loaded, adapter: Adapter | None, controlnet: Any = None) -> None:
         """Nothing is run yet.
 
         Args:
             old: a pipeline from prompts to pictures.
             new: another; autoencoder, schedule and what is predicted may differ.
-            adapter: for ``old``, of any kind that changes weights.
+            adapter: for ``old``, of any kind that changes weights; None where a ControlNet is the only plug-in.
+            controlnet: a ControlNet of diffusers for ``old``.
 
         Raises:
             InputError: a base is no such pipeline, has no place for a part of the adapter, or its scheduler or
@@ -62,8 +65,9 @@ class DeltaPipeline:
                 raise InputError(f"a {model.name} makes no pictures of prompts", file=model.path)
         # Each has its own scheduler, whose steps are counted.
         self.old, self.new = (twin(old) if old is new else old), new
-        self._adapted = Adapted(old, adapter)
-        self.with_adapter = self._adapted.model
+        self._adapted = None if adapter is None else Adapted(old, adapter)
+        self.with_adapter = twin(old) if self._adapted is None else self._adapted.model
+        self.controlnet = controlnet
         self._levels = Levels(self.old), Levels(new)
         self.shared = same_latents(old, new)
 
@@ -77,6 +81,8 @@ class DeltaPipeline:
         output_type: str = "pil",
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        controlnet_conditioning_scale: float = 1.0,
         **settings: Any,
     ) -> Any:
         """Draw, as the new pipeline does.
@@ -89,6 +95,8 @@ class DeltaPipeline:
             generator: one, or one per prompt.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
             negative_prompt: what guidance leads away from, for both bases.
+            image: what the ControlNet is shown, one or one per prompt.
+            controlnet_conditioning_scale: of the ControlNet.
             settings: further arguments of the new pipeline, such as its height and width.
 
         Returns:
@@ -100,8 +108,10 @@ class DeltaPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        seeds = _seeds(generator, len(prompts))
-        run = _Run(self, prompts, negative, guidance_scale, strength, seeds)
+        seeds = seeds_of(generator, len(prompts))
+        check_image(self.controlnet, image)
+        shown = (image, controlnet_conditioning_scale)
+        run = _Run(self, prompts, negative, guidance_scale, strength, seeds, shown)
         given = {"guidance_scale": guidance_scale, "negative_prompt": negative, "generator": generator, **settings}
         given = {name: value for name, value in given.items() if value is not None}
         with run.altering(), quiet_libraries():
@@ -127,9 +137,11 @@ class _Run:
     guidance: float | None
     strength: Strength
     seeds: list[int]
+    shown: tuple[Any, float]
     done: int = 0
     _sides: list[Prompted] = field(default_factory=list)
     _space: SharedLatents | ThroughPixels | None = None
+    _control: Control | None = None
 
     @contextmanager
     def altering(self) -> Iterator[None]:
@@ -181,13 +193,20 @@ class _Run:
         if not self._sides:
             models = (self.bridge.old, self.bridge.with_adapter)
             self._sides = [Prompted.of(m, self.prompts, self.negative, self.guidance, shape) for m in models]
+            if self.bridge.controlnet is not None:
+                image, scale = self.shown
+                self._control = Control.of(
+                    self.bridge.controlnet, self.bridge.old, image, len(self.prompts), shape, scale
+                )
 
     def _pair(self, z: Tensor, time: float) -> tuple[Tensor, Tensor]:
         without, adapted = self._sides
-        return without.predict(z, time), adapted.predict(z, time)
+        with controlled(adapted.model.main, self._control):
+            return without.predict(z, time), adapted.predict(z, time)
 
 
-def _seeds(generator: Generators, n: int) -> list[int]:
+def seeds_of(generator: Generators, n: int) -> list[int]:
+    """A seed for each of ``n`` pictures: of its generator, or counted on from the only one's."""
     if isinstance(generator, torch.Generator):
         return [generator.initial_seed() + i for i in range(n)]
     return list(range(n)) if generator is None else [one.initial_seed() for one in generator]

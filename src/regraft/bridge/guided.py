@@ -34,7 +34,13 @@ class Prompted:
 
     @classmethod
     def of(
-        cls, model: Loaded, prompts: Sequence[str], negative: Sequence[str] | None, guidance: float | None, shape: Any
+        cls,
+        model: Loaded,
+        prompts: Sequence[str],
+        negative: Sequence[str] | None,
+        guidance: float | None,
+        shape: Any,
+        steps: int | None = None,
     ) -> Prompted:
         """Run the pipeline up to its denoiser.
 
@@ -44,6 +50,7 @@ class Prompted:
             negative: what to keep away from, one per picture; None: as the pipeline has it.
             guidance: None: the pipeline's own default.
             shape: height and width of the latents.
+            steps: that the pipeline's scheduler is set to; None: as many as probes take.
 
         Raises:
             InputError: it can't be run on prompts alone, or packs its latents into rows.
@@ -53,9 +60,10 @@ class Prompted:
         factor = getattr(model.pipeline, "vae_scale_factor", 8)
         sizes = {"height": shape[0] * factor, "width": shape[1] * factor}
         without = None if negative is None else list(negative)
+        counted: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
         calls: list[Call] = []
         with recording(model.main, calls, stop=True), suppress(Enough):
-            sample_latents(model, list(prompts), 0, guidance_scale=scale, negative_prompt=without, **sizes)
+            sample_latents(model, list(prompts), 0, guidance_scale=scale, negative_prompt=without, **sizes, **counted)
         call = calls[0]
         latents = call[_first(model)]
         if latents.dim() != 4 or tuple(latents.shape[2:]) != tuple(shape):
@@ -63,6 +71,11 @@ class Prompted:
         first = float(model.pipeline.scheduler.timesteps[0])
         told = float(torch.as_tensor(call["timestep"]).flatten()[0])
         return cls(model, call, scale, told / first if first else 1.0)
+
+    @property
+    def rows(self) -> int:
+        """Of a pass: twice the pictures under guidance."""
+        return int(self.call[_first(self.model)].shape[0])
 
     def predict(self, z: Tensor, time: float) -> Tensor:
         """The guided prediction of states (n, channels, height, width) at a timestep of the scheduler's, float32."""

@@ -103,10 +103,10 @@ class ThroughPixels:
         factor = getattr(self.old.model.pipeline, "vae_scale_factor", 8)
         size = [side * factor for side in self.noise.shape[2:]]
         keeps, noise = self.old.mix(level)
-        clean = ours.encode(_resized(picture, size).to(self.noise.device))
+        clean = ours.encode(resized(picture, size).to(self.noise.device))
         z = keeps * clean + noise * self.noise
         without, adapted = (ours.decode(self.old.clean(found, z, level)) for found in pair(z, time))
-        moved = _resized(adapted - without, list(picture.shape[2:])).to(picture.device)
+        moved = resized(adapted - without, list(picture.shape[2:])).to(picture.device)
         changed = (picture + strength * moved).clamp(-1, 1)
         return (theirs.encode(changed) - theirs.encode(picture)).to(u.device)
 
@@ -117,15 +117,32 @@ class ThroughPixels:
 
 def old_noise(old: Loaded, seeds: list[int]) -> Tensor:
     """Noise in the old base's latents at its own size, one per seed."""
-    config = old.main.config
-    size = getattr(config, "sample_size", None) or 64
-    height, width = (size, size) if isinstance(size, int) else size
     channels = old.pipeline.vae.config.latent_channels
-    several = [torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    shape = (channels, *own_shape(old))
+    several = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(several).to(old.device)
 
 
-def _resized(pictures: Tensor, size: list[int]) -> Tensor:
+def own_shape(model: Loaded, like: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of the latents that a model was trained at; with another aspect, about as many cells of them.
+
+    Args:
+        model: a pipeline.
+        like: height and width whose aspect is wanted.
+    """
+    size = getattr(model.main.config, "sample_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    if like is None or like[0] * width == like[1] * height:
+        return int(height), int(width)
+    aspect = (like[0] / like[1]) ** 0.5
+    side = (height * width) ** 0.5
+    # Halved by each of a U-Net's down blocks: eight cells divide evenly for all that are in use.
+    first, second = (max(8, 8 * round(part / 8)) for part in (side * aspect, side / aspect))
+    return first, second
+
+
+def resized(pictures: Tensor, size: list[int]) -> Tensor:
+    """Pictures (n, channels, height, width) at another height and width."""
     if list(pictures.shape[2:]) == size:
         return pictures
     return F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)

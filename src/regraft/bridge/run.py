@@ -15,7 +15,11 @@ import torch
 from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
-from regraft.errors import InputError, UsageError
+from regraft.bridge.control import load_controlnet
+from regraft.bridge.x_adapter.files import load_mapper
+from regraft.bridge.x_adapter.mapper import Mapper
+from regraft.bridge.x_adapter.pipeline import LEAD, START
+from regraft.errors import InputError, UsageError, first_line, reading
 from regraft.output import check_writable, readable, whole, write_text
 from regraft.probes.pictures import Images, png
 from regraft.report.bridge_schema import BridgedText, BridgeReport
@@ -41,6 +45,15 @@ class BridgeSettings:
         temperature: texts are drawn at; 0: the likeliest token each time.
         config: of bare weights files.
         device: to run on.
+        mapper: of `regraft bridge train`, to bridge pictures by; None for delta sampling.
+        start: with a mapper, share of the schedule at which the new base joins.
+        lead: with a mapper, share of the new base's noise that the old one's states have.
+        finished: with a mapper, the old base draws its pictures to the end first.
+        new_prompt: with a mapper, for the new base; None: as the old one's.
+        new_guidance: with a mapper, guidance of the new base; None: its pipeline's own default.
+        controlnet: folder of a ControlNet for the old base.
+        image: that it is shown.
+        control_scale: of what it adds.
     """
 
     strength: float = 1.0
@@ -51,10 +64,19 @@ class BridgeSettings:
     temperature: float = 0.0
     config: Path | None = None
     device: str = "cpu"
+    mapper: Path | None = None
+    start: float = START
+    lead: float = LEAD
+    finished: bool = True
+    new_prompt: str | None = None
+    new_guidance: float | None = None
+    controlnet: Path | None = None
+    image: Path | None = None
+    control_scale: float = 1.0
 
 
 def run_bridge(
-    adapter: Adapter,
+    adapter: Adapter | None,
     old: Base,
     new: Base,
     prompts: Sequence[str],
@@ -67,7 +89,7 @@ def run_bridge(
     """Run prompts through the new base, alone and with the adapter on the old base beside it.
 
     Args:
-        adapter: for ``old``.
+        adapter: for ``old``; None where a ControlNet is the only plug-in.
         old: the base that it was trained on.
         new: the base to run.
         prompts: one row of the result each.
@@ -78,23 +100,31 @@ def run_bridge(
 
     Raises:
         InputError: a base can't be loaded, or no bridge can be made between the two.
-        UsageError: pictures without an output.
         OutputError: the output can't be written.
+        Refused: the mapper is for other bases.
+        UsageError: pictures without an output, or options that don't go together.
     """
     started = perf_counter()
     if output is not None:
         check_writable(output, overwrite=overwrite)
+    _check(adapter, settings)
+    # Before the bases are loaded: it may be for others.
+    mapper = None if settings.mapper is None else load_mapper(settings.mapper, old, new)
     with quiet_libraries():
         models = BothModels.load(old, new, settings.config, settings.device)
         if models.new.kind == "denoiser":
             if output is None:
                 raise UsageError("--output is missing", remedy="Name the PNG that the pictures are to be in with -o.")
-            way, texts, notes = _pictures(models, adapter, prompts, output, settings, overwrite, tick)
+            way, texts, notes = _pictures(models, adapter, prompts, output, settings, mapper, tick)
+        elif adapter is None or mapper is not None or settings.controlnet is not None:
+            raise UsageError(
+                "a language model is bridged with an adapter alone", remedy="Leave --mapper and --controlnet out."
+            )
         else:
             way, texts, notes = _texts(models, adapter, prompts, settings, tick)
     report = BridgeReport(
         regraft_version=__version__,
-        adapter=str(adapter.path or adapter.format),
+        adapter=_plugins(adapter, settings),
         source=str(old.path),
         target=str(new.path),
         model_class=models.new.name,
@@ -152,33 +182,94 @@ def _continued(new: Loaded, ids: Any, bridge: Any, settings: BridgeSettings) -> 
     return str(new.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+def _check(adapter: Adapter | None, settings: BridgeSettings) -> None:
+    if adapter is None and settings.controlnet is None:
+        raise UsageError("there is no plug-in to bridge", remedy="Name an adapter, or a --controlnet.")
+    if (settings.controlnet is None) != (settings.image is None):
+        raise UsageError("a ControlNet and its image go together", remedy="Give --controlnet and --control-image.")
+
+
+def _plugins(adapter: Adapter | None, settings: BridgeSettings) -> str:
+    named = [] if adapter is None else [str(adapter.path or adapter.format)]
+    return " + ".join([*named, *([] if settings.controlnet is None else [str(settings.controlnet)])])
+
+
 def _pictures(
     models: BothModels,
-    adapter: Adapter,
+    adapter: Adapter | None,
     prompts: Sequence[str],
     output: Path,
     settings: BridgeSettings,
-    overwrite: bool,
+    mapper: Mapper | None,
     tick: Tick,
 ) -> tuple[str, list[BridgedText], list[str]]:
-    from regraft.bridge.delta import DeltaPipeline
-
-    bridge = DeltaPipeline(models.old, models.new, adapter)
+    draw, way, notes = _drawer(models, adapter, settings, mapper)
     rows = []
     for i, prompt in enumerate(prompts):
         tick(i, len(prompts), prompt)
-        drawn = [_drawn(bridge, prompt, settings, i, strength) for strength in (0.0, settings.strength)]
-        rows.append(np.concatenate(drawn, axis=1))
+        # On the CPU, so that one seed is one noise on every device.
+        generator = torch.Generator().manual_seed(settings.seed + i)
+        alone = _alone(models.new, prompt, settings, generator)
+        rows.append(np.concatenate([alone, draw(prompt, generator.manual_seed(settings.seed + i))], axis=1))
     with whole(output) as stage:
         stage.write_bytes(base64.b64decode(png(np.concatenate(rows, axis=0))))
         readable(stage)
-    notes = [] if bridge.shared else ["the autoencoders differ: each step goes through pixels"]
-    return "delta sampling: three passes for a step, each doubled by guidance", [], notes
+    return way, [], notes
 
 
-def _drawn(bridge: Any, prompt: str, settings: BridgeSettings, i: int, strength: float) -> Images:
-    # On the CPU, so that one seed is one noise on every device.
-    generator = torch.Generator().manual_seed(settings.seed + i)
-    made = bridge(prompt, settings.steps, settings.guidance, strength, generator, "np")
+def _alone(new: Loaded, prompt: str, settings: BridgeSettings, generator: torch.Generator) -> Images:
+    guided = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
+    made = new.pipeline(
+        prompt=prompt, num_inference_steps=settings.steps, generator=generator, output_type="np", **guided
+    )
     image: Images = made.images[0]
     return image
+
+
+def _drawer(
+    models: BothModels, adapter: Adapter | None, settings: BridgeSettings, mapper: Mapper | None
+) -> tuple[Callable[[str, torch.Generator], Images], str, list[str]]:
+    """What draws a prompt through the bridge, what that is called, and what is to be said of it."""
+    net = None if settings.controlnet is None else load_controlnet(settings.controlnet, models.old)
+    common: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "strength": settings.strength,
+        "image": _opened(settings.image),
+        "controlnet_conditioning_scale": settings.control_scale,
+        "output_type": "np",
+    }
+    if mapper is None:
+        from regraft.bridge.delta import DeltaPipeline
+
+        delta = DeltaPipeline(models.old, models.new, adapter, net)
+        notes = [] if delta.shared else ["the autoencoders differ: each step goes through pixels"]
+        way = "delta sampling: three passes for a step, each doubled by guidance"
+        return lambda prompt, generator: delta(prompt, generator=generator, **common).images[0], way, notes
+    from regraft.bridge.x_adapter.pipeline import BridgePipeline
+
+    bridge = BridgePipeline(models.old, models.new, mapper, net)
+    if adapter is not None:
+        bridge.load_lora_weights(adapter)
+    joined: dict[str, Any] = {
+        "new_prompt": settings.new_prompt,
+        "new_guidance_scale": settings.guidance if settings.new_guidance is None else settings.new_guidance,
+        "start": settings.start,
+        "lead": settings.lead,
+        "finished": settings.finished,
+    }
+    way = "X-Adapter: two passes for a step, each doubled by guidance"
+    if settings.finished:
+        way += ", after the old base's own"
+    return lambda prompt, generator: bridge(prompt, generator=generator, **common, **joined).images[0], way, []
+
+
+def _opened(image: Path | None) -> Any:
+    if image is None:
+        return None
+    pictures = library("PIL.Image")
+    try:
+        with reading(image), pictures.open(image) as opened:
+            return opened.convert("RGB")
+    except pictures.DecompressionBombError as error:
+        raise InputError(f"is too large to be opened ({first_line(error)})", file=image) from error

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from regraft.base import open_base
 from regraft.bridge.run import BridgeSettings, run_bridge
+from regraft.bridge.x_adapter.mapper import Fusion
+from regraft.bridge.x_adapter.settings import MapperSettings
+from regraft.bridge.x_adapter.training import state_file, train_mapper
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
+from regraft.cli.train import told
 from regraft.errors import UsageError
 from regraft.formats import load_adapter
 from regraft.output import check_writable
-from regraft.report.bridge_table import bridge_table
+from regraft.report.bridge_table import bridge_table, bridge_train_table
 
 app = typer.Typer(
     help="Keep the old base beside the new one, and add what the adapter does to it.", no_args_is_help=True
@@ -28,7 +32,10 @@ def _bridge() -> None:
 
 @app.command()
 def run(
-    adapter: o.AdapterArgument,
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(metavar="ADAPTER", help="For the old base: a file, a PEFT folder, or its hub id."),
+    ] = None,
     old: o.From = None,
     new: o.To = None,
     prompts: Annotated[
@@ -50,6 +57,34 @@ def run(
     temperature: Annotated[
         float, typer.Option("--temperature", help="Of texts; 0 takes the likeliest token.")
     ] = BridgeSettings.temperature,
+    mapper: Annotated[
+        Path | None,
+        typer.Option("--mapper", metavar="FILE", help="Of `regraft bridge train`; without one, delta sampling."),
+    ] = None,
+    start: Annotated[
+        float, typer.Option("--start", help="--mapper: share of the schedule at which the new base joins.")
+    ] = BridgeSettings.start,
+    lead: Annotated[
+        float, typer.Option("--lead", help="--mapper: share of the new base's noise that the old one's states have.")
+    ] = BridgeSettings.lead,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="--mapper: both draw at once; the old base does not draw ahead.")
+    ] = False,
+    new_prompt: Annotated[
+        str | None, typer.Option("--new-prompt", metavar="TEXT", help="--mapper: for the new base, in place of TEXT.")
+    ] = None,
+    new_guidance: Annotated[
+        float | None, typer.Option("--new-guidance", help="--mapper: of the new base alone.")
+    ] = None,
+    controlnet: Annotated[
+        Path | None, typer.Option("--controlnet", metavar="FOLDER", help="A ControlNet for the old base.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--control-image", metavar="FILE", help="What the ControlNet is shown.")
+    ] = None,
+    control_scale: Annotated[
+        float, typer.Option("--control-scale", help="Of what the ControlNet adds.")
+    ] = BridgeSettings.control_scale,
     config: o.Config = None,
     device: o.Device = "cpu",
     threads: o.Threads = None,
@@ -73,10 +108,160 @@ def run(
         temperature=o.at_least_zero(temperature, "--temperature"),
         config=config,
         device=device,
+        mapper=mapper,
+        start=o.share(start, "--start"),
+        lead=o.share(lead, "--lead"),
+        finished=not side_by_side,
+        new_prompt=new_prompt,
+        new_guidance=None if new_guidance is None else o.at_least_zero(new_guidance, "--new-guidance"),
+        controlnet=controlnet,
+        image=image,
+        control_scale=o.finite(control_scale, "--control-scale"),
     )
     o.use_hardware(device, "float32", threads)
     first, second = (open_base(o.runnable(path)) for path in (old, new))
-    read = load_adapter(adapter, names=o.names_of(first), base_config=o.config_of(first))
+    read = None
+    if adapter is not None:
+        read = load_adapter(adapter, names=o.names_of(first), base_config=o.config_of(first))
     with progress("Running", quiet=quiet or json) as tick:
         record = run_bridge(read, first, second, prompts, output, settings, overwrite=overwrite, tick=tick)
     emit(record, json=json, quiet=quiet, table=lambda console: bridge_table(record, console))
+
+
+@app.command()
+def train(
+    old: o.From = None,
+    new: o.To = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FOLDER", help="Pictures with captions to learn from.")
+    ] = None,
+    own: Annotated[bool, typer.Option("--self", help="Learn from pictures that the two bases draw.")] = False,
+    output: o.Output = None,
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=2, help="--self: how many, half by each base.")
+    ] = MapperSettings.pictures,
+    prompts: o.Prompts = None,
+    varied: Annotated[
+        int, typer.Option("--varied", min=0, help="Further versions of each picture, in other colours.")
+    ] = MapperSettings.varied,
+    levels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--levels",
+            metavar="N|OLD=NEW",
+            help="How many of the old decoder's last blocks speak, or a block of it and one of the new base's; "
+            "repeatable.",
+        ),
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Residual blocks of a level.")] = MapperSettings.blocks,
+    fusion: Annotated[
+        str, typer.Option("--fusion", metavar="add|guided|spade", help="How a level joins the new base.")
+    ] = MapperSettings.fusion,
+    timed: Annotated[bool, typer.Option("--timed/--untimed", help="Tell the mapper noise levels.")] = True,
+    lead: Annotated[
+        float, typer.Option("--lead", help="Least share of the new base's noise that the old one sees.")
+    ] = MapperSettings.lead,
+    prompted: Annotated[
+        float, typer.Option("--prompted", help="Share of the pictures whose caption the new base is given.")
+    ] = MapperSettings.prompted,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = MapperSettings.steps,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures in a step.")] = MapperSettings.batch,
+    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate; by default by the channels.")] = None,
+    held: Annotated[
+        float, typer.Option("--held-out", help="Share of the pictures that is only measured on.")
+    ] = MapperSettings.held,
+    size: Annotated[
+        int | None, typer.Option("--size", min=8, help="--data: of the new base's pictures; by default as it draws.")
+    ] = None,
+    caption: Annotated[
+        str | None, typer.Option("--caption", metavar="TEXT", help="--data: of pictures that have none.")
+    ] = None,
+    budget: o.Budget = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of first values, pictures, order and noise.")] = 0,
+    config: o.Config = None,
+    device: o.Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Of the bases.")
+    ] = "float32",
+    precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the passes.")] = "no",
+    checkpointing: o.Checkpointing = False,
+    optimizer: o.Optimizer = "adamw",
+    threads: o.Threads = None,
+    resume: o.Resume = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Train the mapper of an X-Adapter: once for a pair of bases, then any plug-in of the old one works."""
+    if old is None or new is None:
+        raise UsageError("--from and --to are both needed: a mapper belongs to a pair")
+    if (data is None) != own:
+        raise UsageError("either --data or --self is needed", remedy="--self takes pictures that the two bases draw.")
+    if output is None:
+        raise UsageError("--output is missing", remedy="Name the mapper's .safetensors file with -o.")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"-o {output} is no .safetensors file", remedy="A mapper is one such file.")
+    check_writable(output, overwrite=overwrite)
+    settings = MapperSettings(
+        levels=wanted_levels(levels),
+        blocks=blocks,
+        fusion=o.one_of(fusion, "--fusion", get_args(Fusion)),
+        timed=timed,
+        pictures=pictures,
+        prompts=o.texts(prompts),
+        varied=varied,
+        lead=o.share(lead, "--lead"),
+        prompted=o.share(prompted, "--prompted"),
+        steps=steps,
+        batch=batch,
+        rate=None if rate is None else o.above_zero(rate, "--rate"),
+        held=o.share(held, "--held-out"),
+        size=size,
+        caption=caption,
+        seed=seed,
+        budget=o.seconds(budget),
+        config=config,
+        device=device,
+        dtype=o.one_of(dtype, "--dtype", ("float32", "bfloat16", "float16")),
+        precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        checkpointing=checkpointing,
+        optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
+    )
+    o.use_hardware(device, "float32", threads)
+    first, second = (open_base(o.runnable(path)) for path in (old, new))
+    state = state_file(first, second, data, settings)
+    if not resume:
+        state.unlink(missing_ok=True)
+        state.with_suffix(".pictures.pt").unlink(missing_ok=True)
+    with progress("Training", quiet=quiet or json) as tick:
+        record = train_mapper(
+            first,
+            second,
+            output,
+            data,
+            settings,
+            overwrite=overwrite,
+            state=state,
+            tick=tick,
+            heard=lambda look: tick(look.step, settings.steps, told(look)),
+        )
+    emit(record, json=json, quiet=quiet, table=lambda console: bridge_train_table(record, console))
+
+
+def wanted_levels(given: list[str] | None) -> int | tuple[tuple[str, str], ...] | None:
+    """``["3"]`` → 3; ``["up_blocks.1=mid_block", …]`` → the pairs; nothing → None.
+
+    Raises:
+        UsageError: one is neither.
+    """
+    if not given:
+        return None
+    if len(given) == 1 and given[0].isdecimal():
+        return int(given[0])
+    pairs = [tuple(part.strip() for part in text.split("=")) for text in given]
+    for text, pair in zip(given, pairs, strict=True):
+        if len(pair) != 2 or not all(pair):
+            raise UsageError(
+                f"--levels {text!r} is neither a number nor OLD=NEW", remedy="As in up_blocks.1=mid_block."
+            )
+    return tuple((pair[0], pair[1]) for pair in pairs)

@@ -90,14 +90,14 @@ def picture_samples(
     Raises:
         InputError: pictures can't be handed from one base to the other, or are blank or no numbers.
     """
-    _check_pipelines(models)
+    check_pipelines(models)
     count = max(4, -(-n // LEVELS)) if n else N_PICTURES
     held = max(2, round(_HELD * count))
     drawn = round((count + held) / (1 - dropped))
     given = list(prompts if prompts is not None else PICTURE_PROMPTS)
     with models.turn("old"):
         with applied(models.old.components, adapter):
-            by_adapter = _pictures(models.old, given, drawn, seed, resolution_of(adapter))
+            by_adapter = draw_pictures(models.old, given, drawn, seed, resolution_of(adapter))
         _check_useful(by_adapter, adapter)
         before, after = _own_losses(models.old, adapter, by_adapter, seed)
     if dropped:
@@ -113,7 +113,7 @@ def picture_samples(
     if kept:
         own, apart = max(2, round(_KEPT * count)), max(1, held // 2)
         with models.turn("new"):
-            by_new = _pictures(models.new, given, own + apart, seed + 10_000)
+            by_new = draw_pictures(models.new, given, own + apart, seed + 10_000)
             fit += _noised(models.new, by_new.at(slice(own)), "new", seed + 1)
             held_out += _noised(models.new, by_new.at(slice(own, None)), "new", seed + 101)
         made += f"; {own} by the new base, for retention"
@@ -122,7 +122,7 @@ def picture_samples(
 
 
 @dataclass(frozen=True)
-class _Pictures:
+class Drawn:
     """Pictures and what they were drawn for.
 
     Attributes:
@@ -135,12 +135,12 @@ class _Pictures:
     latents: Tensor
     pictures: Tensor
 
-    def at(self, which: Tensor | slice) -> _Pictures:
+    def at(self, which: Tensor | slice) -> Drawn:
         chosen = torch.arange(len(self.texts))[which].tolist()
-        return _Pictures(tuple(self.texts[i] for i in chosen), self.latents[which], self.pictures[which])
+        return Drawn(tuple(self.texts[i] for i in chosen), self.latents[which], self.pictures[which])
 
 
-def _check_pipelines(models: BothModels) -> None:
+def check_pipelines(models: BothModels) -> None:
     for model in (models.old, models.new):
         if getattr(model.pipeline, "vae", None) is None or not Latents(model).noise_is_known:
             raise InputError(
@@ -154,7 +154,7 @@ def _check_pipelines(models: BothModels) -> None:
 
 
 @torch.no_grad()
-def _pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: tuple[int, int] | None = None) -> _Pictures:
+def draw_pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: tuple[int, int] | None = None) -> Drawn:
     """Pictures for some prompts, ``size`` high and wide; by default as the pipeline draws them."""
     texts, (height, width) = prompts_for(given, n, seed), size or (None, None)
     latents, pictures = [], []
@@ -169,10 +169,10 @@ def _pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: tupl
             )
         latents.append(made.float().cpu())
         pictures.append(Latents(model).decode(made).cpu())
-    return _Pictures(tuple(texts), torch.cat(latents), torch.cat(pictures))
+    return Drawn(tuple(texts), torch.cat(latents), torch.cat(pictures))
 
 
-def _check_useful(drawn: _Pictures, adapter: Adapter) -> None:
+def _check_useful(drawn: Drawn, adapter: Adapter) -> None:
     """Raises InputError where nothing could be learnt from what was drawn."""
     if not bool(drawn.pictures.isfinite().all()):
         what = "draws pictures that are no numbers (NaN)"
@@ -184,7 +184,7 @@ def _check_useful(drawn: _Pictures, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def _own_losses(model: Loaded, adapter: Adapter, drawn: _Pictures, seed: int) -> tuple[Tensor, Tensor]:
+def _own_losses(model: Loaded, adapter: Adapter, drawn: Drawn, seed: int) -> tuple[Tensor, Tensor]:
     """Each picture's denoising loss in the old base's own latents, without and with the adapter, (pictures,) each."""
     batches = _noised(model, drawn, "adapter", seed, encoded=drawn.latents, mixed=False)
 
@@ -200,7 +200,7 @@ def _own_losses(model: Loaded, adapter: Adapter, drawn: _Pictures, seed: int) ->
 @torch.no_grad()
 def _noised(
     model: Loaded,
-    drawn: _Pictures,
+    drawn: Drawn,
     maker: Maker,
     seed: int,
     left: float = 1.0,

@@ -1,4 +1,4 @@
-"""The record of ``regraft bridge run``."""
+"""The records of ``regraft bridge run`` and ``regraft bridge train``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from regraft.report.schema import Record, VersionedRecord
+from regraft.report.schema import BaseSummary, Record, VersionedRecord
+from regraft.report.train_schema import TrainLook
 
 
 class BridgedText(Record):
@@ -33,3 +34,35 @@ class BridgeReport(VersionedRecord):
     outputs: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     seconds: float
+
+
+class MapperLevel(Record):
+    """One level of a mapper."""
+
+    old: str = Field(description="block of the old denoiser")
+    new: str = Field(description="block of the new one that hears of it")
+    inner: int = Field(description="channels of the old block")
+    outer: int = Field(description="channels of the new block")
+    grows: bool = Field(description="its first residual block doubles the size")
+
+
+class BridgeTrainReport(VersionedRecord):
+    """``regraft bridge train --json``."""
+
+    source: BaseSummary
+    target: BaseSummary
+    outputs: list[str]
+    data: str = Field(description="what was learnt from")
+    learnt: int = Field(description="pictures, in all their versions")
+    levels: list[MapperLevel]
+    fusion: str
+    trained: int = Field(description="numbers that were trained")
+    batch: int
+    rate: float
+    steps: int
+    stopped: str
+    unkept: str = Field(default="", description="why the state of the training could not be kept on disk")
+    looks: list[TrainLook]
+    notes: list[str] = Field(default_factory=list)
+    seconds: float
+    peak_mb: float

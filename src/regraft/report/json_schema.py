@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
 from regraft.report.bench_schema import BenchReport
-from regraft.report.bridge_schema import BridgeReport
+from regraft.report.bridge_schema import BridgeReport, BridgeTrainReport
 from regraft.report.demo_schema import DemoReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
@@ -51,6 +51,7 @@ RECORDS: dict[str, Any] = {
     "bench": BenchReport,
     "train": TrainReport,
     "bridge": BridgeReport,
+    "bridge-train": BridgeTrainReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)

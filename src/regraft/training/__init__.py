@@ -26,7 +26,7 @@ from regraft.runtime.room import check_room
 from regraft.runtime.training_state import kept_file
 from regraft.training.kinds import KINDS, config_of, default_targets, kind_of, settle
 from regraft.training.lessons import Lesson, PictureLesson, TextLesson, split
-from regraft.training.loop import Course, Heard, Look, run
+from regraft.training.loop import Course, Heard, Look, Tuned, run
 from regraft.training.picture_data import read_pictures
 from regraft.training.settings import TrainSettings
 from regraft.training.subjects import subject_lesson
@@ -113,7 +113,7 @@ def train(
         modules = len(tuned.base_model.targeted_module_names)
         with _before(tuned, settings) as conversion:
             batch, rate = settings.batch or taught.batch, settings.rate or kind.rate
-            course = run(model, tuned, taught.lesson, settings, batch, rate, heard, state)
+            course = run(model, Tuned(tuned), taught.lesson, settings, batch, rate, heard, state)
             notes = [note for note in (quantised, settle(tuned, settings.kind)) if note]
             written, told = write_trained(
                 tuned,

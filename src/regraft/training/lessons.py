@@ -155,7 +155,7 @@ def denoising_loss(model: Loaded, clean: Tensor, captions: Sequence[str], genera
     """
     space = Latents(model)
     noise = torch.randn(clean.shape, generator=generator)
-    times = _times(model, len(clean), space.steps, generator)
+    times = drawn_times(model, len(clean), space.steps, generator)
     alpha, sigma = space.levels(times)
     # PEFT leaves the class, and so the signature, of what it changes as it is.
     name = next(iter(inspect.signature(model.main.forward).parameters))
@@ -165,7 +165,7 @@ def denoising_loss(model: Loaded, clean: Tensor, captions: Sequence[str], genera
     return F.mse_loss(prediction[:, : wanted.shape[1]].float(), wanted)
 
 
-def _times(model: Loaded, n: int, steps: int, generator: torch.Generator) -> Tensor:
+def drawn_times(model: Loaded, n: int, steps: int, generator: torch.Generator) -> Tensor:
     if predicted(model.pipeline) == "flow":
         return torch.sigmoid(torch.randn(n, generator=generator)) * steps
     return torch.randint(steps, (n,), generator=generator)

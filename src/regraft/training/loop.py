@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from regraft.errors import InputError
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
-from regraft.runtime.optim import Stepper, checkpoint_activations, epoch_order
+from regraft.runtime.optim import Optimizer, Precision, Stepper, checkpoint_activations, epoch_order
 from regraft.runtime.training_state import keep, taken_up
 from regraft.training.lessons import Lesson
-from regraft.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,86 @@ class Look:
     loss: float | None
     held: float | None
     seconds: float
+
+
+class Pace(Protocol):
+    """What a training's settings say of its steps; see `regraft.training.settings.TrainSettings`."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def budget(self) -> float | None: ...
+    @property
+    def look(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def checkpointing(self) -> bool: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+
+class Learner(Protocol):
+    """What is trained, beside the model that it is part of or acts on."""
+
+    def parameters(self) -> Iterable[Any]:
+        """All; those with gradients are trained."""
+        ...
+
+    def train(self) -> object:
+        """Before a step."""
+        ...
+
+    def eval(self) -> object:
+        """Before a measurement."""
+        ...
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that it has learnt."""
+        ...
+
+    def take(self, kept: dict[str, Tensor]) -> object:
+        """The inverse of `kept`."""
+        ...
+
+    def stepped(self) -> None:
+        """Told after each step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that PEFT has put an adapter into.
+
+    Attributes:
+        model: PEFT's.
+    """
+
+    model: Any
+
+    def parameters(self) -> Iterable[Any]:
+        found: Iterable[Any] = self.model.parameters()
+        return found
+
+    def train(self) -> None:
+        self.model.train()
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    def kept(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = library("peft").get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return found
+
+    def take(self, kept: dict[str, Tensor]) -> None:
+        library("peft").set_peft_model_state_dict(self.model, kept)
+
+    def stepped(self) -> None:
+        pass
 
 
 #: Called with each look.
@@ -60,9 +140,9 @@ class Course:
 
 def run(
     model: Loaded,
-    tuned: Any,
+    tuned: Learner,
     lesson: Lesson,
-    settings: TrainSettings,
+    settings: Pace,
     batch: int,
     rate: float,
     heard: Heard,
@@ -71,8 +151,8 @@ def run(
     """Train what has gradients, in place.
 
     Args:
-        model: with PEFT's layers in its main model.
-        tuned: PEFT's model around that.
+        model: that the lesson is for.
+        tuned: what is trained: an adapter in it (`Tuned`), or something beside it.
         lesson: what is learnt.
         settings: steps, seed and the rest.
         batch: examples in a step.
@@ -97,7 +177,7 @@ def run(
 
 class _Run:
     def __init__(
-        self, model: Loaded, tuned: Any, lesson: Lesson, settings: TrainSettings, batch: int, rate: float, heard: Heard
+        self, model: Loaded, tuned: Learner, lesson: Lesson, settings: Pace, batch: int, rate: float, heard: Heard
     ) -> None:
         self.model, self.tuned, self.lesson, self.settings, self.heard = model, tuned, lesson, settings, heard
         self.batch = batch
@@ -127,6 +207,7 @@ class _Run:
                 course.stopped = f"the loss was no number at step {self.step + 1}; the last good state is kept"
                 return
             self.step += 1
+            self.tuned.stepped()
             self.losses.append(loss)
             self.spent = perf_counter() - began
             over = settings.budget is not None and self.spent > settings.budget
@@ -169,7 +250,7 @@ class _Run:
             "step": self.step,
             "spent": self.spent,
             "losses": self.losses,
-            "tuned": library("peft").get_peft_model_state_dict(self.tuned, save_embedding_layers=False),
+            "tuned": self.tuned.kept(),
             "looks": [list(astuple(look)) for look in self.course.looks],
             "optimizer": self.stepper.optimizer.state_dict(),
         }
@@ -182,7 +263,7 @@ class _Run:
             InputError: it is damaged.
         """
         with taken_up(file) as found:
-            library("peft").set_peft_model_state_dict(self.tuned, found["tuned"])
+            self.tuned.take(found["tuned"])
             self.stepper.optimizer.load_state_dict(found["optimizer"])
             self.step, self.spent, self.losses = found["step"], found["spent"], found["losses"]
             self.course = Course([Look(*look) for look in found["looks"]])

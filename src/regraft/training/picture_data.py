@@ -57,8 +57,7 @@ def read_pictures(folder: Path, model: Loaded, size: int | None, caption: str | 
     """
     height, width = _size(model, size)
     files = _files(folder)
-    said = _captions(folder)
-    captions = tuple(_caption(file, said, caption) for file in files)
+    captions = read_captions(folder, caption)
     with torch.no_grad():
         parts = [
             Latents(model).encode(_pixels(model, files[i : i + _TOGETHER], height, width)).cpu()
@@ -68,6 +67,20 @@ def read_pictures(folder: Path, model: Loaded, size: int | None, caption: str | 
     if latents.dim() != 4 or not bool(latents.isfinite().all()):
         raise InputError("its autoencoder makes no latents of pictures", file=model.path, remedy="Try --dtype float32.")
     return Pictures(latents, captions, (height, width))
+
+
+def read_captions(folder: Path, caption: str | None) -> tuple[str, ...]:
+    """The captions of a folder's pictures, in the order of `read_pixels`.
+
+    Args:
+        folder: with pictures in it.
+        caption: of pictures that have none.
+
+    Raises:
+        InputError: there are no pictures, or one has no caption.
+    """
+    said = _captions(folder)
+    return tuple(_caption(file, said, caption) for file in _files(folder))
 
 
 def read_pixels(folder: Path, model: Loaded, size: int | None) -> Tensor:

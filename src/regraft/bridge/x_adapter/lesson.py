@@ -1,0 +1,186 @@
+"""What a mapper learns from: clean pictures that the new base denoises, hearing what the old base makes of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regraft.bridge.levels import Levels
+from regraft.bridge.x_adapter.mapper import Mapper
+from regraft.bridge.x_adapter.places import Change, changed, heard
+from regraft.probes.batches_diffusion import DiffusionBatch
+from regraft.runtime.latents import Latents
+from regraft.runtime.load import Loaded
+from regraft.training.lessons import drawn_times
+
+# Noise levels that a held-out picture is measured at, and states that are measured together.
+_LEVELS, _TOGETHER = 4, 16
+
+
+@dataclass(frozen=True)
+class PairedPictures:
+    """Pictures in the latents of both bases.
+
+    Attributes:
+        old: (n, channels, height, width).
+        new: (n, channels, height, width), of the same pictures.
+        captions: n.
+    """
+
+    old: Tensor
+    new: Tensor
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+class BridgeLesson:
+    """The new base's own loss on pictures (arXiv 2312.02238, eq. 4).
+
+    Both bases are frozen. The old one is run on the same picture in its own latents, under noise of its own, with the
+    caption; the new one under an empty prompt, so that all it knows of the picture's content comes through the mapper.
+    In the paper both see the same noise level; here the old base sees one between a share ``lead`` of it and all of it,
+    in σ / α: while sampling it may know its finished picture already (`regraft.bridge.x_adapter.pipeline`).
+    """
+
+    def __init__(
+        self,
+        old: Loaded,
+        new: Loaded,
+        mapper: Mapper,
+        pictures: PairedPictures,
+        fit: Sequence[int],
+        apart: Sequence[int],
+        *,
+        lead: float = 1.0,
+        prompted: float = 0.0,
+        dropped: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        """Nothing is run yet.
+
+        Args:
+            old: the base that plug-ins are for.
+            new: the base that is bridged to.
+            mapper: that is trained.
+            pictures: all.
+            fit: numbers of those to learn from.
+            apart: of those to measure on.
+            lead: least share of the new base's noise that the old one sees.
+            prompted: share of the pictures whose caption the new base is given.
+            dropped: share of them that the old base is shown without a caption, as guidance runs it.
+            seed: of the noise that is measured under.
+        """
+        self.old, self.mapper, self.pictures = old, mapper, pictures
+        self.fit, self.apart = list(fit), list(apart)
+        self.lead, self.prompted, self.dropped, self.seed = lead, prompted, dropped, seed
+        self.levels = Levels(old), Levels(new)
+
+    @property
+    def n(self) -> int:
+        return len(self.fit)
+
+    def loss(self, model: Loaded, which: Sequence[int], generator: torch.Generator) -> Tensor:
+        return self._loss(model, [self.fit[i] for i in which], generator)
+
+    @torch.no_grad()
+    def held(self, model: Loaded) -> float | None:
+        """Mean loss on the pictures that are not learnt from; None without any."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = [i for i in self.apart for _ in range(_LEVELS)]
+        parts = [rows[i : i + _TOGETHER] for i in range(0, len(rows), _TOGETHER)]
+        losses = [float(self._loss(model, part, generator)) * len(part) for part in parts]
+        return sum(losses) / len(rows) if rows else None
+
+    @torch.no_grad()
+    def settle(self, model: Loaded, seed: int) -> None:
+        """Measure what the mapper's levels read, before the first step.
+
+        Args:
+            model: the new base.
+            seed: of the pictures and noise.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        n = min(len(self.fit), 2 * _TOGETHER)
+        order = torch.randperm(len(self.fit), generator=generator)[:n].tolist()
+        chosen = [self.fit[i] for i in order]
+        parts = [chosen[i : i + _TOGETHER] for i in range(0, n, _TOGETHER)]
+        self.mapper.settle([self._heard(part, *self._noise(model, len(part), generator)[1:]) for part in parts])
+
+    def _loss(self, new: Loaded, rows: Sequence[int], generator: torch.Generator) -> Tensor:
+        times, old_times, ratios = self._noise(new, len(rows), generator)
+        maps = self._heard(rows, old_times, ratios, generator)
+        clean = self.pictures.new[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        space = Latents(new)
+        alpha, sigma = space.levels(times)
+        given = torch.rand(len(rows), generator=generator) < self.prompted
+        captions = tuple(
+            self.pictures.captions[i] if told else "" for i, told in zip(rows, given.tolist(), strict=True)
+        )
+        batch = DiffusionBatch((_first(new), alpha * clean + sigma * noise), times, captions, "given")
+        with torch.no_grad():
+            conditions = batch.conditions(new)
+        shares = ratios / (1 + ratios)
+        changes = changes_of(self.mapper, maps, shares.to(new.device), 1.0)
+        with changed(new.main, changes, (clean.shape[2], clean.shape[3])):
+            prediction = batch.predict(new, conditions)
+        wanted = space.target(clean, noise, times).to(prediction.device)
+        return F.mse_loss(prediction[:, : wanted.shape[1]].float(), wanted)
+
+    def _noise(self, new: Loaded, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps of both, (n,), and σ / α of the new and the old base, (n, 2)."""
+        old_levels, new_levels = self.levels
+        times = drawn_times(new, n, Latents(new).steps, generator)
+        leads = self.lead + (1 - self.lead) * torch.rand(n, generator=generator)
+        found = [new_levels.ratio(float(time)) for time in times]
+        old_times = [old_levels.time(ratio * float(lead)) for ratio, lead in zip(found, leads, strict=True)]
+        ratios = torch.tensor([found, [old_levels.ratio(time) for time in old_times]]).T
+        return times, torch.tensor(old_times), ratios
+
+    @torch.no_grad()
+    def _heard(
+        self, rows: Sequence[int], times: Tensor, ratios: Tensor, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """The old base's maps for some pictures at its timesteps, (n,)."""
+        generator = generator or torch.Generator().manual_seed(self.seed)
+        clean = self.pictures.old[list(rows)]
+        mixes = torch.tensor([self.levels[0].mix(float(ratio)) for ratio in ratios[:, 1]])
+        alpha, sigma = (part[:, None, None, None] for part in mixes.unbind(1))
+        states = alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+        silent = torch.rand(len(rows), generator=generator) < self.dropped
+        captions = tuple(
+            "" if mute else self.pictures.captions[i] for i, mute in zip(rows, silent.tolist(), strict=True)
+        )
+        batch = DiffusionBatch((_first(self.old), states), times, captions, "given")
+        places = [level.old for level in self.mapper.config.levels]
+        with heard(self.old.main, places, (clean.shape[2], clean.shape[3])) as maps:
+            batch.predict(self.old, batch.conditions(self.old))
+            return list(maps)
+
+
+def changes_of(mapper: Mapper, maps: Sequence[Tensor], noise: Tensor, strength: float) -> dict[str, Change]:
+    """What the new denoiser's blocks hear of the old one's maps, for `regraft.bridge.x_adapter.places.changed`.
+
+    Args:
+        mapper: of the pair.
+        maps: that the old blocks gave, (n, channels, height, width) each.
+        noise: σ / (α + σ) of the new and the old base's states, (n, 2).
+        strength: of the mapper.
+    """
+
+    def change_of(i: int) -> Change:
+        return lambda hidden: mapper(i, maps[i].to(hidden.device), hidden, noise, strength)
+
+    return {level.new: change_of(i) for i, level in enumerate(mapper.config.levels)}
+
+
+def _first(model: Loaded) -> str:
+    """The denoiser's argument that holds the latents."""
+    return next(iter(inspect.signature(model.main.forward).parameters))

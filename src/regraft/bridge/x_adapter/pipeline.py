@@ -1,0 +1,351 @@
+"""Sampling through a mapper: the old base draws with its plug-ins, and the new one hears of it at every step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.adapter import Adapter
+from regraft.base import open_base
+from regraft.bridge.adapted import Adapted, check_kinds
+from regraft.bridge.control import Control, check_image, controlled
+from regraft.bridge.delta import Generators, Strength, seeds_of
+from regraft.bridge.guided import Prompted
+from regraft.bridge.latent_spaces import own_shape, resized
+from regraft.bridge.levels import Levels
+from regraft.bridge.x_adapter.files import load_mapper
+from regraft.bridge.x_adapter.lesson import changes_of
+from regraft.bridge.x_adapter.mapper import Mapper
+from regraft.bridge.x_adapter.places import changed, heard
+from regraft.errors import InputError, RegraftError
+from regraft.formats import load_adapter
+from regraft.probes.pictures import makes_pictures
+from regraft.runtime.both import BothModels, twin
+from regraft.runtime.latents import Latents
+from regraft.runtime.libraries import library, quiet_libraries
+from regraft.runtime.load import Loaded
+
+#: Share of the noise schedule at which the new base joins, by default: the paper's T0 (section 4.4).
+START = 0.8
+#: Share of the new base's noise that the old one's states have, by default.
+LEAD = 0.5
+
+
+class BridgePipeline:
+    """X-Adapter's sampling (arXiv 2312.02238, section 3.4), for the pair that a mapper was trained for.
+
+    Attributes:
+        old: the base that plug-ins are for.
+        new: the base that is bridged to.
+        mapper: of the pair.
+        controlnet: that steers the old base, where one is given.
+    """
+
+    def __init__(self, old: Loaded, new: Loaded, mapper: Mapper, controlnet: Any = None) -> None:
+        """Nothing is run yet.
+
+        Args:
+            old: a pipeline from prompts to pictures.
+            new: another; autoencoder, schedule, size and what is predicted may differ.
+            mapper: trained for the two.
+            controlnet: a ControlNet of diffusers for ``old``.
+
+        Raises:
+            InputError: a base is no such pipeline, its scheduler or autoencoder is not one that can be converted, or
+                it lacks a block of the mapper's.
+        """
+        check_kinds(old, new, "denoiser", "diffusion model")
+        for model in (old, new):
+            if not makes_pictures(model):
+                raise InputError(f"a {model.name} makes no pictures of prompts", file=model.path)
+        self.old, self.new, self.mapper = (twin(old) if old is new else old), new, mapper.eval().to(new.device)
+        self.controlnet = controlnet
+        self._levels = Levels(self.old), Levels(new)
+        self._adapted: Adapted | None = None
+        for model, names in (
+            (old, [level.old for level in mapper.config.levels]),
+            (new, [level.new for level in mapper.config.levels]),
+        ):
+            known = dict(model.main.named_modules())
+            lacking = [name for name in names if name not in known]
+            if lacking:
+                raise InputError(f"has no block {lacking[0]}, which the mapper is for", file=model.path)
+
+    @classmethod
+    def from_pretrained(
+        cls, old: str | Path, new: str | Path, mapper: str | Path, *, controlnet: Any = None, device: str = "cpu"
+    ) -> BridgePipeline:
+        """Load both bases and their mapper.
+
+        Args:
+            old: folder of the old pipeline.
+            new: of the new one.
+            mapper: a file of `regraft bridge train`, or the released X_Adapter_v1.bin.
+            controlnet: as in `BridgePipeline`.
+            device: to run on.
+
+        Raises:
+            InputError: a base can't be loaded, or the mapper is for other bases.
+        """
+        first, second = open_base(Path(old)), open_base(Path(new))
+        found = load_mapper(Path(mapper), first, second)
+        models = BothModels.load(first, second, device=device)
+        return cls(models.old, models.new, found, controlnet)
+
+    def load_lora_weights(self, adapter: Adapter | str | Path) -> None:
+        """Have the old base run with an adapter, of any kind that changes weights.
+
+        Args:
+            adapter: read, or the file or folder to read.
+
+        Raises:
+            InputError: it can't be read, or does not fit the old base.
+        """
+        read = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
+        self._adapted = Adapted(self.old, read)
+
+    def unload_lora_weights(self) -> None:
+        """Have the old base run as it is."""
+        self._adapted = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float | None = None,
+        strength: Strength = 1.0,
+        generator: Generators = None,
+        output_type: str = "pil",
+        *,
+        new_prompt: str | Sequence[str] | None = None,
+        new_guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        start: float = START,
+        finished: bool = True,
+        lead: float = LEAD,
+        controlnet_conditioning_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Any:
+        """Draw.
+
+        Args:
+            prompt: one or several, for the old base.
+            image: what the ControlNet is shown, one or one per prompt.
+            num_inference_steps: of the new pipeline's scheduler; the old base takes the same noise levels.
+            guidance_scale: of the old base; None: its pipeline's own default.
+            strength: of the mapper, constant or by the share of the sampling that is done; 0 is the new base alone.
+            generator: one, or one per prompt.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
+            new_prompt: for the new base; None: as ``prompt``. It was trained with an empty one.
+            new_guidance_scale: of the new base; None: its pipeline's own default.
+            negative_prompt: what guidance leads away from, for both bases.
+            start: share of the schedule at which the new base joins; until then the old one draws alone, and what it
+                has drawn is handed over. 1: from the first step.
+            finished: the old base draws its picture to the end first; its states beside the new base's are that
+                picture under noise (as in the released code, without its second sampling). Else both draw side by
+                side, as in the paper.
+            lead: with ``finished``, share of the new base's noise (in σ / α) that the old one's states have.
+            controlnet_conditioning_scale: of the ControlNet.
+            height: of the pictures; None: what the new pipeline draws.
+            width: likewise.
+
+        Returns:
+            diffusers' ``ImagePipelineOutput``.
+
+        Raises:
+            InputError: a pipeline packs its latents, can't be run on prompts alone, or draws no such size.
+            RegraftError: predictions are no numbers.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        told = prompts if new_prompt is None else _several(new_prompt, len(prompts))
+        negative = None if negative_prompt is None else _several(negative_prompt, len(prompts))
+        shape = self._shape(height, width)
+        seeds = seeds_of(generator, len(prompts))
+        old = self.old if self._adapted is None else self._adapted.model
+        old_shape = own_shape(old, shape)
+        with quiet_libraries():
+            control = self._control(image, controlnet_conditioning_scale, len(prompts), old, old_shape)
+            run = _Run(
+                self._levels,
+                Prompted.of(old, prompts, negative, guidance_scale, old_shape),
+                Prompted.of(self.new, told, negative, new_guidance_scale, shape, num_inference_steps),
+                copy.deepcopy(self.new.pipeline.scheduler),
+                self.mapper,
+                control,
+                seeds,
+                (old_shape, shape),
+                strength,
+                start,
+                finished,
+                lead,
+            )
+            latents = run.draw()
+            images = latents if output_type == "latent" else self._pictures(latents, output_type)
+        return library("diffusers").ImagePipelineOutput(images=images)
+
+    def _shape(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor = getattr(self.new.pipeline, "vae_scale_factor", 8)
+        native = own_shape(self.new)
+        sides = [h if given is None else given // factor for h, given in zip(native, (height, width), strict=True)]
+        for given in (height, width):
+            if given is not None and (given % factor or given <= 0):
+                raise InputError(f"draws no pictures {given} pixels long: its autoencoder needs multiples of {factor}")
+        return sides[0], sides[1]
+
+    def _control(self, image: Any, scale: float, n: int, old: Loaded, shape: tuple[int, int]) -> Control | None:
+        check_image(self.controlnet, image)
+        if self.controlnet is None:
+            return None
+        return Control.of(self.controlnet, old, image, n, shape, scale)
+
+    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+        pictures = Latents(self.new).decode(latents)
+        processor = library("diffusers.image_processor").VaeImageProcessor()
+        return processor.postprocess(pictures.cpu(), output_type=output_type)
+
+
+@dataclass
+class _Run:
+    """One call of the pipeline."""
+
+    levels: tuple[Levels, Levels]
+    old: Prompted
+    new: Prompted
+    scheduler: Any
+    mapper: Mapper
+    control: Control | None
+    seeds: list[int]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    strength: Strength
+    start: float
+    finished: bool
+    lead: float
+    _maps: list[Tensor] = field(default_factory=list)
+
+    def draw(self) -> Tensor:
+        """The new base's finished latents."""
+        times = list(self.scheduler.timesteps)
+        ratios = [self.levels[1].ratio(float(time)) for time in times]
+        alone = next(
+            (i for i, time in enumerate(times) if float(time) <= self.start * Latents(self.new.model).steps), 0
+        )
+        places = [level.old for level in self.mapper.config.levels]
+        main = self.old.model.main
+        self.noise = tuple(
+            _noise(side.model, shape, self.seeds) for side, shape in zip((self.old, self.new), self.shapes, strict=True)
+        )
+        with controlled(main, self.control), heard(main, places, self.shapes[0]) as maps:
+            self._maps = maps
+            z, clean = self._alone(ratios, len(ratios) if self.finished else alone)
+            latents = self._begin(clean, times, alone)
+            for i in range(alone, len(times)):
+                ratio = ratios[i]
+                if self.finished:
+                    assert clean is not None
+                    z, after = self._renoised(clean, self.lead * ratio), None
+                else:
+                    after = ratios[i + 1] if i + 1 < len(ratios) else 0.0
+                latents, z = self._both(latents, z, times[i], ratio, after, i / len(times))
+        return latents
+
+    def _alone(self, ratios: list[float], steps: int) -> tuple[Tensor, Tensor | None]:
+        """The old base's state and picture after so many of the steps; no picture before any."""
+        z, clean = self.noise[0], None
+        for i, ratio in enumerate(ratios[:steps]):
+            after = ratios[i + 1] if i + 1 < len(ratios) else 0.0
+            z, clean = self._step(z, ratio, after)
+        return z, clean
+
+    def _step(self, z: Tensor, ratio: float, after: float) -> tuple[Tensor, Tensor]:
+        """A step of the old base from one noise level to another (DDIM, arXiv 2010.02502, eq. 12), and its picture."""
+        levels = self.levels[0]
+        time = levels.time(ratio)
+        level = levels.ratio(time)
+        clean = levels.clean(self.old.predict(z, time), z, level)
+        if not bool(clean.isfinite().all()):
+            raise RegraftError("the old base's predictions are no numbers (NaN)", file=self.old.model.path)
+        alpha, sigma = levels.mix(level)
+        noise = (z - alpha * clean) / max(sigma, 1e-4)
+        alpha, sigma = levels.mix(min(after, level))
+        return alpha * clean + sigma * noise, clean
+
+    def _renoised(self, clean: Tensor, ratio: float) -> Tensor:
+        alpha, sigma = self.levels[0].mix(self.levels[0].ratio(self.levels[0].time(ratio)))
+        return alpha * clean + sigma * self.noise[0]
+
+    def _begin(self, clean: Tensor | None, times: list[Any], alone: int) -> Tensor:
+        """The new base's first state: noise, or the old base's picture under noise."""
+        noise = self.noise[1]
+        if hasattr(self.scheduler, "set_begin_index"):
+            # It has seen the pipeline's first call already, and counts from there.
+            self.scheduler._step_index = None
+            self.scheduler.set_begin_index(alone)
+        if alone == 0 or clean is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        new = Latents(self.new.model)
+        factor = getattr(self.new.model.pipeline, "vae_scale_factor", 8)
+        picture = Latents(self.old.model).decode(clean)
+        given = new.encode(resized(picture, [side * factor for side in self.shapes[1]])).to(noise)
+        mixed = getattr(self.scheduler, "scale_noise", None)
+        time = torch.as_tensor(times[alone]).reshape(1)
+        started: Tensor = mixed(given, time, noise) if mixed else self.scheduler.add_noise(given, noise, time)
+        return started
+
+    def _both(
+        self, latents: Tensor, z: Tensor, time: Any, ratio: float, after: float | None, done: float
+    ) -> tuple[Tensor, Tensor]:
+        """A step of both; the old base's is looked at only where its picture is finished (``after`` None)."""
+        strength = float(self.strength(done)) if callable(self.strength) else self.strength
+        scaled = getattr(self.scheduler, "scale_model_input", lambda sample, time: sample)
+        levels = self.levels[0]
+        level = levels.ratio(levels.time(ratio if after is not None else self.lead * ratio))
+        # Where nothing is heard, and nothing further is drawn, the old base need not run.
+        if after is not None:
+            z, _ = self._step(z, ratio, after)
+        elif strength != 0:
+            self.old.predict(z, levels.time(level))
+        u = scaled(latents, time)
+        with self._speaking(strength, (ratio, level)):
+            prediction = self.new.predict(u, float(time))
+        if not bool(prediction.isfinite().all()):
+            raise RegraftError("the new base's predictions are no numbers (NaN)", file=self.new.model.path)
+        made: Tensor = self.scheduler.step(prediction.to(latents), time, latents).prev_sample
+        return made, z
+
+    @contextmanager
+    def _speaking(self, strength: float, ratios: tuple[float, float]) -> Iterator[None]:
+        if strength == 0:
+            yield
+            return
+        rows = self.new.rows
+        maps = [_rows(part, rows) for part in self._maps]
+        noise = torch.tensor([[ratio / (1 + ratio) for ratio in ratios]], device=maps[0].device).expand(rows, 2)
+        with changed(self.new.model.main, changes_of(self.mapper, maps, noise, strength), self.shapes[1]):
+            yield
+
+
+def _rows(maps: Tensor, rows: int) -> Tensor:
+    """The maps for as many rows: guidance runs a base on twice the pictures, without the prompt first."""
+    if len(maps) == rows:
+        return maps
+    return maps[-rows:] if len(maps) > rows else maps.repeat(rows // len(maps), 1, 1, 1)
+
+
+def _noise(model: Loaded, shape: tuple[int, int], seeds: Sequence[int]) -> Tensor:
+    channels = int(model.pipeline.vae.config.latent_channels)
+    several = [torch.randn(channels, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(several).to(model.device)
+
+
+def _several(text: str | Sequence[str], n: int) -> list[str]:
+    return [text] * n if isinstance(text, str) else list(text)

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bridge import drawing
+from regraft.base import open_base
+from regraft.bridge.x_adapter import pipeline as x_adapter
+from regraft.bridge.x_adapter.files import load_mapper, save_mapper
+from regraft.bridge.x_adapter.mapper import Mapper
+from regraft.bridge.x_adapter.pairing import mapper_config
+from regraft.bridge.x_adapter.pipeline import BridgePipeline
+from regraft.bridge.x_adapter.settings import MapperSettings
+from regraft.bridge.x_adapter.training import Averaged, paired_pictures, state_file, train_mapper
+from regraft.bridge.x_adapter.variety import varied
+from regraft.errors import InputError, Refused
+from regraft.runtime import Loaded, applied
+from regraft.runtime.both import BothModels
+from regraft.runtime.latents import Latents
+from regraft.training.loop import Look
+from verify import tiny
+
+QUICK = MapperSettings(
+    levels=2,
+    blocks=1,
+    pictures=8,
+    varied=1,
+    steps=6,
+    batch=4,
+    look=3,
+    rate=1e-2,
+    held=0.25,
+    prompts=("a sun", "a boat"),
+)
+
+
+def _mapper(old: Loaded, new: Loaded, size: float = 0.3, **settings: Any) -> Mapper:
+    """Not trained: what it says is loud noise."""
+    mapper = Mapper(mapper_config(old, new, 2, blocks=1, **settings))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mapper.parameters():
+        parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return mapper
+
+
+def _drawn(pipeline: Any, seeds: tuple[int, ...] = (0, 1), **settings: Any) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    prompts = ["a sun", "a boat"][: len(seeds)]
+    return pipeline(prompts, num_inference_steps=4, generator=generators, output_type="np", **settings).images
+
+
+def _alone(model: Loaded, **settings: Any) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    settings = {"output_type": "np", **settings}
+    made = model.pipeline(["a sun", "a boat"], num_inference_steps=4, generator=generators, **settings)
+    return made.images
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Loaded]:
+    place = tmp_path_factory.mktemp("pair")
+    return drawing.pipeline(place / "old"), drawing.pipeline(place / "new", drift=0.3)
+
+
+def test_with_strength_0_it_is_the_new_base(pair: tuple[Loaded, Loaded]) -> None:
+    bridge = BridgePipeline(*pair, _mapper(*pair))
+    assert np.allclose(_drawn(bridge, start=1.0, strength=0), _alone(pair[1]), atol=1e-4)
+    assert np.abs(_drawn(bridge, start=1.0) - _alone(pair[1])).max() > 0.01
+
+
+def test_a_mapper_that_says_nothing_leaves_the_new_base_as_it_is(pair: tuple[Loaded, Loaded]) -> None:
+    bridge = BridgePipeline(*pair, Mapper(mapper_config(*pair)))
+    for finished in (True, False):
+        assert np.allclose(_drawn(bridge, start=1.0, finished=finished), _alone(pair[1]), atol=1e-4)
+
+
+def test_other_samplers_and_predictions_are_stepped_as_their_pipelines_step_them(
+    pair: tuple[Loaded, Loaded], tmp_path: Path
+) -> None:
+    from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    models = [
+        drawing.pipeline(tmp_path / "dpm", scheduler=DPMSolverMultistepScheduler),
+        drawing.pipeline(tmp_path / "euler", scheduler=EulerDiscreteScheduler),
+        drawing.flow(tmp_path / "sd3"),
+    ]
+    for new in models:
+        bridge = BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new, 2)))
+        assert np.allclose(_drawn(bridge, start=1.0), _alone(new), atol=2e-3), new.name
+        assert np.isfinite(_drawn(BridgePipeline(pair[0], new, _mapper(pair[0], new)), start=0.7)).all()
+    back = BridgePipeline(models[2], pair[1], Mapper(mapper_config(models[2], pair[1], 2)))
+    assert np.allclose(_drawn(back, start=1.0), _alone(pair[1]), atol=1e-4)
+
+
+def test_the_old_base_draws_what_its_own_sampler_draws(
+    pair: tuple[Loaded, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new base's levels are the old one's here, so that its steps are those of its pipeline's DDIM."""
+    seen: list[torch.Tensor] = []
+    alone = x_adapter._Run._alone
+    monkeypatch.setattr(
+        x_adapter._Run, "_alone", lambda self, *given: seen.append(alone(self, *given)[1]) or (seen[-1], seen[-1])
+    )
+    bridge = BridgePipeline(*pair, Mapper(mapper_config(*pair)))
+    for adapter in (None, tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0)):
+        if adapter is not None:
+            bridge.load_lora_weights(adapter)
+        _drawn(bridge)
+        with applied(pair[0].components, adapter):
+            own = _alone(pair[0], output_type="latent")
+        assert torch.allclose(seen[-1], torch.as_tensor(own), atol=1e-3)
+    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+
+
+def test_the_first_picture_of_the_new_base_is_the_old_ones_under_noise(
+    pair: tuple[Loaded, Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    for new in (
+        pair[1],
+        drawing.pipeline(tmp_path / "euler", scheduler=EulerDiscreteScheduler),
+        drawing.flow(tmp_path / "f"),
+    ):
+        begun: list[Any] = []
+        begin = x_adapter._Run._begin
+
+        def keep(self: Any, clean: Any, times: Any, alone: int, begin: Any = begin, begun: Any = begun) -> Any:
+            state = begin(self, clean, times, alone)
+            scheduler = copy.deepcopy(self.scheduler)
+            scaled = getattr(scheduler, "scale_model_input", lambda sample, time: sample)(state, times[alone])
+            begun.append((self, clean, times[alone], scaled))
+            return state
+
+        monkeypatch.setattr(x_adapter._Run, "_begin", keep)
+        _drawn(BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new, 2))), start=0.6)
+        run, clean, time, scaled = begun[0]
+        assert float(time) <= 0.6 * 1000
+        picture = Latents(pair[0]).decode(clean)
+        size = [scaled.shape[2] * new.pipeline.vae_scale_factor] * 2
+        there = Latents(new).encode(torch.nn.functional.interpolate(picture, size, mode="bilinear", antialias=True))
+        alpha, sigma = run.levels[1].mix(run.levels[1].ratio(float(time)))
+        assert torch.allclose(scaled, alpha * there + sigma * run.noise[1], atol=1e-2)
+
+
+def test_a_lora_on_the_old_base_is_heard_and_can_be_taken_off(pair: tuple[Loaded, Loaded], tmp_path: Path) -> None:
+    bridge = BridgePipeline(*pair, _mapper(*pair))
+    before = _drawn(bridge)
+    tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0).save(tmp_path / "lora.safetensors", format="diffusers")
+    bridge.load_lora_weights(tmp_path / "lora.safetensors")
+    assert np.abs(_drawn(bridge) - before).max() > 0.01
+    bridge.unload_lora_weights()
+    assert np.array_equal(_drawn(bridge), before)
+
+
+def test_guidance_prompts_and_sizes_are_each_sides_own(pair: tuple[Loaded, Loaded]) -> None:
+    bridge = BridgePipeline(*pair, _mapper(*pair))
+    plain = _drawn(bridge)
+    for settings in (
+        {"new_prompt": ""}, {"new_guidance_scale": 1.0}, {"guidance_scale": 1.0}, {"negative_prompt": "a boat"},
+        {"lead": 0.1}, {"finished": False}, {"strength": lambda done: 1 - done},
+    ):  # fmt: skip
+        assert np.abs(_drawn(bridge, **settings) - plain).max() > 1e-4, settings
+    factor = pair[1].pipeline.vae_scale_factor
+    wide = _drawn(bridge, height=8 * factor, width=16 * factor)
+    assert wide.shape[1:3] == (8 * factor, 16 * factor)
+    with pytest.raises(InputError, match=f"multiples of {factor}"):
+        _drawn(bridge, height=8 * factor + 1)
+
+
+def test_a_base_without_the_mappers_blocks_is_refused(pair: tuple[Loaded, Loaded], tmp_path: Path) -> None:
+    other = drawing.flow(tmp_path / "sd3")
+    with pytest.raises(InputError, match=r"has no block up_blocks"):
+        BridgePipeline(pair[0], other, Mapper(mapper_config(*pair)))
+
+
+def test_training_lowers_the_loss_and_leaves_both_bases_as_they_are(tmp_path: Path) -> None:
+    old, new = (open_base(tiny.pipeline(tmp_path / name, drift=drift)) for name, drift in (("old", 0.0), ("new", 0.3)))
+    prints = [str(base.prints) for base in (old, new)]
+    looks: list[Look] = []
+    settings = replace(QUICK, steps=60, look=60, batch=8)
+    report = train_mapper(old, new, tmp_path / "m.safetensors", settings=settings, heard=looks.append)
+    assert report.looks[-1].held is not None
+    assert report.looks[0].held is not None
+    assert report.looks[-1].held < report.looks[0].held
+    assert [look.step for look in looks] == [0, 60]
+    assert [(level.old, level.new) for level in report.levels] == [
+        ("up_blocks.0", "up_blocks.0"),
+        ("up_blocks.1", "up_blocks.1"),
+    ]
+    assert prints == [str(open_base(base.path).prints) for base in (old, new)]
+    mapper = load_mapper(tmp_path / "m.safetensors", old, new)
+    bridge = BridgePipeline.from_pretrained(old.path, new.path, tmp_path / "m.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(bridge.mapper.parameters(), mapper.parameters(), strict=True))
+    assert np.abs(_drawn(bridge, start=1.0) - _alone(bridge.new)).max() > 1e-3
+
+
+def test_a_stopped_training_goes_on_to_the_same_mapper(tmp_path: Path) -> None:
+    old, new = (open_base(tiny.pipeline(tmp_path / name, drift=drift)) for name, drift in (("old", 0.0), ("new", 0.3)))
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    train_mapper(old, new, whole, settings=QUICK)
+
+    def stop(look: Look) -> None:
+        if look.step == 3:
+            raise KeyboardInterrupt
+
+    state = state_file(old, new, None, QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        train_mapper(old, new, parts, settings=QUICK, heard=stop)
+    assert state.is_file()
+    assert not parts.exists()
+    report = train_mapper(old, new, parts, settings=QUICK)
+    assert [look.step for look in report.looks] == [0, 3, 6]
+    assert not state.is_file()
+    assert not list(state.parent.glob("*.pt"))
+    first, second = (load_mapper(file).state_dict() for file in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_kept_is_the_mean_of_the_steps(pair: tuple[Loaded, Loaded]) -> None:
+    mapper = Mapper(mapper_config(*pair, 2, blocks=1))
+    learner = Averaged(mapper, 0.5)
+    value = next(iter(mapper.parameters()))
+    start = value.detach().clone()
+    seen, mean = [], start
+    for step in range(4):
+        learner.train()
+        value.data.add_(1.0)
+        learner.stepped()
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * (start + step + 1)
+        learner.eval()
+        seen.append(value.detach().clone())
+        assert torch.allclose(seen[-1], mean)
+    learner.train()
+    assert torch.allclose(value, start + 4)
+
+
+def test_pictures_of_a_folder_are_paired_with_their_captions(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    old, new = (open_base(tiny.pipeline(tmp_path / name)) for name in ("old", "new"))
+    models = BothModels.load(old, new)
+    pictures, made = paired_pictures(models, folder, replace(QUICK, varied=2), None, lambda *_: None)
+    assert pictures.captions == ("picture 0", "picture 1", "picture 2") * 3
+    assert pictures.old.shape == pictures.new.shape == (9, 4, 8, 8)
+    # One autoencoder, one size: what either base reads is the same, version by version.
+    assert torch.allclose(pictures.old, pictures.new, atol=1e-5)
+    assert not torch.allclose(pictures.new[:3], pictures.new[3:6], atol=1e-2)
+    assert str(folder) in made
+    with pytest.raises(InputError, match="no such folder"):
+        state_file(old, new, tmp_path / "gone", QUICK)
+
+
+def test_other_colours_keep_what_is_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = -torch.ones(3, 16, 16)
+    picture[:, 4:12, 4:12] = torch.tensor([0.9, 0.7, 0.8])[:, None, None]
+    pictures = picture.expand(12, -1, -1, -1)
+    made = varied(pictures, generator)
+    assert made.shape == pictures.shape
+    assert float(made.abs().max()) <= 1
+    inside, outside = made[:, :, 5:11, 5:11], made[:, :, :3]
+    # The shape is still told from the ground, each is flat, and no two pictures have one palette.
+    assert float((inside.mean((2, 3)) - outside.mean((2, 3))).abs().amax(1).min()) > 0.05
+    assert float(inside.std((2, 3)).max()) < 0.01
+    palettes = torch.cat([inside.mean((2, 3)), outside.mean((2, 3))], dim=1)
+    apart = torch.cdist(palettes, palettes) + 10 * torch.eye(12)
+    assert float(apart.min()) > 0.05
+    assert torch.equal(varied(pictures, torch.Generator().manual_seed(0)), made)
+
+
+def test_the_file_of_a_pair_opens_for_that_pair_alone(tmp_path: Path) -> None:
+    folders = [tiny.pipeline(tmp_path / name, seed=i) for i, name in enumerate(("old", "new", "other"))]
+    old, new, other = (open_base(folder) for folder in folders)
+    models = BothModels.load(old, new)
+    save_mapper(_mapper(models.old, models.new), tmp_path / "m.safetensors", old, new)
+    BridgePipeline.from_pretrained(old.path, new.path, tmp_path / "m.safetensors")
+    with pytest.raises(Refused, match="another new base"):
+        BridgePipeline.from_pretrained(old.path, other.path, tmp_path / "m.safetensors")
