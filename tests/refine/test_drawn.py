@@ -30,7 +30,7 @@ QUICK = RefineSettings(steps=16, look=8, n_inputs=64, rate=3e-2, retention=0.2, 
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawn, "_STEPS", 2)
+    monkeypatch.setattr(drawn, "STEPS", 2)
     monkeypatch.setattr(drawn, "LEVELS", 8)
 
 

@@ -75,7 +75,7 @@ def scoring(shop: Workshop, base: str, new: str, name: str) -> Iterator[Scorer]:
     loaded = load_model(shop.base(base))
     run = _Run(loaded, Schedule.of(loaded.path / "scheduler"))
     judge = trained_judge(
-        shop.cache / "art", shop.cache / "diffusion" / "judge.pt", _through(shop.base(OLD_BASE) / "vae")
+        shop.cache / "art", shop.cache / "diffusion" / "judge.pt", through_autoencoder(shop.base(OLD_BASE) / "vae")
     )
     run_on = [_every_second(shop.latents(base, f"{name}-test")) for name in (OLD_ART, NEW_ART)]
     old_art, new_art = (held_out_batches(data, run.schedule, RETENTION_TIMES) for data in run_on)
@@ -118,7 +118,7 @@ def _diversity(judge: Judge, pictures: art.Floats) -> float:
     return float(1 - alike.mean() / (OF_EACH * (OF_EACH - 1)))
 
 
-def _through(vae: Path) -> Callable[[art.Pixels], art.Floats]:
+def through_autoencoder(vae: Path) -> Callable[[art.Pixels], art.Floats]:
     """Pictures through an autoencoder and back."""
 
     def there_and_back(pixels: art.Pixels) -> art.Floats:

@@ -20,7 +20,7 @@ from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
 from regraft.refine.bottleneck import is_bottleneck, load_bottlenecks, refine_bottlenecks
 from regraft.refine.quantised import Quantize
-from regraft.refine.settings import STEPS, Objective
+from regraft.refine.settings import STEPS, Objective, TeacherKind
 from regraft.refine.starting import ZERO
 from regraft.refine.state import forget, state_file
 from regraft.refine.strip import PROMPTS
@@ -53,6 +53,20 @@ def refine(
     objective: Annotated[
         str, typer.Option("--objective", metavar="|".join(get_args(Objective)), help="What is matched.")
     ] = "auto",
+    teacher: Annotated[
+        str,
+        typer.Option(
+            "--teacher",
+            metavar="|".join(get_args(TeacherKind)),
+            help="Whose pictures are learnt: the old base's with the adapter, or a bridge's.",
+        ),
+    ] = RefineSettings.teacher,
+    mapper: Annotated[
+        Path | None,
+        typer.Option(
+            "--mapper", metavar="FILE", help="--teacher bridge: of `regraft bridge train`; else delta sampling."
+        ),
+    ] = None,
     hidden: Annotated[
         float,
         typer.Option(
@@ -118,8 +132,12 @@ def refine(
             check_writable(path, overwrite=overwrite, source=adapter)
     if format is not None:
         get_format(format)
+    if mapper is not None and teacher != "bridge":
+        raise UsageError("--mapper is a bridge's", remedy="Give --teacher bridge with it.")
     settings = RefineSettings(
         objective=o.one_of(objective, "--objective", get_args(Objective)),
+        teacher=o.one_of(teacher, "--teacher", get_args(TeacherKind)),
+        mapper=mapper,
         steps=steps,
         rate=o.above_zero(rate, "--rate"),
         hidden=o.at_least_zero(hidden, "--hidden"),

@@ -11,6 +11,7 @@ from typing import Literal
 
 from regraft.adapter import Adapter
 from regraft.base import Base
+from regraft.bridge.x_adapter.files import load_mapper
 from regraft.errors import InputError
 from regraft.lineage import KEY, dumped, lineage_of
 from regraft.metadata import with_ranks
@@ -19,6 +20,7 @@ from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import COPY, NATIVE, alone, placed, rows, worse_than_none
+from regraft.refine.bridged import check_bridge
 from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, train
@@ -97,6 +99,9 @@ def refine(
     """
     began = perf_counter()
     check_quantiser(settings.quantize)
+    if settings.mapper is not None:
+        # Before anything is loaded: it may be for other bases.
+        load_mapper(settings.mapper, old, new)
     strip = strip or Strip(0)
     # The start that looks at outputs would hold both models on the device.
     apart = settings.low_memory and settings.device != "cpu"
@@ -109,7 +114,8 @@ def refine(
         begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
         models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
-        chosen, why = objective_of(settings.objective, models)
+        check_bridge(models, settings)
+        chosen, why = objective_of(settings.objective, models, settings.teacher)
         sampled = chosen == "sample"
         far = begin.how in (ZERO, STREAM) or old.structure != new.structure
         settings = settled(settings, far=far, texts=models.old.kind == "language")

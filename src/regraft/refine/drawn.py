@@ -29,9 +29,32 @@ N_PICTURES, LEVELS, TOGETHER = 64, 16, 16
 # Of the pictures to learn from: so many more to look at, and so many by the new base for retention.
 _HELD, _KEPT = 1 / 6, 1 / 4
 # Pictures that are drawn together, and the steps that they take.
-_DRAWN, _STEPS = 16, 20
+DRAWN, STEPS = 16, 20
 # Pictures, from −1 to 1, whose values vary less than this are blank.
 _BLANK = 0.01
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures and what they were drawn for.
+
+    Attributes:
+        texts: one prompt each.
+        latents: of the model that drew them, (n, channels, height, width).
+        pictures: (n, 3, height, width), from −1 to 1.
+    """
+
+    texts: tuple[str, ...]
+    latents: Tensor
+    pictures: Tensor
+
+    def at(self, which: Tensor | slice) -> Drawn:
+        chosen = torch.arange(len(self.texts))[which].tolist()
+        return Drawn(tuple(self.texts[i] for i in chosen), self.latents[which], self.pictures[which])
+
+
+#: (prompts, how many pictures, seed) → pictures that a teacher draws.
+Painter = Callable[[Sequence[str], int, int], Drawn]
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,7 @@ def picture_samples(
     *,
     kept: bool,
     dropped: float = 0.0,
+    painter: Painter | None = None,
 ) -> Batches:
     """Noisy states, in the new base's latents, of pictures by the old base with its adapter, and by the new base.
 
@@ -86,6 +110,7 @@ def picture_samples(
         prompts: in place of general ones.
         kept: the new base's own pictures are among those to fit on.
         dropped: share of the pictures drawn that is left out: those on which the adapter matters least.
+        painter: draws the pictures in the old base's place.
 
     Raises:
         InputError: pictures can't be handed from one base to the other, or are blank or no numbers.
@@ -95,9 +120,12 @@ def picture_samples(
     held = max(2, round(_HELD * count))
     drawn = round((count + held) / (1 - dropped))
     given = list(prompts if prompts is not None else PICTURE_PROMPTS)
+    if painter is not None:
+        by_adapter = painter(given, drawn, seed)
     with models.turn("old"):
-        with applied(models.old.components, adapter):
-            by_adapter = draw_pictures(models.old, given, drawn, seed, resolution_of(adapter))
+        if painter is None:
+            with applied(models.old.components, adapter):
+                by_adapter = draw_pictures(models.old, given, drawn, seed, resolution_of(adapter))
         _check_useful(by_adapter, adapter)
         before, after = _own_losses(models.old, adapter, by_adapter, seed)
     if dropped:
@@ -107,7 +135,8 @@ def picture_samples(
     with models.turn("new"):
         fit = _noised(models.new, by_adapter.at(slice(count)), "adapter", seed, left)
         held_out = _noised(models.new, by_adapter.at(slice(count, None)), "adapter", seed + 100, left)
-    made = f"{count} pictures that the old base drew with its adapter in {_STEPS} steps"
+    who = "the old base drew with its adapter" if painter is None else "the bridge drew"
+    made = f"{count} pictures that {who} in {STEPS} steps"
     if dropped:
         made += f", out of {drawn}, those on which the adapter matters most"
     if kept:
@@ -119,25 +148,6 @@ def picture_samples(
         made += f"; {own} by the new base, for retention"
     made += f"; read by the new base's autoencoder, {LEVELS} noise levels of each, seed {seed}"
     return Batches(tuple(fit), tuple(held_out), made)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures and what they were drawn for.
-
-    Attributes:
-        texts: one prompt each.
-        latents: of the model that drew them, (n, channels, height, width).
-        pictures: (n, 3, height, width), from −1 to 1.
-    """
-
-    texts: tuple[str, ...]
-    latents: Tensor
-    pictures: Tensor
-
-    def at(self, which: Tensor | slice) -> Drawn:
-        chosen = torch.arange(len(self.texts))[which].tolist()
-        return Drawn(tuple(self.texts[i] for i in chosen), self.latents[which], self.pictures[which])
 
 
 def check_pipelines(models: BothModels) -> None:
@@ -158,9 +168,9 @@ def draw_pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: 
     """Pictures for some prompts, ``size`` high and wide; by default as the pipeline draws them."""
     texts, (height, width) = prompts_for(given, n, seed), size or (None, None)
     latents, pictures = [], []
-    for i in range(0, n, _DRAWN):
-        part = texts[i : i + _DRAWN]
-        made = sample_latents(model, part, seed + i, num_inference_steps=_STEPS, height=height, width=width)
+    for i in range(0, n, DRAWN):
+        part = texts[i : i + DRAWN]
+        made = sample_latents(model, part, seed + i, num_inference_steps=STEPS, height=height, width=width)
         if made.dim() != 4:
             raise InputError(
                 f"a {type(model.pipeline).__name__} keeps its latents in a form of its own, which no picture can be "
@@ -186,7 +196,7 @@ def _check_useful(drawn: Drawn, adapter: Adapter) -> None:
 @torch.no_grad()
 def _own_losses(model: Loaded, adapter: Adapter, drawn: Drawn, seed: int) -> tuple[Tensor, Tensor]:
     """Each picture's denoising loss in the old base's own latents, without and with the adapter, (pictures,) each."""
-    batches = _noised(model, drawn, "adapter", seed, encoded=drawn.latents, mixed=False)
+    batches = _noised(model, drawn, "adapter", seed, known=drawn.latents, mixed=False)
 
     def losses() -> Tensor:
         said = [(batch.run(model, "old").float().cpu() - batch.target).square().flatten(1).mean(1) for batch in batches]
@@ -205,7 +215,7 @@ def _noised(
     seed: int,
     left: float = 1.0,
     *,
-    encoded: Tensor | None = None,
+    known: Tensor | None = None,
     mixed: bool = True,
 ) -> list[PictureBatch]:
     """Every picture at `LEVELS` noise levels of a model's scheduler (see `regraft.probes.diffusion.noise_plan`).
@@ -216,11 +226,11 @@ def _noised(
         maker: who drew them.
         seed: of noise and levels.
         left: see `PictureBatch`.
-        encoded: their latents, where they are known.
+        known: their latents, where they are known.
         mixed: put into another order, so that a step sees several pictures.
     """
     space, generator = Latents(model), torch.Generator().manual_seed(seed)
-    clean = _encoded(model, drawn.pictures) if encoded is None else encoded
+    clean = encoded(model, drawn.pictures) if known is None else known
     which, times, prompts = noise_plan(drawn.texts, LEVELS, space.steps, generator)
     noise = torch.randn(len(which), *clean.shape[1:], generator=generator)
     alpha, sigma = space.levels(times)
@@ -237,7 +247,7 @@ def _noised(
     ]  # fmt: skip
 
 
-def _encoded(model: Loaded, pictures: Tensor) -> Tensor:
+def encoded(model: Loaded, pictures: Tensor) -> Tensor:
     """Latents of pictures at the size that the pipeline draws by default, where it tells one."""
     sample = getattr(model.main.config, "sample_size", None)
     factor = getattr(model.pipeline, "vae_scale_factor", None)
@@ -247,7 +257,7 @@ def _encoded(model: Loaded, pictures: Tensor) -> Tensor:
         if size != tuple(pictures.shape[2:]):
             # A student that is taught at another size than it draws at learns another thing.
             pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-    return torch.cat([Latents(model).encode(part).cpu() for part in torch.split(pictures, _DRAWN)])
+    return torch.cat([Latents(model).encode(part).cpu() for part in torch.split(pictures, DRAWN)])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.content import content_of
 from regraft.errors import OutputError, first_line
+from regraft.filehash import file_hashes
 from regraft.output import whole
 from regraft.probes.batches import Batch, Batches, TextBatch
 from regraft.probes.batches_diffusion import DiffusionBatch
@@ -25,7 +26,7 @@ from regraft.refine.settings import RefineSettings
 from regraft.runtime.training_state import kept_file
 
 # Of the settings, those that inputs depend on; of the retention, whether there is any.
-_ASKED = ("n_inputs", "prompts", "filter", "seed", "config")
+_ASKED = ("n_inputs", "prompts", "filter", "seed", "config", "teacher")
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (TextBatch, DiffusionBatch, PreparedBatch, PictureBatch)
 }
@@ -51,6 +52,7 @@ def inputs_file(adapter: Adapter | str, old: Base, new: Base, settings: RefineSe
         "old": str(old.prints),
         "new": str(new.prints),
         "settings": {name: getattr(settings, name) for name in _ASKED},
+        "mapper": None if settings.mapper is None else file_hashes(settings.mapper).sha256,
         "kept": settings.retention > 0,
         "sampled": sampled,
     }

@@ -9,9 +9,10 @@ from regraft.adapter import Adapter
 from regraft.errors import InputError, UsageError
 from regraft.probes.batches import Batch, Batches, writes
 from regraft.refine.aims import Aim
+from regraft.refine.bridged import painter_of
 from regraft.refine.drawn import picture_aims, picture_samples
 from regraft.refine.sampled import text_aims, text_samples
-from regraft.refine.settings import Objective, RefineSettings
+from regraft.refine.settings import Objective, RefineSettings, TeacherKind
 from regraft.refine.shared import unshared
 from regraft.refine.teacher import Teacher
 from regraft.runtime.both import BothModels
@@ -19,13 +20,20 @@ from regraft.runtime.both import BothModels
 Tick = Callable[[int, int, str], None]
 
 
-def objective_of(asked: Objective, models: BothModels) -> tuple[str, str]:
+def objective_of(asked: Objective, models: BothModels, teacher: TeacherKind = "adapter") -> tuple[str, str]:
     """The objective, and why: `auto` matches outputs, and learns from samples where outputs can't be compared.
 
     Raises:
         UsageError: outputs are to be matched, and can't be compared.
         InputError: see `regraft.refine.shared.unshared`.
     """
+    if teacher == "bridge":
+        if asked not in ("auto", "sample"):
+            raise UsageError(
+                f"--objective {asked} compares outputs with the old base's, and what a bridge shows is learnt",
+                remedy="Take --objective sample, or leave the option out.",
+            )
+        return "sample", "what the bridge shows is learnt"
     why = unshared(models)
     if asked == "auto":
         return ("sample", why) if why else ("output", "both bases give comparable outputs on the same inputs")
@@ -46,7 +54,10 @@ def samples_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
     if models.old.kind != "denoiser":
         return texts_of(models, Teacher.of(models, adapter), settings)
     asked = (settings.n_inputs, settings.seed, settings.prompts)
-    return picture_samples(models, adapter, *asked, kept=settings.retention > 0, dropped=settings.filter)
+    painter = painter_of(models, adapter, settings)
+    return picture_samples(
+        models, adapter, *asked, kept=settings.retention > 0, dropped=settings.filter, painter=painter
+    )
 
 
 def texts_of(models: BothModels, teacher: Teacher, settings: RefineSettings) -> Batches:

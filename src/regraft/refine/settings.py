@@ -11,6 +11,8 @@ from regraft.refine.quantised import Quantize
 #: What is matched: the adapter's effect, the old base's own outputs with it, something between; or no outputs at all,
 #: but what the old base writes or draws with it is learnt.
 Objective = Literal["auto", "effect", "output", "mixed", "sample"]
+#: Whose pictures are learnt: the old base's with its adapter, or those of a bridge between the two.
+TeacherKind = Literal["adapter", "bridge"]
 #: Objective → how far its aim is pulled from the new base's own outputs to the old base's.
 PULLS = {"effect": 0.0, "mixed": 0.5, "output": 1.0}
 
@@ -27,6 +29,8 @@ class RefineSettings:
             pair shares.
         steps: at most; None for `STEPS`, or `FAR_STEPS`.
         rate: AdamW's learning rate at its peak.
+        teacher: see `TeacherKind`.
+        mapper: of a bridge by X-Adapter; None for one by delta sampling.
         hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
         retention: share of the steps that are spent on inputs that the new base made.
         stay: how far the new base is to stay itself there, 0 (with the adapter's effect) to 1 (as it is alone).
@@ -49,6 +53,8 @@ class RefineSettings:
     """
 
     objective: Objective = "auto"
+    teacher: TeacherKind = "adapter"
+    mapper: Path | None = None
     steps: int | None = None
     rate: float = 2e-3
     hidden: float = 0.0

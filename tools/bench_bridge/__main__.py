@@ -1,0 +1,265 @@
+"""What the bridges carry between the demo's v1 and v3, beside their controls.
+
+    python -m tools.bench_bridge --cache DIR --out results/bridge.json --strip docs/bridge.png
+
+Styles: LoRAs of v1 that no mapper has seen, through delta sampling and X-Adapter, beside the old base with the LoRA,
+the new base alone, a native LoRA, and SDEdit from the old base's picture. ControlNet: silhouettes by a ControlNet of v1
+through both bridges, beside the old base with it, the new base without, and a native one. What is done is kept in the
+cache; figures are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tools.bench_bridge import control
+from tools.bench_bridge.styles import (
+    GUIDANCE,
+    NEW,
+    OLD,
+    PROMPTS,
+    STEPS,
+    WANTED,
+    Bench,
+    Case,
+    Pictures,
+    mean,
+    shares,
+    timed,
+)
+
+from regraft._version import __version__
+from regraft.bench import diffusion_art as art
+from regraft.bench.diffusion_judge import trained_judge
+from regraft.bench.diffusion_score import through_autoencoder
+from regraft.bench.diffusion_train import Workshop
+from regraft.bridge.control import Control, controlled
+from regraft.bridge.delta import DeltaPipeline
+from regraft.bridge.x_adapter.files import load_mapper
+from regraft.bridge.x_adapter.pipeline import BridgePipeline
+from regraft.bridge.x_adapter.settings import MapperSettings
+from regraft.runtime import quiet_libraries
+
+STYLES = ("cyano", "woodcut")
+TRAINED = MapperSettings(prompts=tuple(art.PROMPTS), pictures=384, steps=1500, batch=16, rate=1e-3)
+#: Mappers that differ from it in one thing, trained with the first seed alone.
+ABLATED: dict[str, dict[str, Any]] = {
+    "as in the paper: same noise level": {"lead": 1.0, "timed": False},
+    "plain pictures alone": {"varied": 0},
+    "captions for the new base in half": {"prompted": 0.5},
+    "fusion: guided": {"fusion": "guided"},
+    "fusion: SPADE": {"fusion": "spade"},
+}
+USED: dict[str, Any] = {"new_prompt": ""}
+
+
+def ways(case: Case, mapper: Path, *, ablate: bool) -> dict[str, Callable[[], Pictures]]:
+    """Each way to draw a case's pictures, by name."""
+    found: dict[str, Callable[[], Pictures]] = {
+        "old + LoRA": case.teacher,
+        "new alone": lambda: case.plain(NEW, None),
+        "native": case.native,
+        "X-Adapter": lambda: case.x_adapter(mapper, **USED),
+        "delta": lambda: case.delta(1.0),
+        **{f"SDEdit from {start}": lambda start=start: case.sdedit(start) for start in (0.8, 0.6, 0.4)},
+    }
+    if ablate:
+        found |= {f"delta, λ {value}": lambda value=value: case.delta(value) for value in (0.5, 0.7, 1.3)}
+        found |= {
+            "delta, λ falling from 1.5 to 0.5": lambda: case.delta(lambda done: 1.5 - done),
+            "delta, λ rising from 0.5 to 1.5": lambda: case.delta(lambda done: 0.5 + done),
+        }
+        for name, settings in {
+            "with a prompt": {"new_prompt": None},
+            "no guidance on the new side": {"new_guidance_scale": 1.0},
+            "from the first step": {"start": 1.0},
+            "joined at 0.6": {"start": 0.6},
+            "side by side": {"finished": False},
+            "lead 1": {"lead": 1.0},
+            "lead 0.25": {"lead": 0.25},
+            "strength 0.7": {"strength": 0.7},
+            "strength 1.3": {"strength": 1.3},
+        }.items():
+            found[f"X-Adapter, {name}"] = lambda settings=settings: case.x_adapter(mapper, **{**USED, **settings})
+    return found
+
+
+class Record:
+    """Figures on disk, written as they come."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+
+    def part(self, *names: str) -> dict[str, Any]:
+        place = self.rows
+        for name in names:
+            place = place.setdefault(name, {})
+        return place
+
+    def write(self) -> None:
+        self.out.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def styles(bench: Bench, record: Record, seeds: int, kept: dict[str, Pictures]) -> None:
+    """Every style and seed by every way."""
+    for seed in range(seeds):
+        trained = replace(TRAINED, seed=seed)
+        mapper = bench.mapper("mapper", seed, trained)
+        for name in STYLES:
+            case = Case(bench, name, seed)
+            first = seed == 0 and name == STYLES[0]
+            wanted = ways(case, mapper, ablate=first)
+            if first:
+                wanted |= {f"X-Adapter trained: {title}": _ablated(case, title, trained) for title in ABLATED}
+            rows = record.part("styles", name, str(seed))
+            for way, make in wanted.items():
+                if way in rows and not (first and way in SHOWN):
+                    continue
+                pictures, seconds = timed(make)
+                if first:
+                    kept[way] = pictures
+                rows[way] = {**bench.score(name, pictures), "seconds": round(seconds, 3)}
+                print(name, seed, way, rows[way], flush=True)
+                record.write()
+
+
+def _ablated(case: Case, title: str, trained: MapperSettings) -> Callable[[], Pictures]:
+    def make() -> Pictures:
+        changes = ABLATED[title]
+        mapper = case.bench.mapper(title, case.seed, replace(trained, **changes))
+        # A mapper that only knows equal noise levels is not asked about others.
+        return case.x_adapter(mapper, **USED, **({"lead": 1.0} if changes.get("lead") == 1.0 else {}))
+
+    return make
+
+
+SHOWN = ("old + LoRA", "new alone", "X-Adapter", "delta", "SDEdit from 0.6", "native")
+
+
+def steered(bench: Bench, record: Record, seeds: int) -> None:
+    """Silhouettes, by every way."""
+    for seed in range(seeds):
+        rows = record.part("controlnet", str(seed))
+        wanted = control.Conditions.of(bench.shop, WANTED, seed)
+        for way, make in _steered_ways(Case(bench, STYLES[0], seed), wanted.pictures()).items():
+            if way in rows:
+                continue
+            pictures, seconds = timed(make)
+            concepts, _ = bench.judge.named(pictures)
+            rows[way] = {
+                "agreement": round(wanted.agreement(pictures), 4),
+                "concept": round(float((concepts == WANTED).mean()), 4),
+                "seconds": round(seconds, 3),
+            }
+            print("controlnet", seed, way, rows[way], flush=True)
+            record.write()
+
+
+def _steered_ways(case: Case, images: list[Any]) -> dict[str, Callable[[], Pictures]]:
+    bench, seed = case.bench, case.seed
+    nets = {base: _net(bench, base, seed) for base in (OLD, NEW)}
+    mapper = load_mapper(bench.mapper("mapper", seed, replace(TRAINED, seed=seed)))
+    bridge = BridgePipeline(bench.old, bench.new, mapper, nets[OLD])
+    delta = DeltaPipeline(bench.old, bench.new, None, nets[OLD])
+    return {
+        "new alone": lambda: case.plain(NEW, None),
+        "old + ControlNet": lambda: _controlled(case, OLD, nets[OLD], images),
+        "native": lambda: _controlled(case, NEW, nets[NEW], images),
+        "X-Adapter": lambda: case.through(bridge, image=images, **USED),
+        "X-Adapter, with a prompt": lambda: case.through(bridge, image=images, new_prompt=None),
+        "delta": lambda: case.through(delta, image=images),
+    }
+
+
+def _net(bench: Bench, base: str, seed: int) -> Any:
+    from regraft.bridge.control import load_controlnet
+
+    model = bench.old if base == OLD else bench.new
+    return load_controlnet(control.trained(base, bench.shop, seed), model)
+
+
+def _controlled(case: Case, which: str, net: Any, images: list[Any]) -> Pictures:
+    model = case.bench.old if which == OLD else case.bench.new
+    with controlled(model.main, Control.of(net, model, images, len(images), (16, 16), 1.0)):
+        return case.plain(which, None)
+
+
+def summary(rows: dict[str, Any]) -> dict[str, Any]:
+    """Means over styles and seeds; gains as shares of the native adapter's."""
+    cases = [case for seeds in rows.get("styles", {}).values() for case in seeds.values() if "native" in case]
+    found: dict[str, Any] = {}
+    for way in dict.fromkeys(way for case in cases for way in case):
+        here = [case for case in cases if way in case]
+        found[way] = {
+            **mean([case[way] for case in here]),
+            "share": mean([shares(case, way) for case in here]),
+            "cases": len(here),
+        }
+    steered = [case for case in rows.get("controlnet", {}).values() if "native" in case]
+    nets: dict[str, Any] = {}
+    for way in dict.fromkeys(way for case in steered for way in case):
+        here = [case for case in steered if way in case]
+        gains = [
+            (case[way]["agreement"] - case["new alone"]["agreement"])
+            / (case["native"]["agreement"] - case["new alone"]["agreement"])
+            for case in here
+        ]
+        nets[way] = {**mean([case[way] for case in here]), "share": round(float(np.mean(gains)), 4), "cases": len(here)}
+    return {"styles": found, "controlnet": nets}
+
+
+def strip(kept: dict[str, Pictures], path: Path, columns: int = 12) -> None:
+    """A row for each way that is shown, three times enlarged."""
+    rows = [
+        np.concatenate(list(kept[way][:: len(PROMPTS) // columns][:columns]), axis=1) for way in SHOWN if way in kept
+    ]
+    pixels = (np.concatenate(rows, axis=0) * 255).round().astype(np.uint8)
+    size = (pixels.shape[1] * 3, pixels.shape[0] * 3)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--strip", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=["styles", "controlnet"])
+    asked = parser.parse_args()
+    record, kept = Record(asked.out), {}
+    with quiet_libraries():
+        shop = Workshop(asked.cache)
+        judge = trained_judge(
+            asked.cache / "art", asked.cache / "diffusion" / "judge.pt", through_autoencoder(shop.base(OLD) / "vae")
+        )
+        bench = Bench(shop, judge)
+        if asked.only != "controlnet":
+            styles(bench, record, asked.seeds, kept)
+        if asked.only != "styles":
+            steered(bench, record, asked.seeds)
+    record.rows |= {
+        "command": "python -m tools.bench_bridge --cache DIR --out results/bridge.json --strip docs/bridge.png",
+        "date": date.today().isoformat(),
+        "regraft_version": __version__,
+        "pair": [OLD, NEW],
+        "pictures": len(PROMPTS),
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "summary": summary(record.rows),
+    }
+    record.write()
+    if asked.strip and kept:
+        strip(kept, asked.strip)
+
+
+if __name__ == "__main__":
+    main()
