@@ -112,10 +112,17 @@ def test_a_mapper_is_trained_and_run(run: Run, tmp_path: Path) -> None:
     old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", drift=0.3)
     bases, mapper = ("--from", old.path, "--to", new.path), tmp_path / "mapper.safetensors"
     quick = ("--pictures", 8, "--steps", 4, "--batch", 4, "--blocks", 1, "--rate", 0.05)
-    result = run("bridge", "train", *bases, "--self", "-o", mapper, *quick, "--json")
+    strip = tmp_path / "strip.png"
+    result = run("bridge", "train", *bases, "--self", "-o", mapper, *quick, "--strip", strip, "--json")
     assert result.code == 0, result.err
     record = parse(BridgeTrainReport, result.out)
-    assert record.outputs == [str(mapper)]
+    assert record.outputs == [str(mapper), str(strip)]
+    drawn = imread(strip)[:, :, :3]
+    side = drawn.shape[0] // 4
+    # Old, new, and the bridge before the first step, which is the new base under an empty prompt, and at the last.
+    assert drawn.shape == (4 * side, 4 * side, 3)
+    before, after = (drawn[:, i * side : (i + 1) * side] for i in (2, 3))
+    assert np.abs(before - after).max() > 0.01
     assert (record.steps, record.looks[-1].step, record.rate) == (4, 4, 0.05)
     assert [level.new for level in record.levels] == ["up_blocks.0", "up_blocks.1"]
     again = run("bridge", "train", *bases, "--self", "-o", mapper, *quick)

@@ -176,6 +176,10 @@ def train(
     caption: Annotated[
         str | None, typer.Option("--caption", metavar="TEXT", help="--data: of pictures that have none.")
     ] = None,
+    strip: Annotated[
+        Path | None,
+        typer.Option("--strip", metavar="PNG", help="Draw a few prompts through the bridge over the training."),
+    ] = None,
     budget: o.Budget = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of first values, pictures, order and noise.")] = 0,
     config: o.Config = None,
@@ -244,6 +248,7 @@ def train(
             state=state,
             tick=tick,
             heard=lambda look: tick(look.step, settings.steps, told(look)),
+            strip=strip,
         )
     emit(record, json=json, quiet=quiet, table=lambda console: bridge_train_table(record, console))
 

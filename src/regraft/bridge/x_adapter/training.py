@@ -20,6 +20,7 @@ from regraft.bridge.x_adapter.lesson import BridgeLesson, PairedPictures
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.pairing import mapper_config
 from regraft.bridge.x_adapter.settings import MapperSettings
+from regraft.bridge.x_adapter.strip import MapperStrip
 from regraft.bridge.x_adapter.variety import varied
 from regraft.errors import InputError
 from regraft.memory import peak_mb
@@ -35,7 +36,7 @@ from regraft.runtime.libraries import quiet_libraries
 from regraft.runtime.load import Loaded
 from regraft.runtime.training_state import keep, kept_file, taken_up
 from regraft.training.lessons import split
-from regraft.training.loop import Heard, run
+from regraft.training.loop import Heard, Look, run
 from regraft.training.picture_data import read_captions, read_pixels
 
 #: Called with (done, in all, what is at work).
@@ -58,6 +59,7 @@ def train_mapper(
     state: Path | None = None,
     tick: Tick = lambda done, total, what: None,
     heard: Heard = lambda look: None,
+    strip: Path | None = None,
 ) -> BridgeTrainReport:
     """Train a mapper from one base to another, and write it.
 
@@ -71,13 +73,16 @@ def train_mapper(
         state: a file that the state of the training is kept in, and gone on from; by default `state_file`.
         tick: told of what is at work.
         heard: called after each look.
+        strip: a PNG of a few prompts through the bridge over the training; see `regraft.bridge.x_adapter.strip`.
 
     Raises:
         InputError: a base or the data can't be used, or the training comes to nothing.
         OutputError: the output can't be written.
     """
     began = perf_counter()
-    check_writable(output, overwrite=overwrite)
+    for file in (output, strip):
+        if file is not None:
+            check_writable(file, overwrite=overwrite)
     state = state or state_file(old, new, data, settings)
     with quiet_libraries():
         tick(0, settings.steps, "loading the bases")
@@ -113,6 +118,8 @@ def train_mapper(
         )
         lesson.settle(models.new, settings.seed)
         rate = settings.rate or 1e-3 * _CHANNELS / max(level.outer for level in config.levels)
+        if strip is not None:
+            heard = _drawn_beside(models, learner, strip, settings, heard)
         course = run(models.new, learner, lesson, settings, settings.batch, rate, heard, state)
         learner.eval()
         told = {"pictures": made, "steps": course.looks[-1].step, "lead": settings.lead, "seed": settings.seed}
@@ -124,7 +131,7 @@ def train_mapper(
         regraft_version=__version__,
         source=summarise(old),
         target=summarise(new),
-        outputs=[str(written)],
+        outputs=[str(file) for file in (written, strip) if file is not None],
         data=made,
         learnt=len(fit),
         levels=[MapperLevel(**asdict(level)) for level in config.levels],
@@ -159,6 +166,18 @@ def state_file(old: Base, new: Base, data: Path | None, settings: MapperSettings
         "settings": {name: value for name, value in asdict(settings).items() if name not in _FREE},
     }
     return kept_file("bridge", content)
+
+
+def _drawn_beside(models: BothModels, learner: Averaged, file: Path, settings: MapperSettings, heard: Heard) -> Heard:
+    """What is called with a look: the strip first, then ``heard``."""
+    strip = MapperStrip(file, settings.prompts or PICTURE_PROMPTS, settings.seed)
+    strip.before(models, learner.mapper)
+
+    def both(look: Look) -> None:
+        strip.at(look)
+        heard(look)
+
+    return both
 
 
 class Averaged:
