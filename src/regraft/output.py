@@ -108,7 +108,7 @@ def whole(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _said(error, path) from None
     finally:
-        with _undisturbed():
+        with undisturbed():
             shutil.rmtree(stage, ignore_errors=True)
 
 
@@ -126,7 +126,7 @@ def _replace(new: Path, path: Path, stage: Path) -> None:
     if _exchange(new, path):
         # The old folder now lies in the stage, and goes with it.
         return
-    with _undisturbed():
+    with undisturbed():
         # Elsewhere it takes two steps: set the old one aside, and back if the new one can't take its place.
         aside = stage / "replaced"
         os.replace(path, aside)
@@ -169,7 +169,7 @@ def _link(old: str | Path, new: str | Path) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the block is through, so that no half of it is left standing."""
     if threading.current_thread() is not threading.main_thread():
         # Python hands signals to the main thread alone.

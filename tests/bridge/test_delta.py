@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,57 @@ def test_what_no_bridge_can_be_made_of_is_told_in_one_line(pair, tmp_path: Path)
         with pytest.raises(InputError, match=words) as told:
             DeltaPipeline(ours, theirs, adapter)
         assert "\n" not in str(told.value)
+
+
+def test_an_autoencoder_in_half_precision_is_the_same(tmp_path: Path) -> None:
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new")
+    for parameter in old.pipeline.vae.parameters():
+        # As real ones have them: some values lie below what half precision holds.
+        parameter.data.mul_(0.02).view(-1)[0] = 1e-6
+    new.pipeline.vae.load_state_dict(old.pipeline.vae.state_dict())
+    new.pipeline.vae.to(torch.float16)
+    assert same_latents(old, new)
+    new.pipeline.vae.encoder.conv_in.weight.data.mul_(1.1)
+    assert not same_latents(old, new)
+
+
+def test_the_old_base_sees_a_wide_picture_wide(tmp_path: Path) -> None:
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", seed=3)
+    new.pipeline.vae.encoder.conv_in.weight.data.mul_(1.5)
+    bridge = DeltaPipeline(old, new, tiny.lora({"unet": old.main}, ("to_v",), size=1.0))
+    assert not bridge.shared
+    seen: list[tuple[int, ...]] = []
+    hook = old.main.register_forward_pre_hook(
+        lambda module, args, given: seen.append(tuple(given["sample"].shape[2:]) if not args else (8, 8)),
+        with_kwargs=True,
+    )
+    factor = new.pipeline.vae_scale_factor
+    bridge("a boat", num_inference_steps=1, height=8 * factor, width=32 * factor, output_type="np")
+    hook.remove()
+    assert (8, 16) in seen
+
+
+def test_a_method_that_stood_there_before_stands_there_again(pair) -> None:
+    old, new = pair
+    mine = new.pipeline.scheduler.step
+    new.pipeline.scheduler.step = mine
+    bridge = DeltaPipeline(old, new, tiny.lora({"unet": old.main}, ("to_v",), size=1.0))
+    bridge("a boat", num_inference_steps=1, output_type="np")
+    assert vars(new.pipeline.scheduler)["step"] is mine
+    del new.pipeline.scheduler.step
+
+
+def test_clocks_and_signs_of_their_own_are_refused(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    model = drawing.pipeline(tmp_path / "any", scheduler=EulerDiscreteScheduler)
+    model.pipeline.scheduler.register_to_config(timestep_type="continuous")
+    with pytest.raises(InputError, match="does not tell how much noise"):
+        Levels(model)
+
+    class Lumina2Pipeline(SimpleNamespace):
+        pass
+
+    turned = replace(model, pipeline=Lumina2Pipeline(scheduler=model.pipeline.scheduler))
+    with pytest.raises(InputError, match="turns its predictions about"):
+        Levels(turned)

@@ -13,9 +13,11 @@ from transformers import LogitsProcessorList
 from bridge import letters
 from regraft.adapter import Adapter
 from regraft.bridge.logits import LogitBridge, log_probabilities, scored
+from regraft.bridge.passes import Passes
 from regraft.errors import InputError
 from regraft.probes.text import encode
 from regraft.runtime import Loaded, applied, load_model
+from regraft.runtime.both import twin
 from verify import tiny
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -256,3 +258,39 @@ def test_what_no_bridge_can_be_made_of_is_told_in_one_line(pair, numbered, old: 
         with pytest.raises(InputError, match=words) as told:
             LogitBridge(ours, theirs, which)
         assert "\n" not in str(told.value)
+
+
+def test_an_interrupted_pass_leaves_no_false_cache(
+    numbered: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(numbered[0])
+    passes = Passes((model, twin(model)))
+    ids = [[3, 4, 5], [3, 4, 5, 6]]
+    passes(ids[:1])
+    run, calls = Passes._run, [0]
+
+    def stopped(self: Passes, *given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return run(self, *given)
+
+    monkeypatch.setattr(Passes, "_run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        passes(ids[1:])
+    monkeypatch.setattr(Passes, "_run", run)
+    again, fresh = passes(ids[1:]), Passes((model, twin(model)))(ids[1:])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, fresh, strict=True))
+
+
+def test_a_text_longer_than_the_old_base_reads_is_scored_too(pair) -> None:
+    bridge = LogitBridge(pair[0], pair[1], lora(pair[0]))
+    ids = torch.arange(20) % 7 + 3
+    whole = log_probabilities(bridge, ids)
+    pair[0].main.config.max_position_embeddings, before = 12, pair[0].main.config.max_position_embeddings
+    try:
+        cut = log_probabilities(bridge, ids)
+    finally:
+        pair[0].main.config.max_position_embeddings = before
+    assert torch.allclose(cut[:8], whole[:8], atol=1e-4)
+    assert cut.isfinite().all()

@@ -11,18 +11,22 @@ import torch
 
 from bridge import drawing
 from regraft.base import open_base
+from regraft.bridge.guided import Prompted
+from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter import pipeline as x_adapter
 from regraft.bridge.x_adapter.files import load_mapper, save_mapper
+from regraft.bridge.x_adapter.lesson import BridgeLesson, PairedPictures
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.pairing import mapper_config
 from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.bridge.x_adapter.settings import MapperSettings
-from regraft.bridge.x_adapter.training import Averaged, paired_pictures, state_file, train_mapper
+from regraft.bridge.x_adapter.training import Averaged, _split, paired_pictures, state_file, train_mapper
 from regraft.bridge.x_adapter.variety import varied
 from regraft.errors import InputError, Refused
 from regraft.runtime import Loaded, applied
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
+from regraft.runtime.optim import checkpoint_activations
 from regraft.training.loop import Look
 from verify import tiny
 
@@ -146,7 +150,7 @@ def test_the_first_picture_of_the_new_base_is_the_old_ones_under_noise(
         size = [scaled.shape[2] * new.pipeline.vae_scale_factor] * 2
         there = Latents(new).encode(torch.nn.functional.interpolate(picture, size, mode="bilinear", antialias=True))
         alpha, sigma = run.levels[1].mix(run.levels[1].ratio(float(time)))
-        assert torch.allclose(scaled, alpha * there + sigma * run.noise[1], atol=1e-2)
+        assert torch.allclose(scaled, alpha * there + sigma * run.new_noise, atol=1e-2)
 
 
 def test_a_lora_on_the_old_base_is_heard_and_can_be_taken_off(pair: tuple[Loaded, Loaded], tmp_path: Path) -> None:
@@ -289,3 +293,126 @@ def test_the_file_of_a_pair_opens_for_that_pair_alone(tmp_path: Path) -> None:
     BridgePipeline.from_pretrained(old.path, new.path, tmp_path / "m.safetensors")
     with pytest.raises(Refused, match="another new base"):
         BridgePipeline.from_pretrained(old.path, other.path, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("start", [1.0, 0.8, 0.45, 0.01])
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+     "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler"],
+)  # fmt: skip
+def test_whoever_knows_the_picture_arrives_at_it_from_any_start(
+    name: str, start: float, pair: tuple[Loaded, Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every sampler ends at what the denoiser says is the picture, where it says the same at every step."""
+    import diffusers
+
+    new = drawing.pipeline(tmp_path / "new", drift=0.3, scheduler=getattr(diffusers, name))
+    if name == "PNDMScheduler":
+        # As Stable Diffusion has it; with its Runge-Kutta steps it can't be joined midway.
+        bridge = BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new)))
+        if start < 0.5:
+            with pytest.raises(InputError, match="begins with steps of its own"):
+                _drawn(bridge, start=start)
+        new.pipeline.scheduler.register_to_config(skip_prk_steps=True)
+    levels, picture = Levels(new), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    predict = Prompted.predict
+
+    def knowing(self: Prompted, z: torch.Tensor, time: float) -> torch.Tensor:
+        if self.model is not new:
+            return predict(self, z, time)
+        alpha, sigma = levels.mix(levels.ratio(time))
+        return (z - alpha * picture) / sigma
+
+    monkeypatch.setattr(Prompted, "predict", knowing)
+    bridge = BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new)))
+    made = bridge(
+        ["a sun", "a boat"], num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="latent",
+        start=start, strength=0.0,
+    ).images  # fmt: skip
+    assert float((made - picture).abs().mean()) < 0.1
+
+
+def test_samplers_that_draw_noise_at_each_step_follow_the_seed(pair: tuple[Loaded, Loaded], tmp_path: Path) -> None:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    new = drawing.pipeline(tmp_path / "new", drift=0.3, scheduler=EulerAncestralDiscreteScheduler)
+    bridge = BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new)))
+    first, second = _drawn(bridge, start=1.0), _drawn(bridge, start=1.0)
+    assert np.array_equal(first, second)
+    assert np.allclose(first, _alone(new), atol=2e-3)
+
+
+def test_noise_is_what_diffusers_draws(pair: tuple[Loaded, Loaded]) -> None:
+    bridge = BridgePipeline(*pair, Mapper(mapper_config(*pair)))
+    prompts, settings = ["a sun", "a boat"], {"num_inference_steps": 3, "output_type": "np"}
+    one, other = (torch.Generator().manual_seed(5) for _ in range(2))
+    for _ in range(2):
+        # One generator for all, and once more: it has moved on.
+        made = bridge(prompts, generator=one, start=1.0, **settings).images
+        assert np.allclose(made, pair[1].pipeline(prompts, generator=other, **settings).images, atol=1e-4)
+    torch.manual_seed(2)
+    drawn = [bridge(prompts, start=1.0, **settings).images for _ in range(2)]
+    torch.manual_seed(2)
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.01
+
+
+def test_half_precision_trains_and_draws(tmp_path: Path) -> None:
+    old, new = (open_base(tiny.pipeline(tmp_path / name, drift=drift)) for name, drift in (("old", 0.0), ("new", 0.3)))
+    for precision in ("no", "bf16"):
+        file = tmp_path / f"{precision}.safetensors"
+        settings = replace(QUICK, dtype="bfloat16", precision=precision)  # type: ignore[arg-type]
+        report = train_mapper(old, new, file, settings=settings)
+        assert report.looks[-1].held == report.looks[-1].held
+        models = BothModels.load(old, new)
+        for model in (models.old, models.new):
+            for part in (*model.components.values(), model.pipeline.vae):
+                part.to(torch.bfloat16)
+        assert np.isfinite(_drawn(BridgePipeline(models.old, models.new, load_mapper(file, old, new)))).all()
+
+
+def test_activations_that_are_computed_twice_give_the_same_gradient(tmp_path: Path) -> None:
+    old = drawing.pipeline(tmp_path / "old")
+    for new in (drawing.pipeline(tmp_path / "new", drift=0.3), drawing.flow(tmp_path / "sd3")):
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.randn(4, 4, 8, 8, generator=generator)
+        pictures = PairedPictures(clean, clean, ("a sun",) * 4)
+        mapper = _mapper(old, new)
+        lesson = BridgeLesson(old, new, mapper, pictures, range(4), [])
+        found = []
+        for twice in (False, True):
+            if twice:
+                new.main.requires_grad_(True)
+                checkpoint_activations(new)
+            loss = lesson.loss(new, [0, 1], torch.Generator().manual_seed(1))
+            loss.backward()
+            found.append([p.grad.clone() for p in mapper.parameters()])
+            mapper.zero_grad()
+        lesson.close()
+        new.main.eval()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+        assert not any(module._forward_hooks for module in new.main.modules())
+
+
+def test_all_versions_of_a_picture_are_learnt_from_or_none(tmp_path: Path) -> None:
+    latents = torch.zeros(12, 1, 1, 1)
+    pictures = PairedPictures(latents, latents, tuple("abcd") * 3)
+    fit, apart = _split(pictures, replace(QUICK, varied=2, held=0.25))
+    named = [{pictures.captions[i] for i in part} for part in (fit, apart)]
+    assert (len(fit), len(apart)) == (9, 3)
+    assert named[0] & named[1] == set()
+    with pytest.raises(InputError, match="held out"):
+        _split(pictures, replace(QUICK, varied=2, held=1.0))
+
+
+def test_a_start_that_is_none_and_a_mapper_of_other_channels_are_told(pair: tuple[Loaded, Loaded]) -> None:
+    config = mapper_config(*pair)
+    with pytest.raises(InputError, match=r"start 0 is out of range"):
+        _drawn(BridgePipeline(*pair, Mapper(config)), start=0)
+    wide = replace(config, levels=(replace(config.levels[0], outer=99), *config.levels[1:]))
+    with pytest.raises(InputError, match=r"and the mapper is for 99"):
+        BridgePipeline(*pair, Mapper(wide))
+    with pytest.raises(InputError, match="two levels join one block"):
+        replace(config, levels=(config.levels[0], config.levels[0]))
+    with pytest.raises(InputError, match="at least one level"):
+        replace(config, levels=())

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError
+from regraft.probes.pictures import makes_pictures
 from regraft.runtime.applied import applied
 from regraft.runtime.both import twin
 from regraft.runtime.load import Kind, Loaded
@@ -49,3 +50,19 @@ def check_kinds(old: Loaded, new: Loaded, kind: Kind, what: str) -> None:
     for model in (old, new):
         if model.kind != kind:
             raise InputError(f"is no {what} but of kind {model.kind} ({model.name})", file=model.path)
+
+
+def check_drawing(old: Loaded, new: Loaded) -> None:
+    """Fail where one of two models is no pipeline from prompts to pictures.
+
+    Args:
+        old: the base that plug-ins are for.
+        new: the base that is bridged to.
+
+    Raises:
+        InputError: one is not.
+    """
+    check_kinds(old, new, "denoiser", "diffusion model")
+    for model in (old, new):
+        if not makes_pictures(model):
+            raise InputError(f"a {model.name} makes no pictures of prompts", file=model.path)

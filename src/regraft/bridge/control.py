@@ -129,11 +129,29 @@ def controlled(main: nn.Module, control: Control | None) -> Iterator[None]:
         call |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         return forward(**call)
 
-    main.forward = steered
+    with standing_in(main, "forward", steered):
+        yield
+
+
+@contextmanager
+def standing_in(of: Any, name: str, function: Any) -> Iterator[None]:
+    """A function in the place of an object's method as long as the context is open.
+
+    Args:
+        of: the object.
+        name: of the method.
+        function: called in its place.
+    """
+    # Offloading hooks put theirs there, too.
+    before = vars(of).get(name)
+    setattr(of, name, function)
     try:
         yield
     finally:
-        del main.forward
+        if before is None:
+            delattr(of, name)
+        else:
+            setattr(of, name, before)
 
 
 def _check(net: Any, model: Loaded) -> None:

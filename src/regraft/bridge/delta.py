@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from regraft.adapter import Adapter
-from regraft.bridge.adapted import Adapted, check_kinds
-from regraft.bridge.control import Control, check_image, controlled
+from regraft.bridge.adapted import Adapted, check_drawing
+from regraft.bridge.control import Control, check_image, controlled, standing_in
 from regraft.bridge.guided import Prompted
-from regraft.bridge.latent_spaces import SharedLatents, ThroughPixels, old_noise, same_latents
+from regraft.bridge.latent_spaces import SharedLatents, ThroughPixels, noise_of, own_shape, same_latents
 from regraft.bridge.levels import Levels
 from regraft.errors import InputError, RegraftError
-from regraft.probes.pictures import makes_pictures
 from regraft.runtime.both import twin
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import Loaded
@@ -59,10 +58,7 @@ class DeltaPipeline:
             InputError: a base is no such pipeline, has no place for a part of the adapter, or its scheduler or
                 autoencoder is not one that can be converted.
         """
-        check_kinds(old, new, "denoiser", "diffusion model")
-        for model in (old, new):
-            if not makes_pictures(model):
-                raise InputError(f"a {model.name} makes no pictures of prompts", file=model.path)
+        check_drawing(old, new)
         # Each has its own scheduler, whose steps are counted.
         self.old, self.new = (twin(old) if old is new else old), new
         self._adapted = None if adapter is None else Adapted(old, adapter)
@@ -157,11 +153,8 @@ class _Run:
                 model_output = self._altered(model_output, timestep, sample, strength)
             return step(model_output, timestep, sample, *args, **more)
 
-        scheduler.step = altered
-        try:
+        with standing_in(scheduler, "step", altered):
             yield
-        finally:
-            del scheduler.step
 
     def _strength(self, steps: int) -> float:
         return float(self.strength(self.done / steps)) if callable(self.strength) else self.strength
@@ -175,17 +168,17 @@ class _Run:
         levels = self.bridge._levels[1]
         ratio = levels.ratio(float(time))
         u = scaled(sample, time).float()
-        space = self._space_of()
+        space = self._space_of((u.shape[2], u.shape[3]))
         self._begin(space.shape(u))
         change = space.change(self._pair, u, prediction.float(), ratio, strength)
         if not bool(change.isfinite().all()):
             raise RegraftError("the old base's predictions are no numbers (NaN)", file=self.bridge.old.path)
         return prediction + (change / levels.slope(ratio)).to(prediction)
 
-    def _space_of(self) -> SharedLatents | ThroughPixels:
+    def _space_of(self, shape: tuple[int, int]) -> SharedLatents | ThroughPixels:
         if self._space is None:
-            old, new = self.bridge._levels
-            noise = None if self.bridge.shared else old_noise(self.bridge.old, self.seeds)
+            (old, new), model = self.bridge._levels, self.bridge.old
+            noise = None if self.bridge.shared else noise_of(model, own_shape(model, shape), self.seeds)
             self._space = SharedLatents(old, new) if noise is None else ThroughPixels(old, new, noise)
         return self._space
 
@@ -206,7 +199,10 @@ class _Run:
 
 
 def seeds_of(generator: Generators, n: int) -> list[int]:
-    """A seed for each of ``n`` pictures: of its generator, or counted on from the only one's."""
+    """A seed for each of ``n`` pictures: of its generator; counted on from the only one's; or drawn."""
+    if generator is None:
+        # From torch's own, as diffusers draws its noise then.
+        return [int(seed) for seed in torch.randint(1 << 31, (n,))]
     if isinstance(generator, torch.Generator):
         return [generator.initial_seed() + i for i in range(n)]
-    return list(range(n)) if generator is None else [one.initial_seed() for one in generator]
+    return [one.initial_seed() for one in generator]

@@ -25,12 +25,14 @@ class Prompted:
         call: what it hands to its denoiser at its first step.
         guidance: scale of classifier-free guidance.
         pace: what the denoiser is told of a timestep, as a multiple of the scheduler's.
+        pictures: how many.
     """
 
     model: Loaded
     call: Call
     guidance: float
     pace: float
+    pictures: int
 
     @classmethod
     def of(
@@ -65,21 +67,23 @@ class Prompted:
         with recording(model.main, calls, stop=True), suppress(Enough):
             sample_latents(model, list(prompts), 0, guidance_scale=scale, negative_prompt=without, **sizes, **counted)
         call = calls[0]
-        latents = call[_first(model)]
+        latents = call[first_argument(model)]
         if latents.dim() != 4 or tuple(latents.shape[2:]) != tuple(shape):
             raise InputError(f"{model.name} does not give its denoiser pictures of latents", file=model.path)
         first = float(model.pipeline.scheduler.timesteps[0])
         told = float(torch.as_tensor(call["timestep"]).flatten()[0])
-        return cls(model, call, scale, told / first if first else 1.0)
+        if first > 0 and told <= 0:
+            raise InputError(f"{model.name} tells its denoiser the time in a way of its own", file=model.path)
+        return cls(model, call, scale, told / first if first else 1.0, len(prompts))
 
     @property
     def rows(self) -> int:
         """Of a pass: twice the pictures under guidance."""
-        return int(self.call[_first(self.model)].shape[0])
+        return int(self.call[first_argument(self.model)].shape[0])
 
     def predict(self, z: Tensor, time: float) -> Tensor:
         """The guided prediction of states (n, channels, height, width) at a timestep of the scheduler's, float32."""
-        main, name = self.model.main, _first(self.model)
+        main, name = self.model.main, first_argument(self.model)
         rows = self.call[name].shape[0]
         inputs = z.to(self.model.device, main.dtype).repeat(rows // len(z), 1, 1, 1)
         told = torch.as_tensor(self.call["timestep"])
@@ -93,6 +97,6 @@ class Prompted:
         return (without + self.guidance * (prompted - without)).to(z.device)
 
 
-def _first(model: Loaded) -> str:
-    """The argument that holds the latents."""
+def first_argument(model: Loaded) -> str:
+    """The denoiser's argument that holds the latents."""
     return next(iter(inspect.signature(model.main.forward).parameters))

@@ -12,6 +12,8 @@ from regraft.errors import InputError
 from regraft.runtime.latents import Latents, predicted
 from regraft.runtime.load import Loaded
 
+# Their pipelines turn the prediction's sign, or the clock, before the scheduler sees it.
+_TURNED = ("Lumina", "HiDream")
 _PREDICTIONS = ("flow", "epsilon", "v_prediction", "sample")
 # Below this share of picture or noise a division by it would be one by rounding's errors.
 _LEAST = 1e-4
@@ -32,7 +34,12 @@ class Levels:
         Raises:
             InputError: the scheduler does not say how much noise there is, or its prediction is another one.
         """
-        if not Latents(self.model).noise_is_known or self.predicts not in _PREDICTIONS:
+        if type(self.model.pipeline).__name__.startswith(_TURNED):
+            what = f"a {type(self.model.pipeline).__name__} turns its predictions about, which is not known here"
+            raise InputError(what, file=self.model.path)
+        config = getattr(self.model.pipeline.scheduler, "config", None)
+        continuous = getattr(config, "timestep_type", "discrete") == "continuous"
+        if not Latents(self.model).noise_is_known or self.predicts not in _PREDICTIONS or continuous:
             name = type(self.model.pipeline.scheduler).__name__
             what = f"its scheduler ({name}) does not tell how much noise there is, and what is predicted"
             raise InputError(what, file=self.model.path)

@@ -16,6 +16,7 @@ from regraft.bridge.adapted import Adapted, check_kinds
 from regraft.bridge.passes import Passes
 from regraft.bridge.vocabulary import Vocabulary
 from regraft.errors import InputError
+from regraft.probes.text import longest
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
 
@@ -64,6 +65,8 @@ class LogitBridge(_Processor):
         self.with_adapter = self._adapted.model
         self.vocabulary = Vocabulary.of(old, new)
         self.pad_token_id = _pad_of(new) if pad_token_id is None else pad_token_id
+        empty = [] if new.tokenizer is None else new.tokenizer("")["input_ids"]
+        self._begins_with_pad = empty[:1] == [self.pad_token_id]
         self._passes = Passes((old, self.with_adapter))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -93,9 +96,8 @@ class LogitBridge(_Processor):
 
     def _unpadded(self, row: list[int]) -> list[int]:
         start = next((i for i, token in enumerate(row) if token != self.pad_token_id), len(row))
-        tokenizer = self.new.tokenizer
-        # GPT-2's kind pads with the token that a text may begin with: there one is the text's own.
-        begins = start > 0 and tokenizer is not None and tokenizer("")["input_ids"][:1] == [self.pad_token_id]
+        # Some pad with the token that every text begins with: there one is the text's own.
+        begins = start > 0 and self._begins_with_pad
         return row[min(start - begins, len(row) - 1) :]
 
 
@@ -115,7 +117,8 @@ def log_probabilities(bridge: LogitBridge, ids: Tensor) -> Tensor:
     if bridge.strength == 0:
         return scores.log_softmax(-1)
     exchanged = bridge.vocabulary.exchanged(ids.tolist())
-    if exchanged is None:
+    if exchanged is None or len(exchanged) > longest(bridge.old, len(exchanged)):
+        # Step by step, where the beginning of a text that is too long can be left out.
         shift = torch.cat([bridge.shift(ids[None, : i + 1]).cpu() for i in range(len(ids))])
     else:
         models = (bridge.old, bridge.with_adapter)

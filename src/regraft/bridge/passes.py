@@ -52,7 +52,7 @@ class Passes:
         self.models = models
         self._accepts = set(inspect.signature(models[0].main.forward).parameters)
         self._caches = "past_key_values" in self._accepts
-        self._slides = getattr(models[0].main.config, "sliding_window", None) is not None
+        self._slides = getattr(_text_config(models[0]), "sliding_window", None) is not None
         self._read = _Read()
 
     def reset(self) -> None:
@@ -77,6 +77,8 @@ class Passes:
         kept = [before.slots[source][:count] if count else [] for source, count in plan]
         slots = [[*old, *range(width - new, width)] for old, new in zip(kept, fed, strict=True)]
         inputs = _aligned(wanted, slots, fed, width)
+        # Until all models have read, their caches agree with nothing: an interrupted pass leaves none behind.
+        self.reset()
         caches = before.caches or [self._cache() for _ in self.models]
         sources = [source for source, _ in plan]
         if before.width and sources != list(range(len(before.rows))):
@@ -136,6 +138,12 @@ class Passes:
                 break
         # The last token is always read: its logits are asked for.
         return best, min(most, len(row) - 1)
+
+
+def _text_config(model: Loaded) -> Any:
+    """Of a model that reads pictures, too, what its language model is made by."""
+    config = model.main.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _aligned(

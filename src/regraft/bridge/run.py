@@ -18,7 +18,7 @@ from regraft.base import Base
 from regraft.bridge.control import load_controlnet
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
-from regraft.bridge.x_adapter.pipeline import LEAD, START
+from regraft.bridge.x_adapter.pipeline import START
 from regraft.errors import InputError, UsageError, first_line, reading
 from regraft.output import check_writable, readable, whole, write_text
 from regraft.probes.pictures import Images, png
@@ -47,7 +47,7 @@ class BridgeSettings:
         device: to run on.
         mapper: of `regraft bridge train`, to bridge pictures by; None for delta sampling.
         start: with a mapper, share of the schedule at which the new base joins.
-        lead: with a mapper, share of the new base's noise that the old one's states have.
+        lead: with a mapper, share of the new base's noise that the old one's states have; None for its default.
         finished: with a mapper, the old base draws its pictures to the end first.
         new_prompt: with a mapper, for the new base; None: as the old one's.
         new_guidance: with a mapper, guidance of the new base; None: its pipeline's own default.
@@ -66,7 +66,7 @@ class BridgeSettings:
     device: str = "cpu"
     mapper: Path | None = None
     start: float = START
-    lead: float = LEAD
+    lead: float | None = None
     finished: bool = True
     new_prompt: str | None = None
     new_guidance: float | None = None
@@ -168,7 +168,7 @@ def _texts(
 
 def _continued(new: Loaded, ids: Any, bridge: Any, settings: BridgeSettings) -> str:
     torch.manual_seed(settings.seed)
-    drawn = {"temperature": settings.temperature, "top_k": 0} if settings.temperature else {}
+    drawn = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
     pad = new.tokenizer.pad_token_id
     made = new.main.generate(
         ids.to(new.device),
@@ -187,6 +187,8 @@ def _check(adapter: Adapter | None, settings: BridgeSettings) -> None:
         raise UsageError("there is no plug-in to bridge", remedy="Name an adapter, or a --controlnet.")
     if (settings.controlnet is None) != (settings.image is None):
         raise UsageError("a ControlNet and its image go together", remedy="Give --controlnet and --control-image.")
+    # Before the bases are loaded.
+    _opened(settings.image)
 
 
 def _plugins(adapter: Adapter | None, settings: BridgeSettings) -> str:
@@ -209,8 +211,13 @@ def _pictures(
         tick(i, len(prompts), prompt)
         # On the CPU, so that one seed is one noise on every device.
         generator = torch.Generator().manual_seed(settings.seed + i)
-        alone = _alone(models.new, prompt, settings, generator)
-        rows.append(np.concatenate([alone, draw(prompt, generator.manual_seed(settings.seed + i))], axis=1))
+        try:
+            alone = _alone(models.new, prompt, settings, generator)
+            bridged = draw(prompt, generator.manual_seed(settings.seed + i))
+        except (ValueError, TypeError) as error:
+            # By the pipelines themselves, of steps or sizes that they can't do.
+            raise InputError(f"can't be drawn with ({first_line(error)})", file=models.new.path) from error
+        rows.append(np.concatenate([alone, bridged], axis=1))
     with whole(output) as stage:
         stage.write_bytes(base64.b64decode(png(np.concatenate(rows, axis=0))))
         readable(stage)

@@ -65,8 +65,9 @@ def run(
         float, typer.Option("--start", help="--mapper: share of the schedule at which the new base joins.")
     ] = BridgeSettings.start,
     lead: Annotated[
-        float, typer.Option("--lead", help="--mapper: share of the new base's noise that the old one's states have.")
-    ] = BridgeSettings.lead,
+        float | None,
+        typer.Option("--lead", help="--mapper: share of the new base's noise that the old one's states have."),
+    ] = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="--mapper: both draw at once; the old base does not draw ahead.")
     ] = False,
@@ -99,6 +100,16 @@ def run(
         raise UsageError("--prompt is missing", remedy="Give at least one.")
     if output is not None:
         check_writable(output, overwrite=overwrite)
+    theirs = {
+        "--start": start != BridgeSettings.start,
+        "--lead": lead is not None,
+        "--side-by-side": side_by_side,
+        "--new-prompt": new_prompt is not None,
+        "--new-guidance": new_guidance is not None,
+    }
+    if mapper is None and any(theirs.values()):
+        option = next(name for name, given in theirs.items() if given)
+        raise UsageError(f"{option} is a mapper's", remedy="Give --mapper with it.")
     settings = BridgeSettings(
         strength=o.finite(strength, "--strength"),
         seed=seed,
@@ -109,8 +120,8 @@ def run(
         config=config,
         device=device,
         mapper=mapper,
-        start=o.share(start, "--start"),
-        lead=o.share(lead, "--lead"),
+        start=o.above_zero(o.share(start, "--start"), "--start"),
+        lead=None if lead is None else o.share(lead, "--lead"),
         finished=not side_by_side,
         new_prompt=new_prompt,
         new_guidance=None if new_guidance is None else o.at_least_zero(new_guidance, "--new-guidance"),
@@ -201,6 +212,8 @@ def train(
         raise UsageError("--from and --to are both needed: a mapper belongs to a pair")
     if (data is None) != own:
         raise UsageError("either --data or --self is needed", remedy="--self takes pictures that the two bases draw.")
+    if data is not None and prompts is not None:
+        raise UsageError("--prompts are for pictures that the bases draw", remedy="Leave it out with --data.")
     if output is None:
         raise UsageError("--output is missing", remedy="Name the mapper's .safetensors file with -o.")
     if output.suffix != ".safetensors":

@@ -182,6 +182,9 @@ def vocabulary_of(model: Loaded) -> int:
 def longest(model: Loaded, wanted: int) -> int:
     """The wanted number of tokens, or what the model can read at most."""
     config = model.main.config
+    if hasattr(config, "get_text_config"):
+        # Of a model that reads pictures, too, its language model's.
+        config = config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # RoBERTa's positions begin at its padding index + 1: two of them are never used.
     return min([wanted, *(limit - 2 for limit in limits if isinstance(limit, int) and limit > 2)])

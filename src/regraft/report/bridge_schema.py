@@ -63,6 +63,5 @@ class BridgeTrainReport(VersionedRecord):
     stopped: str
     unkept: str = Field(default="", description="why the state of the training could not be kept on disk")
     looks: list[TrainLook]
-    notes: list[str] = Field(default_factory=list)
     seconds: float
     peak_mb: float

@@ -40,7 +40,7 @@ def bridge_train_table(report: BridgeTrainReport, console: Console) -> None:
         ]
         console.print(f"  step {look.step:>6}  {'  '.join(told)}  [dim]{look.seconds:.0f} s[/]")
     console.print(f"[dim]{escape(report.stopped)}; {report.seconds:.0f} s, {report.peak_mb:.0f} MB[/]")
-    for note in [*report.notes, *([f"the state was not kept: {report.unkept}"] if report.unkept else [])]:
-        console.print(f"[dim]note[/]  {escape(note)}")
+    if report.unkept:
+        console.print(f"[dim]note[/]  {escape(f'the state was not kept: {report.unkept}')}")
     for output in report.outputs:
         console.print(f"[dim]written[/]  {escape(output)}")

@@ -50,6 +50,17 @@ class Stepper:
         # Prepared, it unscales what `fp16` has scaled, and leaves out steps that overflowed.
         self.optimizer: Any = self.accelerator.prepare(_optimizer(self.parameters, optimizer, rate))
 
+    def scaling(self) -> dict[str, Any]:
+        """How much gradients are scaled, where half precision needs it; empty elsewhere."""
+        scaler = self.accelerator.scaler
+        found: dict[str, Any] = {} if scaler is None else scaler.state_dict()
+        return found
+
+    def scale_as(self, kept: dict[str, Any]) -> None:
+        """Go on from what `scaling` gave."""
+        if kept and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(kept)
+
     def at(self, step: int, steps: int) -> None:
         """Set the learning rate of a step out of so many."""
         for group in self.optimizer.param_groups:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError
+from regraft.output import undisturbed
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
 from regraft.runtime.optim import Optimizer, Precision, Stepper, checkpoint_activations, epoch_order
@@ -196,7 +197,9 @@ class _Run:
     def go(self, state: Path) -> None:
         settings, course = self.settings, self.course
         began = perf_counter() - self.spent
-        if not course.looks:
+        done = bool(course.looks) and course.looks[-1].step == self.step
+        if not done and (self.step % settings.look == 0 or self.step == settings.steps):
+            # The first; or one that was interrupted.
             self.look(began)
         while self.step < settings.steps:
             loss = self.one_step()
@@ -206,8 +209,6 @@ class _Run:
                 self.look(began)
                 course.stopped = f"the loss was no number at step {self.step + 1}; the last good state is kept"
                 return
-            self.step += 1
-            self.tuned.stepped()
             self.losses.append(loss)
             self.spent = perf_counter() - began
             over = settings.budget is not None and self.spent > settings.budget
@@ -233,7 +234,13 @@ class _Run:
         self.tuned.train()
         with torch.enable_grad(), self.stepper.accelerator.autocast():
             loss = self.lesson.loss(self.model, self.chosen(), torch.Generator().manual_seed(drawn))
-        return self.stepper.learn(loss)
+        # An interrupt between the step and its count would have it made twice.
+        with undisturbed():
+            value = self.stepper.learn(loss)
+            if math.isfinite(value):
+                self.step += 1
+                self.tuned.stepped()
+        return value
 
     def look(self, began: float) -> None:
         self.tuned.eval()
@@ -253,6 +260,7 @@ class _Run:
             "tuned": self.tuned.kept(),
             "looks": [list(astuple(look)) for look in self.course.looks],
             "optimizer": self.stepper.optimizer.state_dict(),
+            "scaler": self.stepper.scaling(),
         }
         self.course.unkept = keep(content, file) or self.course.unkept
 
@@ -265,5 +273,6 @@ class _Run:
         with taken_up(file) as found:
             self.tuned.take(found["tuned"])
             self.stepper.optimizer.load_state_dict(found["optimizer"])
+            self.stepper.scale_as(found["scaler"])
             self.step, self.spent, self.losses = found["step"], found["spent"], found["losses"]
             self.course = Course([Look(*look) for look in found["looks"]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,18 @@ def read_pixels(folder: Path, model: Loaded, size: int | None) -> Tensor:
     Raises:
         InputError: there are no pictures, one can't be read, or the pipeline has no latents to train on.
     """
-    return _pixels(model, _files(folder), *_size(model, size))
+    return torch.cat(list(pixel_groups(folder, model, size)))
+
+
+def pixel_groups(folder: Path, model: Loaded, size: int | None) -> Iterator[Tensor]:
+    """`read_pixels`, a few pictures at a time: all of them at full size can be more than the memory holds.
+
+    Raises:
+        InputError: as `read_pixels`; before the first are read for all but pictures that can't be.
+    """
+    height, width = _size(model, size)
+    files = _files(folder)
+    return (_pixels(model, files[i : i + _TOGETHER], height, width) for i in range(0, len(files), _TOGETHER))
 
 
 def _files(folder: Path) -> list[Path]:

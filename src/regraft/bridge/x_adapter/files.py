@@ -83,7 +83,9 @@ def load_mapper(file: Path, old: Base | None = None, new: Base | None = None) ->
         Refused: it was made for other bases.
     """
     if file.suffix.lower() in TORCH_SUFFIXES:
-        return _filled(Mapper(RELEASED), _from_released(read_torch(file).tensors, file), file)
+        with torch.device("meta"):
+            released = Mapper(RELEASED)
+        return _filled(released, _from_released(read_torch(file).tensors, file), file)
     read = read_safetensors(file)
     if KEY not in read.metadata:
         remedy = "Give a file of `regraft bridge train`, or the released X_Adapter_v1.bin."
@@ -92,7 +94,9 @@ def load_mapper(file: Path, old: Base | None = None, new: Base | None = None) ->
         header = json.loads(read.metadata[KEY])
         config = MapperConfig.from_json(header["config"])
         ids = BaseId.model_validate(header["source"]), BaseId.model_validate(header["target"])
-        mapper = Mapper(config)
+        # Without memory, until the file is known to hold what its header promises.
+        with torch.device("meta"):
+            mapper = Mapper(config)
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, ValidationError, InputError) as error:
         raise InputError("has a damaged header", file=file, remedy="Train it again.") from error
     for which, base, made_for in (("old", old, ids[0]), ("new", new, ids[1])):
@@ -120,7 +124,9 @@ def _filled(mapper: Mapper, tensors: Mapping[str, TensorRef], file: Path) -> Map
         if tuple(tensors[name].shape) != tuple(tensor.shape):
             what = f"has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
             raise InputError(what, file=file, key=name, remedy="Is it a mapper of this kind? Get it again.")
-    mapper.load_state_dict({name: tensors[name].load().to(tensor.dtype) for name, tensor in wanted.items()})
+    mapper.load_state_dict(
+        {name: tensors[name].load().to(tensor.dtype) for name, tensor in wanted.items()}, assign=True
+    )
     return mapper
 
 

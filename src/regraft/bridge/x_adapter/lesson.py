@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regraft.bridge.guided import Prompted, first_argument
 from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.places import Change, changed, heard
@@ -45,8 +46,8 @@ class BridgeLesson:
 
     Both bases are frozen. The old one is run on the same picture in its own latents, under noise of its own, with the
     caption; the new one under an empty prompt, so that all it knows of the picture's content comes through the mapper.
-    In the paper both see the same noise level; here the old base sees one between a share ``lead`` of it and all of it,
-    in σ / α: while sampling it may know its finished picture already (`regraft.bridge.x_adapter.pipeline`).
+    In the paper both see the same noise level; here the old base sees one between a share of it (the mapper's ``lead``)
+    and all of it, in σ / α: while sampling it may know its finished picture already.
     """
 
     def __init__(
@@ -58,7 +59,6 @@ class BridgeLesson:
         fit: Sequence[int],
         apart: Sequence[int],
         *,
-        lead: float = 1.0,
         prompted: float = 0.0,
         dropped: float = 0.1,
         seed: int = 0,
@@ -72,26 +72,42 @@ class BridgeLesson:
             pictures: all.
             fit: numbers of those to learn from.
             apart: of those to measure on.
-            lead: least share of the new base's noise that the old one sees.
             prompted: share of the pictures whose caption the new base is given.
             dropped: share of them that the old base is shown without a caption, as guidance runs it.
             seed: of the noise that is measured under.
         """
         self.old, self.mapper, self.pictures = old, mapper, pictures
         self.fit, self.apart = list(fit), list(apart)
-        self.lead, self.prompted, self.dropped, self.seed = lead, prompted, dropped, seed
+        self.prompted, self.dropped, self.seed = prompted, dropped, seed
         self.levels = Levels(old), Levels(new)
+        # Some denoisers are told the time at another pace than their scheduler counts it.
+        shapes = [(part.shape[2], part.shape[3]) for part in (pictures.old, pictures.new)]
+        self.paces = [
+            Prompted.of(model, [""], None, 1.0, shape).pace for model, shape in zip((old, new), shapes, strict=True)
+        ]
+        self._open = ExitStack()
 
     @property
     def n(self) -> int:
         return len(self.fit)
 
     def loss(self, model: Loaded, which: Sequence[int], generator: torch.Generator) -> Tensor:
-        return self._loss(model, [self.fit[i] for i in which], generator)
+        """The loss on some of what is learnt from, with gradients, ().
+
+        The new base goes on hearing of the old one's maps until the next call, or `close`: with gradient checkpointing
+        its blocks run once more on the way back.
+        """
+        self.close()
+        return self._loss(model, [self.fit[i] for i in which], generator, self._open)
+
+    def close(self) -> None:
+        """Have the new base run as it is again."""
+        self._open.close()
 
     @torch.no_grad()
     def held(self, model: Loaded) -> float | None:
         """Mean loss on the pictures that are not learnt from; None without any."""
+        self.close()
         generator = torch.Generator().manual_seed(self.seed)
         rows = [i for i in self.apart for _ in range(_LEVELS)]
         parts = [rows[i : i + _TOGETHER] for i in range(0, len(rows), _TOGETHER)]
@@ -113,7 +129,9 @@ class BridgeLesson:
         parts = [chosen[i : i + _TOGETHER] for i in range(0, n, _TOGETHER)]
         self.mapper.settle([self._heard(part, *self._noise(model, len(part), generator)[1:]) for part in parts])
 
-    def _loss(self, new: Loaded, rows: Sequence[int], generator: torch.Generator) -> Tensor:
+    def _loss(
+        self, new: Loaded, rows: Sequence[int], generator: torch.Generator, kept: ExitStack | None = None
+    ) -> Tensor:
         times, old_times, ratios = self._noise(new, len(rows), generator)
         maps = self._heard(rows, old_times, ratios, generator)
         clean = self.pictures.new[rows]
@@ -124,12 +142,14 @@ class BridgeLesson:
         captions = tuple(
             self.pictures.captions[i] if told else "" for i, told in zip(rows, given.tolist(), strict=True)
         )
-        batch = DiffusionBatch((_first(new), alpha * clean + sigma * noise), times, captions, "given")
+        states = alpha * clean + sigma * noise
+        batch = DiffusionBatch((first_argument(new), states), times * self.paces[1], captions, "given")
         with torch.no_grad():
             conditions = batch.conditions(new)
         shares = ratios / (1 + ratios)
         changes = changes_of(self.mapper, maps, shares.to(new.device), 1.0)
-        with changed(new.main, changes, (clean.shape[2], clean.shape[3])):
+        with ExitStack() as here:
+            (kept or here).enter_context(changed(new.main, changes, (clean.shape[2], clean.shape[3])))
             prediction = batch.predict(new, conditions)
         wanted = space.target(clean, noise, times).to(prediction.device)
         return F.mse_loss(prediction[:, : wanted.shape[1]].float(), wanted)
@@ -138,7 +158,8 @@ class BridgeLesson:
         """Timesteps of both, (n,), and σ / α of the new and the old base, (n, 2)."""
         old_levels, new_levels = self.levels
         times = drawn_times(new, n, Latents(new).steps, generator)
-        leads = self.lead + (1 - self.lead) * torch.rand(n, generator=generator)
+        least = self.mapper.config.lead
+        leads = least + (1 - least) * torch.rand(n, generator=generator)
         found = [new_levels.ratio(float(time)) for time in times]
         old_times = [old_levels.time(ratio * float(lead)) for ratio, lead in zip(found, leads, strict=True)]
         ratios = torch.tensor([found, [old_levels.ratio(time) for time in old_times]]).T
@@ -158,7 +179,7 @@ class BridgeLesson:
         captions = tuple(
             "" if mute else self.pictures.captions[i] for i, mute in zip(rows, silent.tolist(), strict=True)
         )
-        batch = DiffusionBatch((_first(self.old), states), times, captions, "given")
+        batch = DiffusionBatch((first_argument(self.old), states), times * self.paces[0], captions, "given")
         places = [level.old for level in self.mapper.config.levels]
         with heard(self.old.main, places, (clean.shape[2], clean.shape[3])) as maps:
             batch.predict(self.old, batch.conditions(self.old))
@@ -179,8 +200,3 @@ def changes_of(mapper: Mapper, maps: Sequence[Tensor], noise: Tensor, strength: 
         return lambda hidden: mapper(i, maps[i].to(hidden.device), hidden, noise, strength)
 
     return {level.new: change_of(i) for i, level in enumerate(mapper.config.levels)}
-
-
-def _first(model: Loaded) -> str:
-    """The denoiser's argument that holds the latents."""
-    return next(iter(inspect.signature(model.main.forward).parameters))

@@ -51,14 +51,26 @@ class MapperConfig:
         blocks: residual blocks of a level.
         fusion: see `Fusion`.
         timed: the blocks are told both noise levels.
+        lead: least share of the new base's noise that the old one saw in training, in σ / α.
     """
 
     levels: tuple[Level, ...]
     blocks: int = 3
     fusion: Fusion = "add"
     timed: bool = False
+    lead: float = 1.0
 
     def __post_init__(self) -> None:
+        """Fail early.
+
+        Raises:
+            InputError: no such fusion, no levels, or two for one block.
+        """
+        joined = [level.new for level in self.levels]
+        if not joined or self.blocks < 1:
+            raise InputError("a mapper has at least one level, of at least one block")
+        if len(set(joined)) < len(joined):
+            raise InputError("two levels join one block of the new base", remedy="Name another block for one of them.")
         if self.fusion not in get_args(Fusion):
             raise InputError(f"no such fusion: {self.fusion}", remedy=f"One of {', '.join(get_args(Fusion))}.")
 
@@ -100,7 +112,14 @@ class Mapper(nn.Module):
         told = None
         if self.times is not None:
             assert noise is not None
-            told = self.times(_embedded(noise).to(x))
+            told = self.times(_embedded(noise))
+        shape = self.config.levels[level]
+        if (x.shape[1], hidden.shape[1]) != (shape.inner, shape.outer):
+            raise InputError(
+                f"the mapper leads from {shape.inner} to {shape.outer} channels at {shape.old}, and these bases have "
+                f"{x.shape[1]} and {hidden.shape[1]}",
+                remedy="Take the mapper of this pair.",
+            )
         said: Tensor = self.levels[level](x, tuple(hidden.shape[2:]), told).to(hidden)
         if self.config.fusion == "guided":
             return hidden + strength * (said - hidden)

@@ -23,6 +23,7 @@ def mapper_config(
     blocks: int = 3,
     fusion: Fusion = "add",
     timed: bool = False,
+    lead: float = 1.0,
 ) -> MapperConfig:
     """The mapper of two models, from what their decoders look like.
 
@@ -34,6 +35,7 @@ def mapper_config(
         blocks: residual blocks of a level.
         fusion: how a level joins.
         timed: whether the mapper is told noise levels.
+        lead: least share of the new base's noise that the old one is to see in training.
 
     Raises:
         InputError: there are no such blocks, or too few that can be paired.
@@ -46,7 +48,7 @@ def mapper_config(
     else:
         pairs = [(_named(a, from_places, old), _named(b, to_places, new)) for a, b in levels]
     found = tuple(_level(a, b) for a, b in pairs)
-    return MapperConfig(found, blocks, fusion, timed)
+    return MapperConfig(found, blocks, fusion, timed, lead)
 
 
 def paired(old: Sequence[Place], new: Sequence[Place], n: int, model: Loaded) -> list[tuple[Place, Place]]:

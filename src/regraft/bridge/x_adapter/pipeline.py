@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,19 +15,18 @@ from torch import Tensor
 
 from regraft.adapter import Adapter
 from regraft.base import open_base
-from regraft.bridge.adapted import Adapted, check_kinds
+from regraft.bridge.adapted import Adapted, check_drawing
 from regraft.bridge.control import Control, check_image, controlled
 from regraft.bridge.delta import Generators, Strength, seeds_of
 from regraft.bridge.guided import Prompted
-from regraft.bridge.latent_spaces import own_shape, resized
+from regraft.bridge.latent_spaces import noise_of, own_shape, resized
 from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.lesson import changes_of
 from regraft.bridge.x_adapter.mapper import Mapper
-from regraft.bridge.x_adapter.places import changed, heard
+from regraft.bridge.x_adapter.places import changed, channels_of, heard
 from regraft.errors import InputError, RegraftError
 from regraft.formats import load_adapter
-from regraft.probes.pictures import makes_pictures
 from regraft.runtime.both import BothModels, twin
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import library, quiet_libraries
@@ -61,22 +61,16 @@ class BridgePipeline:
             InputError: a base is no such pipeline, its scheduler or autoencoder is not one that can be converted, or
                 it lacks a block of the mapper's.
         """
-        check_kinds(old, new, "denoiser", "diffusion model")
-        for model in (old, new):
-            if not makes_pictures(model):
-                raise InputError(f"a {model.name} makes no pictures of prompts", file=model.path)
+        check_drawing(old, new)
         self.old, self.new, self.mapper = (twin(old) if old is new else old), new, mapper.eval().to(new.device)
         self.controlnet = controlnet
         self._levels = Levels(self.old), Levels(new)
         self._adapted: Adapted | None = None
         for model, names in (
-            (old, [level.old for level in mapper.config.levels]),
-            (new, [level.new for level in mapper.config.levels]),
+            (old, [(level.old, level.inner) for level in mapper.config.levels]),
+            (new, [(level.new, level.outer) for level in mapper.config.levels]),
         ):
-            known = dict(model.main.named_modules())
-            lacking = [name for name in names if name not in known]
-            if lacking:
-                raise InputError(f"has no block {lacking[0]}, which the mapper is for", file=model.path)
+            _check_blocks(model, names)
 
     @classmethod
     def from_pretrained(
@@ -131,7 +125,7 @@ class BridgePipeline:
         negative_prompt: str | Sequence[str] | None = None,
         start: float = START,
         finished: bool = True,
-        lead: float = LEAD,
+        lead: float | None = None,
         controlnet_conditioning_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
@@ -144,7 +138,7 @@ class BridgePipeline:
             num_inference_steps: of the new pipeline's scheduler; the old base takes the same noise levels.
             guidance_scale: of the old base; None: its pipeline's own default.
             strength: of the mapper, constant or by the share of the sampling that is done; 0 is the new base alone.
-            generator: one, or one per prompt.
+            generator: one, or one per prompt, as the new pipeline takes them; the old base's noise has the same seeds.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
             new_prompt: for the new base; None: as ``prompt``. It was trained with an empty one.
             new_guidance_scale: of the new base; None: its pipeline's own default.
@@ -154,7 +148,8 @@ class BridgePipeline:
             finished: the old base draws its picture to the end first; its states beside the new base's are that
                 picture under noise (as in the released code, without its second sampling). Else both draw side by
                 side, as in the paper.
-            lead: with ``finished``, share of the new base's noise (in σ / α) that the old one's states have.
+            lead: with ``finished``, share of the new base's noise (in σ / α) that the old one's states have; None:
+                `LEAD`, or the least that the mapper was trained with where that is more.
             controlnet_conditioning_scale: of the ControlNet.
             height: of the pictures; None: what the new pipeline draws.
             width: likewise.
@@ -170,7 +165,8 @@ class BridgePipeline:
         told = prompts if new_prompt is None else _several(new_prompt, len(prompts))
         negative = None if negative_prompt is None else _several(negative_prompt, len(prompts))
         shape = self._shape(height, width)
-        seeds = seeds_of(generator, len(prompts))
+        if not 0 < start <= 1:
+            raise InputError(f"start {start} is out of range", remedy="Give a share above 0, up to 1.")
         old = self.old if self._adapted is None else self._adapted.model
         old_shape = own_shape(old, shape)
         with quiet_libraries():
@@ -182,12 +178,12 @@ class BridgePipeline:
                 copy.deepcopy(self.new.pipeline.scheduler),
                 self.mapper,
                 control,
-                seeds,
+                generator,
                 (old_shape, shape),
                 strength,
                 start,
                 finished,
-                lead,
+                max(LEAD, self.mapper.config.lead) if lead is None else lead,
             )
             latents = run.draw()
             images = latents if output_type == "latent" else self._pictures(latents, output_type)
@@ -224,7 +220,7 @@ class _Run:
     scheduler: Any
     mapper: Mapper
     control: Control | None
-    seeds: list[int]
+    generator: Generators
     shapes: tuple[tuple[int, int], tuple[int, int]]
     strength: Strength
     start: float
@@ -236,14 +232,15 @@ class _Run:
         """The new base's finished latents."""
         times = list(self.scheduler.timesteps)
         ratios = [self.levels[1].ratio(float(time)) for time in times]
-        alone = next(
-            (i for i, time in enumerate(times) if float(time) <= self.start * Latents(self.new.model).steps), 0
-        )
+        alone = self._joins(times)
         places = [level.old for level in self.mapper.config.levels]
         main = self.old.model.main
-        self.noise = tuple(
-            _noise(side.model, shape, self.seeds) for side, shape in zip((self.old, self.new), self.shapes, strict=True)
-        )
+        n = self.new.pictures
+        seeds = seeds_of(self.generator, n)
+        # What the old base's pipeline would begin from; and further draws, for its picture has that noise in it.
+        self.old_noise = noise_of(self.old.model, self.shapes[0], seeds)
+        self.further = noise_of(self.old.model, self.shapes[0], seeds, draws=2)
+        self.new_noise = self._new_noise(n)
         with controlled(main, self.control), heard(main, places, self.shapes[0]) as maps:
             self._maps = maps
             z, clean = self._alone(ratios, len(ratios) if self.finished else alone)
@@ -258,9 +255,37 @@ class _Run:
                 latents, z = self._both(latents, z, times[i], ratio, after, i / len(times))
         return latents
 
+    def _joins(self, times: list[Any]) -> int:
+        """The first step of the new base's."""
+        most = self.start * Latents(self.new.model).steps
+        found = next((i for i, time in enumerate(times) if float(time) <= most), len(times) - 1)
+        # Samplers of the second order, such as Heun's, take two calls for a step.
+        order = int(getattr(self.scheduler, "order", 1))
+        if found > 0 and getattr(self.scheduler.config, "skip_prk_steps", True) is False:
+            raise InputError(
+                f"a {type(self.scheduler).__name__} begins with steps of its own, and can't be joined midway",
+                file=self.new.model.path,
+                remedy="Give start 1, or another scheduler.",
+            )
+        return min(-(-found // order) * order, (len(times) - 1) // order * order)
+
+    def _new_noise(self, n: int) -> Tensor:
+        """As the new base's pipeline draws it."""
+        model = self.new.model
+        channels = int(model.pipeline.vae.config.latent_channels)
+        given = (
+            self.generator
+            if self.generator is None or isinstance(self.generator, torch.Generator)
+            else list(self.generator)
+        )
+        drawn: Tensor = library("diffusers.utils.torch_utils").randn_tensor(
+            (n, channels, *self.shapes[1]), generator=given, device=torch.device(model.device), dtype=torch.float32
+        )
+        return drawn
+
     def _alone(self, ratios: list[float], steps: int) -> tuple[Tensor, Tensor | None]:
         """The old base's state and picture after so many of the steps; no picture before any."""
-        z, clean = self.noise[0], None
+        z, clean = self.old_noise, None
         for i, ratio in enumerate(ratios[:steps]):
             after = ratios[i + 1] if i + 1 < len(ratios) else 0.0
             z, clean = self._step(z, ratio, after)
@@ -281,11 +306,11 @@ class _Run:
 
     def _renoised(self, clean: Tensor, ratio: float) -> Tensor:
         alpha, sigma = self.levels[0].mix(self.levels[0].ratio(self.levels[0].time(ratio)))
-        return alpha * clean + sigma * self.noise[0]
+        return alpha * clean + sigma * self.further
 
     def _begin(self, clean: Tensor | None, times: list[Any], alone: int) -> Tensor:
         """The new base's first state: noise, or the old base's picture under noise."""
-        noise = self.noise[1]
+        noise = self.new_noise
         if hasattr(self.scheduler, "set_begin_index"):
             # It has seen the pipeline's first call already, and counts from there.
             self.scheduler._step_index = None
@@ -319,7 +344,11 @@ class _Run:
             prediction = self.new.predict(u, float(time))
         if not bool(prediction.isfinite().all()):
             raise RegraftError("the new base's predictions are no numbers (NaN)", file=self.new.model.path)
-        made: Tensor = self.scheduler.step(prediction.to(latents), time, latents).prev_sample
+        # Some samplers add noise of their own at each step.
+        drawn = (
+            {"generator": self.generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        )
+        made: Tensor = self.scheduler.step(prediction.to(latents), time, latents, **drawn).prev_sample
         return made, z
 
     @contextmanager
@@ -341,10 +370,16 @@ def _rows(maps: Tensor, rows: int) -> Tensor:
     return maps[-rows:] if len(maps) > rows else maps.repeat(rows // len(maps), 1, 1, 1)
 
 
-def _noise(model: Loaded, shape: tuple[int, int], seeds: Sequence[int]) -> Tensor:
-    channels = int(model.pipeline.vae.config.latent_channels)
-    several = [torch.randn(channels, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(several).to(model.device)
+def _check_blocks(model: Loaded, wanted: Sequence[tuple[str, int]]) -> None:
+    """Raises InputError where a base lacks a block of the mapper's, or has it with other channels."""
+    for name, channels in wanted:
+        try:
+            found = channels_of(model.main, name)
+        except KeyError:
+            raise InputError(f"has no block {name}, which the mapper is for", file=model.path) from None
+        if found is not None and found != channels:
+            what = f"has {found} channels at {name}, and the mapper is for {channels}"
+            raise InputError(what, file=model.path, remedy="Take the mapper of this pair.")
 
 
 def _several(text: str | Sequence[str], n: int) -> list[str]:

@@ -153,6 +153,18 @@ def changed(main: nn.Module, changes: Mapping[str, Change], latents: tuple[int, 
             hook.remove()
 
 
+def channels_of(main: nn.Module, module: str) -> int | None:
+    """Channels of the map that a block gives, where that can be told without running it: of a U-Net's blocks.
+
+    Raises:
+        KeyError: there is no such block.
+    """
+    block = dict(main.named_modules())[module]
+    resnets = getattr(block, "resnets", None)
+    found = None if not resnets else getattr(resnets[-1], "out_channels", None)
+    return None if found is None else int(found)
+
+
 def _unet_blocks(main: nn.Module) -> list[str]:
     ups = getattr(main, "up_blocks", None)
     if ups is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +25,7 @@ from regraft.bridge.x_adapter.variety import varied
 from regraft.errors import InputError
 from regraft.memory import peak_mb
 from regraft.migration import summarise
-from regraft.output import check_writable
+from regraft.output import check_writable, undisturbed
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.drawn import check_pipelines, draw_pictures
 from regraft.report.bridge_schema import BridgeTrainReport, MapperLevel
@@ -33,11 +33,10 @@ from regraft.report.train_schema import TrainLook
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import quiet_libraries
-from regraft.runtime.load import Loaded
 from regraft.runtime.training_state import keep, kept_file, taken_up
 from regraft.training.lessons import split
 from regraft.training.loop import Heard, Look, run
-from regraft.training.picture_data import read_captions, read_pixels
+from regraft.training.picture_data import pixel_groups, read_captions
 
 #: Called with (done, in all, what is at work).
 Tick = Callable[[int, int, str], None]
@@ -97,13 +96,15 @@ def train_mapper(
             blocks=settings.blocks,
             fusion=settings.fusion,
             timed=settings.timed,
+            lead=settings.lead,
         )
         learner = Averaged(Mapper(config).to(settings.device), settings.average)
         pictures, made = paired_pictures(models, data, settings, state.with_suffix(".pictures.pt"), tick)
-        fit, apart = split(len(pictures), settings.held, settings.seed)
+        fit, apart = _split(pictures, settings)
         for model in (models.old, models.new):
             # Only the mapper is trained; gradients pass through the new base on their way to it.
-            model.main.requires_grad_(False).to(getattr(torch, settings.dtype))
+            for part in model.components.values():
+                part.requires_grad_(False).to(getattr(torch, settings.dtype))
         lesson = BridgeLesson(
             models.old,
             models.new,
@@ -111,7 +112,6 @@ def train_mapper(
             pictures,
             fit,
             apart,
-            lead=settings.lead,
             prompted=settings.prompted,
             dropped=settings.dropped,
             seed=settings.seed,
@@ -120,9 +120,12 @@ def train_mapper(
         rate = settings.rate or 1e-3 * _CHANNELS / max(level.outer for level in config.levels)
         if strip is not None:
             heard = _drawn_beside(models, learner, strip, settings, heard)
-        course = run(models.new, learner, lesson, settings, settings.batch, rate, heard, state)
+        try:
+            course = run(models.new, learner, lesson, settings, settings.batch, rate, heard, state)
+        finally:
+            lesson.close()
         learner.eval()
-        told = {"pictures": made, "steps": course.looks[-1].step, "lead": settings.lead, "seed": settings.seed}
+        told = {"pictures": made, "steps": course.looks[-1].step, "seed": settings.seed}
         written = save_mapper(learner.mapper, output, old, new, told=told, overwrite=overwrite)
     if not course.more:
         state.unlink(missing_ok=True)
@@ -209,7 +212,7 @@ class Averaged:
 
     def kept(self) -> dict[str, Tensor]:
         self.train()
-        values, means = self.mapper.state_dict(), self._other.state_dict()
+        values, means = self.mapper.state_dict(), dict(self._other.named_parameters())
         found = {
             f"{which}.{name}": part for which, of in (("now", values), ("mean", means)) for name, part in of.items()
         }
@@ -217,9 +220,11 @@ class Averaged:
 
     def take(self, kept: dict[str, Tensor]) -> None:
         self.train()
-        for which, module in (("now", self.mapper), ("mean", self._other)):
-            start = f"{which}."
-            module.load_state_dict({n.removeprefix(start): v for n, v in kept.items() if n.startswith(start)})
+        parts = {which: _below(kept, f"{which}.") for which in ("now", "mean")}
+        self.mapper.load_state_dict(parts["now"])
+        with torch.no_grad():
+            for name, value in self._other.named_parameters():
+                value.copy_(parts["mean"][name])
         self._steps = int(kept["steps"])
 
     @torch.no_grad()
@@ -233,11 +238,13 @@ class Averaged:
     @torch.no_grad()
     def _turn(self, *, training: bool) -> None:
         if training is not self._training:
-            for mean, value in zip(self._other.parameters(), self.mapper.parameters(), strict=True):
-                held = value.clone()
-                value.copy_(mean)
-                mean.copy_(held)
-            self._training = training
+            # An interrupt in the middle would leave half of either.
+            with undisturbed():
+                for mean, value in zip(self._other.parameters(), self.mapper.parameters(), strict=True):
+                    held = value.clone()
+                    value.copy_(mean)
+                    mean.copy_(held)
+                self._training = training
         self.mapper.train(training)
 
 
@@ -272,26 +279,50 @@ def paired_pictures(
             model = models.old if side == "old" else models.new
             parts.append(draw_pictures(model, list(prompts), count, settings.seed + 10_000 * (number + 1)))
         size = parts[1].pictures.shape[2:]
-        pixels = torch.cat([resized(part.pictures, list(size)) for part in parts])
-        captions = tuple(text for part in parts for text in part.texts)
+        pixels = [resized(part, list(size)) for drawn in parts for part in torch.split(drawn.pictures, _TOGETHER)]
+        captions = tuple(text for drawn in parts for text in drawn.texts)
+        groups: Iterable[Tensor] = pixels
     else:
-        pixels, captions = read_pixels(data, models.new, settings.size), read_captions(data, settings.caption)
+        groups, captions = pixel_groups(data, models.new, settings.size), read_captions(data, settings.caption)
     tick(0, settings.steps, "encoding the pictures")
-    generator = torch.Generator().manual_seed(settings.seed)
-    versions = [pixels if i == 0 else varied(pixels, generator) for i in range(1 + settings.varied)]
-    old, new = (_encoded(model, versions) for model in (models.old, models.new))
-    found = PairedPictures(old, new, captions * len(versions))
+    found = _encoded(models, groups, captions, settings)
     if kept is not None:
-        keep({"old": old, "new": new, "captions": list(found.captions)}, kept)
+        keep({"old": found.old, "new": found.new, "captions": list(found.captions)}, kept)
     return found, made
 
 
 @torch.no_grad()
-def _encoded(model: Loaded, versions: Iterable[Tensor]) -> Tensor:
-    factor = getattr(model.pipeline, "vae_scale_factor", 8)
-    found = []
-    for pixels in versions:
-        height, width = own_shape(model, (pixels.shape[2], pixels.shape[3]))
-        fitted = resized(pixels, [height * factor, width * factor])
-        found += [Latents(model).encode(part).cpu() for part in torch.split(fitted, _TOGETHER)]
-    return torch.cat(found)
+def _encoded(
+    models: BothModels, groups: Iterable[Tensor], captions: tuple[str, ...], settings: MapperSettings
+) -> PairedPictures:
+    """Pictures in both bases' latents, all as they are, then all in each other version; a group is held at a time."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    found: dict[str, list[list[Tensor]]] = {side: [[] for _ in range(1 + settings.varied)] for side in ("old", "new")}
+    for pixels in groups:
+        for number in range(1 + settings.varied):
+            shown = pixels if number == 0 else varied(pixels, generator)
+            for side, model in (("old", models.old), ("new", models.new)):
+                factor = getattr(model.pipeline, "vae_scale_factor", 8)
+                height, width = own_shape(model, (shown.shape[2], shown.shape[3]))
+                fitted = resized(shown, [height * factor, width * factor])
+                found[side][number].append(Latents(model).encode(fitted).cpu())
+    old, new = (torch.cat([part for version in found[side] for part in version]) for side in ("old", "new"))
+    return PairedPictures(old, new, captions * (1 + settings.varied))
+
+
+def _split(pictures: PairedPictures, settings: MapperSettings) -> tuple[list[int], list[int]]:
+    """Numbers to learn from and to measure on; all versions of a picture go together.
+
+    Raises:
+        InputError: there is nothing to learn from.
+    """
+    n = len(pictures) // (1 + settings.varied)
+    fit, apart = split(n, settings.held, settings.seed)
+    if not fit:
+        raise InputError("all of the pictures are held out", remedy="Lower --held-out.")
+    first, second = ([i + n * version for version in range(1 + settings.varied) for i in part] for part in (fit, apart))
+    return first, second
+
+
+def _below(named: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): value for name, value in named.items() if name.startswith(start)}
