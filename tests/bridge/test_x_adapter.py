@@ -43,6 +43,9 @@ QUICK = MapperSettings(
     prompts=("a sun", "a boat"),
 )
 
+#: What has the new base draw as its own pipeline does by default.
+SAME = {"new_prompt": ["a sun", "a boat"], "new_guidance_scale": None}
+
 
 def _mapper(old: Loaded, new: Loaded, size: float = 0.3, **settings: Any) -> Mapper:
     """Not trained: what it says is loud noise."""
@@ -74,14 +77,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Loaded]:
 
 def test_with_strength_0_it_is_the_new_base(pair: tuple[Loaded, Loaded]) -> None:
     bridge = BridgePipeline(*pair, _mapper(*pair))
-    assert np.allclose(_drawn(bridge, start=1.0, strength=0), _alone(pair[1]), atol=1e-4)
+    assert np.allclose(_drawn(bridge, start=1.0, strength=0, **SAME), _alone(pair[1]), atol=1e-4)
     assert np.abs(_drawn(bridge, start=1.0) - _alone(pair[1])).max() > 0.01
 
 
 def test_a_mapper_that_says_nothing_leaves_the_new_base_as_it_is(pair: tuple[Loaded, Loaded]) -> None:
     bridge = BridgePipeline(*pair, Mapper(mapper_config(*pair)))
-    for finished in (True, False):
-        assert np.allclose(_drawn(bridge, start=1.0, finished=finished), _alone(pair[1]), atol=1e-4)
+    for reading in ("plain", "plugged", "drawing"):
+        assert np.allclose(_drawn(bridge, start=1.0, reading=reading, **SAME), _alone(pair[1]), atol=1e-4)
 
 
 def test_other_samplers_and_predictions_are_stepped_as_their_pipelines_step_them(
@@ -96,10 +99,10 @@ def test_other_samplers_and_predictions_are_stepped_as_their_pipelines_step_them
     ]
     for new in models:
         bridge = BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new, 2)))
-        assert np.allclose(_drawn(bridge, start=1.0), _alone(new), atol=2e-3), new.name
+        assert np.allclose(_drawn(bridge, start=1.0, **SAME), _alone(new), atol=2e-3), new.name
         assert np.isfinite(_drawn(BridgePipeline(pair[0], new, _mapper(pair[0], new)), start=0.7)).all()
     back = BridgePipeline(models[2], pair[1], Mapper(mapper_config(models[2], pair[1], 2)))
-    assert np.allclose(_drawn(back, start=1.0), _alone(pair[1]), atol=1e-4)
+    assert np.allclose(_drawn(back, start=1.0, **SAME), _alone(pair[1]), atol=1e-4)
 
 
 def test_the_old_base_draws_what_its_own_sampler_draws(
@@ -163,12 +166,31 @@ def test_a_lora_on_the_old_base_is_heard_and_can_be_taken_off(pair: tuple[Loaded
     assert np.array_equal(_drawn(bridge), before)
 
 
+def test_the_reader_hears_of_plug_ins_only_where_it_is_to(pair: tuple[Loaded, Loaded]) -> None:
+    """An old picture that is the same with and without the LoRA: only a reader that has the LoRA tells them apart."""
+    bridge = BridgePipeline(*pair, _mapper(*pair))
+    clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    found: dict[tuple[str, bool], Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(x_adapter._Run, "_alone", lambda self, ratios, steps: (clean, clean))
+        for adapter in (None, tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0)):
+            if adapter is not None:
+                bridge.load_lora_weights(adapter)
+            for reading in ("plain", "plugged"):
+                found[reading, adapter is not None] = _drawn(bridge, reading=reading)
+    assert np.array_equal(found["plain", False], found["plain", True])
+    assert np.array_equal(found["plain", False], found["plugged", False])
+    assert np.abs(found["plugged", True] - found["plugged", False]).max() > 0.01
+    with pytest.raises(InputError, match="no such reading: aloud"):
+        _drawn(bridge, reading="aloud")
+
+
 def test_guidance_prompts_and_sizes_are_each_sides_own(pair: tuple[Loaded, Loaded]) -> None:
     bridge = BridgePipeline(*pair, _mapper(*pair))
     plain = _drawn(bridge)
     for settings in (
-        {"new_prompt": ""}, {"new_guidance_scale": 1.0}, {"guidance_scale": 1.0}, {"negative_prompt": "a boat"},
-        {"lead": 0.1}, {"finished": False}, {"strength": lambda done: 1 - done},
+        {"new_prompt": "a boat"}, {"new_guidance_scale": 3.0, "new_prompt": "a boat"}, {"guidance_scale": 1.0},
+        {"negative_prompt": "a boat"}, {"lead": 0.1}, {"reading": "drawing"}, {"strength": lambda done: 1 - done},
     ):  # fmt: skip
         assert np.abs(_drawn(bridge, **settings) - plain).max() > 1e-4, settings
     factor = pair[1].pipeline.vae_scale_factor
@@ -338,7 +360,7 @@ def test_samplers_that_draw_noise_at_each_step_follow_the_seed(pair: tuple[Loade
 
     new = drawing.pipeline(tmp_path / "new", drift=0.3, scheduler=EulerAncestralDiscreteScheduler)
     bridge = BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new)))
-    first, second = _drawn(bridge, start=1.0), _drawn(bridge, start=1.0)
+    first, second = (_drawn(bridge, start=1.0, **SAME) for _ in range(2))
     assert np.array_equal(first, second)
     assert np.allclose(first, _alone(new), atol=2e-3)
 
@@ -346,10 +368,11 @@ def test_samplers_that_draw_noise_at_each_step_follow_the_seed(pair: tuple[Loade
 def test_noise_is_what_diffusers_draws(pair: tuple[Loaded, Loaded]) -> None:
     bridge = BridgePipeline(*pair, Mapper(mapper_config(*pair)))
     prompts, settings = ["a sun", "a boat"], {"num_inference_steps": 3, "output_type": "np"}
+    same = {"new_prompt": prompts, "new_guidance_scale": None}
     one, other = (torch.Generator().manual_seed(5) for _ in range(2))
     for _ in range(2):
         # One generator for all, and once more: it has moved on.
-        made = bridge(prompts, generator=one, start=1.0, **settings).images
+        made = bridge(prompts, generator=one, start=1.0, **same, **settings).images
         assert np.allclose(made, pair[1].pipeline(prompts, generator=other, **settings).images, atol=1e-4)
     torch.manual_seed(2)
     drawn = [bridge(prompts, start=1.0, **settings).images for _ in range(2)]

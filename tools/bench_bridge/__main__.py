@@ -40,7 +40,7 @@ from regraft._version import __version__
 from regraft.bench import diffusion_art as art
 from regraft.bench.diffusion_judge import trained_judge
 from regraft.bench.diffusion_score import through_autoencoder
-from regraft.bench.diffusion_train import Workshop
+from regraft.bench.diffusion_train import Workshop, fast_half
 from regraft.bridge.control import Control, controlled
 from regraft.bridge.delta import DeltaPipeline
 from regraft.bridge.x_adapter.files import load_mapper
@@ -49,16 +49,17 @@ from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.runtime import quiet_libraries
 
 STYLES = ("cyano", "woodcut")
-TRAINED = MapperSettings(prompts=tuple(art.PROMPTS), pictures=384, steps=1500, batch=16, rate=1e-3)
-#: Mappers that differ from it in one thing, trained with the first seed alone.
+TRAINED = MapperSettings(
+    prompts=tuple(art.PROMPTS), pictures=384, steps=1500, look=250, precision="bf16" if fast_half() else "no"
+)
+#: Mappers that differ from it in one thing, seed 0.
 ABLATED: dict[str, dict[str, Any]] = {
-    "as in the paper: same noise level": {"lead": 1.0, "timed": False},
-    "plain pictures alone": {"varied": 0},
-    "captions for the new base in half": {"prompted": 0.5},
-    "fusion: guided": {"fusion": "guided"},
-    "fusion: SPADE": {"fusion": "spade"},
+    "at equal noise, untimed (the paper's)": {"lead": 1.0, "timed": False},
+    "on plain pictures alone": {"varied": 0},
+    "with captions for the new base in half": {"prompted": 0.5},
+    "with guided fusion": {"fusion": "guided"},
+    "with SPADE fusion": {"fusion": "spade"},
 }
-USED: dict[str, Any] = {"new_prompt": ""}
 
 
 def ways(case: Case, mapper: Path, *, ablate: bool) -> dict[str, Callable[[], Pictures]]:
@@ -67,7 +68,7 @@ def ways(case: Case, mapper: Path, *, ablate: bool) -> dict[str, Callable[[], Pi
         "old + LoRA": case.teacher,
         "new alone": lambda: case.plain(NEW, None),
         "native": case.native,
-        "X-Adapter": lambda: case.x_adapter(mapper, **USED),
+        "X-Adapter": lambda: case.x_adapter(mapper),
         "delta": lambda: case.delta(1.0),
         **{f"SDEdit from {start}": lambda start=start: case.sdedit(start) for start in (0.8, 0.6, 0.4)},
     }
@@ -78,17 +79,19 @@ def ways(case: Case, mapper: Path, *, ablate: bool) -> dict[str, Callable[[], Pi
             "delta, λ rising from 0.5 to 1.5": lambda: case.delta(lambda done: 0.5 + done),
         }
         for name, settings in {
-            "with a prompt": {"new_prompt": None},
-            "no guidance on the new side": {"new_guidance_scale": 1.0},
-            "from the first step": {"start": 1.0},
-            "joined at 0.6": {"start": 0.6},
-            "side by side": {"finished": False},
+            "with the prompt and guidance": {"new_prompt": PROMPTS, "new_guidance_scale": GUIDANCE},
+            "with the prompt": {"new_prompt": PROMPTS},
+            "with guidance": {"new_guidance_scale": GUIDANCE},
+            "T0 1": {"start": 1.0},
+            "T0 0.6": {"start": 0.6},
+            "read with the LoRA": {"reading": "plugged"},
+            "heard while drawing (the paper's)": {"reading": "drawing"},
             "lead 1": {"lead": 1.0},
-            "lead 0.25": {"lead": 0.25},
-            "strength 0.7": {"strength": 0.7},
-            "strength 1.3": {"strength": 1.3},
+            "lead 0.3": {"lead": 0.3},
+            "scale 0.7": {"strength": 0.7},
+            "scale 1.3": {"strength": 1.3},
         }.items():
-            found[f"X-Adapter, {name}"] = lambda settings=settings: case.x_adapter(mapper, **{**USED, **settings})
+            found[f"X-Adapter, {name}"] = lambda settings=settings: case.x_adapter(mapper, **settings)
     return found
 
 
@@ -109,37 +112,33 @@ class Record:
         self.out.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def styles(bench: Bench, record: Record, seeds: int, kept: dict[str, Pictures]) -> None:
+def styles(bench: Bench, record: Record, asked: argparse.Namespace, kept: dict[str, Pictures]) -> None:
     """Every style and seed by every way."""
-    for seed in range(seeds):
-        trained = replace(TRAINED, seed=seed)
-        mapper = bench.mapper("mapper", seed, trained)
-        for name in STYLES:
+    mapper = bench.mapper("mapper", 0, TRAINED)
+    for seed in range(asked.seeds):
+        for name in asked.styles:
             case = Case(bench, name, seed)
-            first = seed == 0 and name == STYLES[0]
+            first = seed == 0 and name == asked.styles[0]
             wanted = ways(case, mapper, ablate=first)
             if first:
-                wanted |= {f"X-Adapter trained: {title}": _ablated(case, title, trained) for title in ABLATED}
+                wanted |= {f"X-Adapter trained {title}": _ablated(case, title) for title in asked.ablated}
             rows = record.part("styles", name, str(seed))
             for way, make in wanted.items():
-                if way in rows and not (first and way in SHOWN):
+                shown = first and way in SHOWN
+                if way in rows and not shown:
                     continue
                 pictures, seconds = timed(make)
-                if first:
+                if shown:
                     kept[way] = pictures
+                if way in rows:
+                    continue
                 rows[way] = {**bench.score(name, pictures), "seconds": round(seconds, 3)}
                 print(name, seed, way, rows[way], flush=True)
                 record.write()
 
 
-def _ablated(case: Case, title: str, trained: MapperSettings) -> Callable[[], Pictures]:
-    def make() -> Pictures:
-        changes = ABLATED[title]
-        mapper = case.bench.mapper(title, case.seed, replace(trained, **changes))
-        # A mapper that only knows equal noise levels is not asked about others.
-        return case.x_adapter(mapper, **USED, **({"lead": 1.0} if changes.get("lead") == 1.0 else {}))
-
-    return make
+def _ablated(case: Case, title: str) -> Callable[[], Pictures]:
+    return lambda: case.x_adapter(case.bench.mapper(title, 0, replace(TRAINED, **ABLATED[title])))
 
 
 SHOWN = ("old + LoRA", "new alone", "X-Adapter", "delta", "SDEdit from 0.6", "native")
@@ -167,15 +166,15 @@ def steered(bench: Bench, record: Record, seeds: int) -> None:
 def _steered_ways(case: Case, images: list[Any]) -> dict[str, Callable[[], Pictures]]:
     bench, seed = case.bench, case.seed
     nets = {base: _net(bench, base, seed) for base in (OLD, NEW)}
-    mapper = load_mapper(bench.mapper("mapper", seed, replace(TRAINED, seed=seed)))
+    mapper = load_mapper(bench.mapper("mapper", 0, TRAINED))
     bridge = BridgePipeline(bench.old, bench.new, mapper, nets[OLD])
     delta = DeltaPipeline(bench.old, bench.new, None, nets[OLD])
     return {
         "new alone": lambda: case.plain(NEW, None),
         "old + ControlNet": lambda: _controlled(case, OLD, nets[OLD], images),
         "native": lambda: _controlled(case, NEW, nets[NEW], images),
-        "X-Adapter": lambda: case.through(bridge, image=images, **USED),
-        "X-Adapter, with a prompt": lambda: case.through(bridge, image=images, new_prompt=None),
+        "X-Adapter": lambda: case.through(bridge, image=images),
+        "X-Adapter, read with the ControlNet": lambda: case.through(bridge, image=images, reading="plugged"),
         "delta": lambda: case.through(delta, image=images),
     }
 
@@ -233,6 +232,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--strip", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--styles", nargs="+", default=list(STYLES))
+    parser.add_argument("--ablated", nargs="*", choices=list(ABLATED), default=list(ABLATED))
     parser.add_argument("--only", choices=["styles", "controlnet"])
     asked = parser.parse_args()
     record, kept = Record(asked.out), {}
@@ -243,7 +244,7 @@ def main() -> None:
         )
         bench = Bench(shop, judge)
         if asked.only != "controlnet":
-            styles(bench, record, asked.seeds, kept)
+            styles(bench, record, asked, kept)
         if asked.only != "styles":
             steered(bench, record, asked.seeds)
     record.rows |= {

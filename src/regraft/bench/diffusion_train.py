@@ -86,8 +86,12 @@ class Workshop:
 
 def mixed() -> AbstractContextManager[Any]:
     """bfloat16 where the processor has it: elsewhere it is emulated, many times slower than float32."""
-    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=has)
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_half())
+
+
+def fast_half() -> bool:
+    """Whether the processor computes in bfloat16."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def train_base(name: str, shop: Workshop) -> Path:

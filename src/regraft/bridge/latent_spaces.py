@@ -41,7 +41,7 @@ def _alike(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape:
         return False
     a, b = first.float(), second.float().to(first.device)
-    return float((a - b).norm()) <= 1e-2 * float(a.norm()) + 1e-6 * a.numel() ** 0.5
+    return bool((a - b).norm() <= 1e-2 * a.norm() + 1e-6 * a.numel() ** 0.5)
 
 
 def _encoder(vae: Any) -> dict[str, Tensor]:

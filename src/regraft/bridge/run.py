@@ -18,7 +18,7 @@ from regraft.base import Base
 from regraft.bridge.control import load_controlnet
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
-from regraft.bridge.x_adapter.pipeline import START
+from regraft.bridge.x_adapter.pipeline import START, Reading
 from regraft.errors import InputError, UsageError, first_line, reading
 from regraft.output import check_writable, readable, whole, write_text
 from regraft.probes.pictures import Images, png
@@ -48,9 +48,9 @@ class BridgeSettings:
         mapper: of `regraft bridge train`, to bridge pictures by; None for delta sampling.
         start: with a mapper, share of the schedule at which the new base joins.
         lead: with a mapper, share of the new base's noise that the old one's states have; None for its default.
-        finished: with a mapper, the old base draws its pictures to the end first.
-        new_prompt: with a mapper, for the new base; None: as the old one's.
-        new_guidance: with a mapper, guidance of the new base; None: its pipeline's own default.
+        reading: with a mapper, see `regraft.bridge.x_adapter.pipeline.Reading`.
+        new_prompt: with a mapper, for the new base.
+        new_guidance: with a mapper, guidance of the new base.
         controlnet: folder of a ControlNet for the old base.
         image: that it is shown.
         control_scale: of what it adds.
@@ -67,9 +67,9 @@ class BridgeSettings:
     mapper: Path | None = None
     start: float = START
     lead: float | None = None
-    finished: bool = True
-    new_prompt: str | None = None
-    new_guidance: float | None = None
+    reading: Reading = "plain"
+    new_prompt: str = ""
+    new_guidance: float = 1.0
     controlnet: Path | None = None
     image: Path | None = None
     control_scale: float = 1.0
@@ -260,14 +260,14 @@ def _drawer(
         bridge.load_lora_weights(adapter)
     joined: dict[str, Any] = {
         "new_prompt": settings.new_prompt,
-        "new_guidance_scale": settings.guidance if settings.new_guidance is None else settings.new_guidance,
+        "new_guidance_scale": settings.new_guidance,
         "start": settings.start,
         "lead": settings.lead,
-        "finished": settings.finished,
+        "reading": settings.reading,
     }
-    way = "X-Adapter: two passes for a step, each doubled by guidance"
-    if settings.finished:
-        way += ", after the old base's own"
+    way = "X-Adapter: two passes for a step"
+    if settings.reading != "drawing":
+        way += ", after the old base's own sampling"
     return lambda prompt, generator: bridge(prompt, generator=generator, **common, **joined).images[0], way, []
 
 

@@ -10,6 +10,7 @@ import typer
 from regraft.base import open_base
 from regraft.bridge.run import BridgeSettings, run_bridge
 from regraft.bridge.x_adapter.mapper import Fusion
+from regraft.bridge.x_adapter.pipeline import Reading
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.bridge.x_adapter.training import state_file, train_mapper
 from regraft.cli import _options as o
@@ -68,15 +69,20 @@ def run(
         float | None,
         typer.Option("--lead", help="--mapper: share of the new base's noise that the old one's states have."),
     ] = None,
-    side_by_side: Annotated[
-        bool, typer.Option("--side-by-side", help="--mapper: both draw at once; the old base does not draw ahead.")
-    ] = False,
+    reading: Annotated[
+        str,
+        typer.Option(
+            "--reading",
+            metavar="|".join(get_args(Reading)),
+            help="--mapper: the old base's picture is read by it without its plug-ins, with them, or while it draws.",
+        ),
+    ] = BridgeSettings.reading,
     new_prompt: Annotated[
-        str | None, typer.Option("--new-prompt", metavar="TEXT", help="--mapper: for the new base, in place of TEXT.")
-    ] = None,
+        str, typer.Option("--new-prompt", metavar="TEXT", help="--mapper: for the new base; by default empty.")
+    ] = BridgeSettings.new_prompt,
     new_guidance: Annotated[
-        float | None, typer.Option("--new-guidance", help="--mapper: of the new base alone.")
-    ] = None,
+        float, typer.Option("--new-guidance", help="--mapper: of the new base; --guidance is the old one's then.")
+    ] = BridgeSettings.new_guidance,
     controlnet: Annotated[
         Path | None, typer.Option("--controlnet", metavar="FOLDER", help="A ControlNet for the old base.")
     ] = None,
@@ -103,9 +109,9 @@ def run(
     theirs = {
         "--start": start != BridgeSettings.start,
         "--lead": lead is not None,
-        "--side-by-side": side_by_side,
-        "--new-prompt": new_prompt is not None,
-        "--new-guidance": new_guidance is not None,
+        "--reading": reading != BridgeSettings.reading,
+        "--new-prompt": new_prompt != BridgeSettings.new_prompt,
+        "--new-guidance": new_guidance != BridgeSettings.new_guidance,
     }
     if mapper is None and any(theirs.values()):
         option = next(name for name, given in theirs.items() if given)
@@ -122,9 +128,9 @@ def run(
         mapper=mapper,
         start=o.above_zero(o.share(start, "--start"), "--start"),
         lead=None if lead is None else o.share(lead, "--lead"),
-        finished=not side_by_side,
+        reading=o.one_of(reading, "--reading", get_args(Reading)),
         new_prompt=new_prompt,
-        new_guidance=None if new_guidance is None else o.at_least_zero(new_guidance, "--new-guidance"),
+        new_guidance=o.at_least_zero(new_guidance, "--new-guidance"),
         controlnet=controlnet,
         image=image,
         control_scale=o.finite(control_scale, "--control-scale"),

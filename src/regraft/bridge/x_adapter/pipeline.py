@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from regraft.runtime.load import Loaded
 START = 0.8
 #: Share of the new base's noise that the old one's states have, by default.
 LEAD = 0.5
+#: How the old base is heard: its finished picture is read by the base without its plug-ins, or with them; or it is
+#: heard while it draws, as in the paper.
+Reading = Literal["plain", "plugged", "drawing"]
 
 
 class BridgePipeline:
@@ -120,11 +123,11 @@ class BridgePipeline:
         generator: Generators = None,
         output_type: str = "pil",
         *,
-        new_prompt: str | Sequence[str] | None = None,
-        new_guidance_scale: float | None = None,
+        new_prompt: str | Sequence[str] = "",
+        new_guidance_scale: float | None = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         start: float = START,
-        finished: bool = True,
+        reading: Reading = "plain",
         lead: float | None = None,
         controlnet_conditioning_scale: float = 1.0,
         height: int | None = None,
@@ -140,15 +143,15 @@ class BridgePipeline:
             strength: of the mapper, constant or by the share of the sampling that is done; 0 is the new base alone.
             generator: one, or one per prompt, as the new pipeline takes them; the old base's noise has the same seeds.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
-            new_prompt: for the new base; None: as ``prompt``. It was trained with an empty one.
-            new_guidance_scale: of the new base; None: its pipeline's own default.
+            new_prompt: for the new base; by default empty, as the mapper was trained with.
+            new_guidance_scale: of the new base; None: its pipeline's own default. 1, the default, is no guidance.
             negative_prompt: what guidance leads away from, for both bases.
             start: share of the schedule at which the new base joins; until then the old one draws alone, and what it
                 has drawn is handed over. 1: from the first step.
-            finished: the old base draws its picture to the end first; its states beside the new base's are that
-                picture under noise (as in the released code, without its second sampling). Else both draw side by
-                side, as in the paper.
-            lead: with ``finished``, share of the new base's noise (in σ / α) that the old one's states have; None:
+            reading: ``plain``: the old base draws its picture to the end with its plug-ins, and without them reads it,
+                under noise, beside the new base's steps: the mapper has heard no plug-in in training. ``plugged``: it
+                reads with them. ``drawing``: both draw side by side, as in the paper.
+            lead: unless ``drawing``, share of the new base's noise (in σ / α) that the old one's states have; None:
                 `LEAD`, or the least that the mapper was trained with where that is more.
             controlnet_conditioning_scale: of the ControlNet.
             height: of the pictures; None: what the new pipeline draws.
@@ -162,19 +165,30 @@ class BridgePipeline:
             RegraftError: predictions are no numbers.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        told = prompts if new_prompt is None else _several(new_prompt, len(prompts))
+        told = _several(new_prompt, len(prompts))
         negative = None if negative_prompt is None else _several(negative_prompt, len(prompts))
         shape = self._shape(height, width)
+        if reading not in get_args(Reading):
+            raise InputError(f"no such reading: {reading}", remedy=f"One of {', '.join(get_args(Reading))}.")
         if not 0 < start <= 1:
             raise InputError(f"start {start} is out of range", remedy="Give a share above 0, up to 1.")
         old = self.old if self._adapted is None else self._adapted.model
         old_shape = own_shape(old, shape)
         with quiet_libraries():
             control = self._control(image, controlnet_conditioning_scale, len(prompts), old, old_shape)
+            drawer = Prompted.of(old, prompts, negative, guidance_scale, old_shape)
+            new = Prompted.of(self.new, told, negative, new_guidance_scale, shape, num_inference_steps)
+            reader = drawer
+            if reading != "drawing":
+                # No more rows than the new base hears of.
+                asked = drawer.guidance if new.rows > new.pictures else 1.0
+                model = self.old if reading == "plain" else old
+                reader = Prompted.of(model, prompts, negative, asked, old_shape)
             run = _Run(
                 self._levels,
-                Prompted.of(old, prompts, negative, guidance_scale, old_shape),
-                Prompted.of(self.new, told, negative, new_guidance_scale, shape, num_inference_steps),
+                drawer,
+                reader,
+                new,
                 copy.deepcopy(self.new.pipeline.scheduler),
                 self.mapper,
                 control,
@@ -182,7 +196,7 @@ class BridgePipeline:
                 (old_shape, shape),
                 strength,
                 start,
-                finished,
+                reading,
                 max(LEAD, self.mapper.config.lead) if lead is None else lead,
             )
             latents = run.draw()
@@ -216,6 +230,7 @@ class _Run:
 
     levels: tuple[Levels, Levels]
     old: Prompted
+    reader: Prompted
     new: Prompted
     scheduler: Any
     mapper: Mapper
@@ -224,7 +239,7 @@ class _Run:
     shapes: tuple[tuple[int, int], tuple[int, int]]
     strength: Strength
     start: float
-    finished: bool
+    reading: Reading
     lead: float
     _maps: list[Tensor] = field(default_factory=list)
 
@@ -234,26 +249,31 @@ class _Run:
         ratios = [self.levels[1].ratio(float(time)) for time in times]
         alone = self._joins(times)
         places = [level.old for level in self.mapper.config.levels]
-        main = self.old.model.main
         n = self.new.pictures
         seeds = seeds_of(self.generator, n)
         # What the old base's pipeline would begin from; and further draws, for its picture has that noise in it.
         self.old_noise = noise_of(self.old.model, self.shapes[0], seeds)
         self.further = noise_of(self.old.model, self.shapes[0], seeds, draws=2)
         self.new_noise = self._new_noise(n)
-        with controlled(main, self.control), heard(main, places, self.shapes[0]) as maps:
+        drawing = self.reading == "drawing"
+        with self._controlled(self.old):
+            z, clean = self._alone(ratios, alone if drawing else len(ratios))
+        latents = self._begin(clean, times, alone)
+        controls = nullcontext() if self.reading == "plain" else self._controlled(self.reader)
+        with controls, heard(self.reader.model.main, places, self.shapes[0]) as maps:
             self._maps = maps
-            z, clean = self._alone(ratios, len(ratios) if self.finished else alone)
-            latents = self._begin(clean, times, alone)
             for i in range(alone, len(times)):
                 ratio = ratios[i]
-                if self.finished:
+                if drawing:
+                    after = ratios[i + 1] if i + 1 < len(ratios) else 0.0
+                else:
                     assert clean is not None
                     z, after = self._renoised(clean, self.lead * ratio), None
-                else:
-                    after = ratios[i + 1] if i + 1 < len(ratios) else 0.0
                 latents, z = self._both(latents, z, times[i], ratio, after, i / len(times))
         return latents
+
+    def _controlled(self, side: Prompted) -> AbstractContextManager[None]:
+        return controlled(side.model.main, self.control)
 
     def _joins(self, times: list[Any]) -> int:
         """The first step of the new base's."""
@@ -329,7 +349,7 @@ class _Run:
     def _both(
         self, latents: Tensor, z: Tensor, time: Any, ratio: float, after: float | None, done: float
     ) -> tuple[Tensor, Tensor]:
-        """A step of both; the old base's is looked at only where its picture is finished (``after`` None)."""
+        """A step of both; the old base makes none of its own where its picture is finished (``after`` None)."""
         strength = float(self.strength(done)) if callable(self.strength) else self.strength
         scaled = getattr(self.scheduler, "scale_model_input", lambda sample, time: sample)
         levels = self.levels[0]
@@ -338,7 +358,7 @@ class _Run:
         if after is not None:
             z, _ = self._step(z, ratio, after)
         elif strength != 0:
-            self.old.predict(z, levels.time(level))
+            self.reader.predict(z, levels.time(level))
         u = scaled(latents, time)
         with self._speaking(strength, (ratio, level)):
             prediction = self.new.predict(u, float(time))

@@ -48,8 +48,8 @@ class MapperSettings:
     timed: bool = True
     pictures: int = 256
     prompts: tuple[str, ...] | None = None
-    varied: int = 2
-    lead: float = 0.1
+    varied: int = 4
+    lead: float = 0.3
     prompted: float = 0.0
     dropped: float = 0.1
     steps: int = 1000

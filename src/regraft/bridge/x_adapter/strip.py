@@ -54,7 +54,7 @@ class MapperStrip:
             return
         self._next = max(1, 2 * look.step)
         generators: list[Any] = [torch.Generator().manual_seed(seed) for seed in self._seeds]
-        made = self._bridge(self._texts, None, STEPS, generator=generators, new_prompt="", start=1.0, output_type="np")
+        made = self._bridge(self._texts, None, STEPS, generator=generators, start=1.0, output_type="np")
         self._columns.append(made.images)
         # Bases may draw at different sizes.
         height = max(column.shape[1] for column in self._columns)
