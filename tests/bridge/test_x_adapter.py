@@ -138,18 +138,17 @@ def test_the_first_picture_of_the_new_base_is_the_old_ones_under_noise(
         begun: list[Any] = []
         begin = x_adapter._Run._begin
 
-        def keep(self: Any, clean: Any, times: Any, alone: int, begin: Any = begin, begun: Any = begun) -> Any:
-            state = begin(self, clean, times, alone)
+        def keep(self: Any, picture: Any, times: Any, alone: int, begin: Any = begin, begun: Any = begun) -> Any:
+            state = begin(self, picture, times, alone)
             scheduler = copy.deepcopy(self.scheduler)
             scaled = getattr(scheduler, "scale_model_input", lambda sample, time: sample)(state, times[alone])
-            begun.append((self, clean, times[alone], scaled))
+            begun.append((self, picture, times[alone], scaled))
             return state
 
         monkeypatch.setattr(x_adapter._Run, "_begin", keep)
         _drawn(BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new, 2))), start=0.6)
-        run, clean, time, scaled = begun[0]
+        run, picture, time, scaled = begun[0]
         assert float(time) <= 0.6 * 1000
-        picture = Latents(pair[0]).decode(clean)
         size = [scaled.shape[2] * new.pipeline.vae_scale_factor] * 2
         there = Latents(new).encode(torch.nn.functional.interpolate(picture, size, mode="bilinear", antialias=True))
         alpha, sigma = run.levels[1].mix(run.levels[1].ratio(float(time)))
@@ -439,3 +438,31 @@ def test_a_start_that_is_none_and_a_mapper_of_other_channels_are_told(pair: tupl
         replace(config, levels=(config.levels[0], config.levels[0]))
     with pytest.raises(InputError, match="at least one level"):
         replace(config, levels=())
+
+
+def test_bases_that_take_turns_draw_the_same(pair: tuple[Loaded, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing moves, but who is asked for is seen: neither base runs in the other's turn."""
+    mapper, turn = _mapper(*pair), [""]
+    adapter = tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0)
+    bridges = [BridgePipeline(*pair, mapper), BridgePipeline(*pair, mapper, turns="cpu")]
+    predict, move = Prompted.predict, BridgePipeline._turn
+    seen: list[tuple[bool, str]] = []
+
+    def noted(self: Prompted, z: torch.Tensor, time: float) -> torch.Tensor:
+        seen.append((self.model is pair[1], turn[0]))
+        return predict(self, z, time)
+
+    def moved(self: BridgePipeline, side: Any) -> None:
+        turn[0] = side
+        move(self, side)
+
+    monkeypatch.setattr(Prompted, "predict", noted)
+    monkeypatch.setattr(BridgePipeline, "_turn", moved)
+    for reading in ("plain", "plugged", "drawing"):
+        made = []
+        for bridge in bridges:
+            bridge.load_lora_weights(adapter)
+            seen.clear()
+            made.append(_drawn(bridge, reading=reading))
+        assert np.allclose(made[0], made[1], atol=1e-5)
+        assert {("new" if new else "old") == side for new, side in seen} == {True}

@@ -54,6 +54,7 @@ class BridgeSettings:
         controlnet: folder of a ControlNet for the old base.
         image: that it is shown.
         control_scale: of what it adds.
+        low_memory: with a mapper, the bases take turns on the device.
     """
 
     strength: float = 1.0
@@ -73,6 +74,7 @@ class BridgeSettings:
     controlnet: Path | None = None
     image: Path | None = None
     control_scale: float = 1.0
+    low_memory: bool = False
 
 
 def run_bridge(
@@ -111,7 +113,7 @@ def run_bridge(
     # Before the bases are loaded: it may be for others.
     mapper = None if settings.mapper is None else load_mapper(settings.mapper, old, new)
     with quiet_libraries():
-        models = BothModels.load(old, new, settings.config, settings.device)
+        models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
         if models.new.kind == "denoiser":
             if output is None:
                 raise UsageError("--output is missing", remedy="Name the PNG that the pictures are to be in with -o.")
@@ -212,8 +214,14 @@ def _pictures(
         # On the CPU, so that one seed is one noise on every device.
         generator = torch.Generator().manual_seed(settings.seed + i)
         try:
-            alone = _alone(models.new, prompt, settings, generator)
+            with models.turn("new"):
+                alone = _alone(models.new, prompt, settings, generator)
             bridged = draw(prompt, generator.manual_seed(settings.seed + i))
+        except torch.OutOfMemoryError as error:
+            remedy = "Give --low-memory (with --mapper), or --device cpu."
+            raise InputError(
+                "both bases are more than the device holds", file=models.new.path, remedy=remedy
+            ) from error
         except (ValueError, TypeError) as error:
             # By the pipelines themselves, of steps or sizes that they can't do.
             raise InputError(f"can't be drawn with ({first_line(error)})", file=models.new.path) from error
@@ -255,7 +263,7 @@ def _drawer(
         return lambda prompt, generator: delta(prompt, generator=generator, **common).images[0], way, notes
     from regraft.bridge.x_adapter.pipeline import BridgePipeline
 
-    bridge = BridgePipeline(models.old, models.new, mapper, net)
+    bridge = BridgePipeline(models.old, models.new, mapper, net, turns=models.turns)
     if adapter is not None:
         bridge.load_lora_weights(adapter)
     joined: dict[str, Any] = {

@@ -92,6 +92,9 @@ def run(
     control_scale: Annotated[
         float, typer.Option("--control-scale", help="Of what the ControlNet adds.")
     ] = BridgeSettings.control_scale,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="--mapper: never hold both bases on the device at once.")
+    ] = False,
     config: o.Config = None,
     device: o.Device = "cpu",
     threads: o.Threads = None,
@@ -112,6 +115,7 @@ def run(
         "--reading": reading != BridgeSettings.reading,
         "--new-prompt": new_prompt != BridgeSettings.new_prompt,
         "--new-guidance": new_guidance != BridgeSettings.new_guidance,
+        "--low-memory": low_memory,
     }
     if mapper is None and any(theirs.values()):
         option = next(name for name, given in theirs.items() if given)
@@ -134,6 +138,7 @@ def run(
         controlnet=controlnet,
         image=image,
         control_scale=o.finite(control_scale, "--control-scale"),
+        low_memory=low_memory,
     )
     o.use_hardware(device, "float32", threads)
     first, second = (open_base(o.runnable(path)) for path in (old, new))

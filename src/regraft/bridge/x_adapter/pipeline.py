@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.places import changed, channels_of, heard
 from regraft.errors import InputError, RegraftError
 from regraft.formats import load_adapter
-from regraft.runtime.both import BothModels, twin
+from regraft.runtime.both import BothModels, Side, twin
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import Loaded
@@ -51,7 +51,9 @@ class BridgePipeline:
         controlnet: that steers the old base, where one is given.
     """
 
-    def __init__(self, old: Loaded, new: Loaded, mapper: Mapper, controlnet: Any = None) -> None:
+    def __init__(
+        self, old: Loaded, new: Loaded, mapper: Mapper, controlnet: Any = None, *, turns: str | None = None
+    ) -> None:
         """Nothing is run yet.
 
         Args:
@@ -59,14 +61,15 @@ class BridgePipeline:
             new: another; autoencoder, schedule, size and what is predicted may differ.
             mapper: trained for the two.
             controlnet: a ControlNet of diffusers for ``old``.
+            turns: the device that the two take turns on, so that it never holds both; None: they stay where they are.
 
         Raises:
             InputError: a base is no such pipeline, its scheduler or autoencoder is not one that can be converted, or
                 it lacks a block of the mapper's.
         """
         check_drawing(old, new)
-        self.old, self.new, self.mapper = (twin(old) if old is new else old), new, mapper.eval().to(new.device)
-        self.controlnet = controlnet
+        self.old, self.new, self.mapper = (twin(old) if old is new else old), new, mapper.eval().to(turns or new.device)
+        self.controlnet, self.turns = controlnet, turns
         self._levels = Levels(self.old), Levels(new)
         self._adapted: Adapted | None = None
         for model, names in (
@@ -77,7 +80,14 @@ class BridgePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, old: str | Path, new: str | Path, mapper: str | Path, *, controlnet: Any = None, device: str = "cpu"
+        cls,
+        old: str | Path,
+        new: str | Path,
+        mapper: str | Path,
+        *,
+        controlnet: Any = None,
+        device: str = "cpu",
+        low_memory: bool = False,
     ) -> BridgePipeline:
         """Load both bases and their mapper.
 
@@ -87,14 +97,15 @@ class BridgePipeline:
             mapper: a file of `regraft bridge train`, or the released X_Adapter_v1.bin.
             controlnet: as in `BridgePipeline`.
             device: to run on.
+            low_memory: the bases take turns on the device.
 
         Raises:
             InputError: a base can't be loaded, or the mapper is for other bases.
         """
         first, second = open_base(Path(old)), open_base(Path(new))
         found = load_mapper(Path(mapper), first, second)
-        models = BothModels.load(first, second, device=device)
-        return cls(models.old, models.new, found, controlnet)
+        models = BothModels.load(first, second, device=device, in_turns=low_memory)
+        return cls(models.old, models.new, found, controlnet, turns=models.turns)
 
     def load_lora_weights(self, adapter: Adapter | str | Path) -> None:
         """Have the old base run with an adapter, of any kind that changes weights.
@@ -175,9 +186,11 @@ class BridgePipeline:
         old = self.old if self._adapted is None else self._adapted.model
         old_shape = own_shape(old, shape)
         with quiet_libraries():
+            self._turn("new")
+            new = Prompted.of(self.new, told, negative, new_guidance_scale, shape, num_inference_steps)
+            self._turn("old")
             control = self._control(image, controlnet_conditioning_scale, len(prompts), old, old_shape)
             drawer = Prompted.of(old, prompts, negative, guidance_scale, old_shape)
-            new = Prompted.of(self.new, told, negative, new_guidance_scale, shape, num_inference_steps)
             reader = drawer
             if reading != "drawing":
                 # No more rows than the new base hears of.
@@ -198,10 +211,24 @@ class BridgePipeline:
                 start,
                 reading,
                 max(LEAD, self.mapper.config.lead) if lead is None else lead,
+                self._turn,
+                self.turns is not None,
             )
             latents = run.draw()
             images = latents if output_type == "latent" else self._pictures(latents, output_type)
         return library("diffusers").ImagePipelineOutput(images=images)
+
+    def _turn(self, side: Side) -> None:
+        """Bring one of the bases to the device, and the other away from it."""
+        if self.turns is None:
+            return
+        olds = [self.old] if self._adapted is None else [self.old, self._adapted.model]
+        for model in olds if side == "new" else [self.new]:
+            model.to("cpu")
+        for model in [self.new] if side == "new" else olds:
+            model.to(self.turns)
+        if self.controlnet is not None:
+            self.controlnet.to(self.turns if side == "old" else "cpu")
 
     def _shape(self, height: int | None, width: int | None) -> tuple[int, int]:
         factor = getattr(self.new.pipeline, "vae_scale_factor", 8)
@@ -224,6 +251,19 @@ class BridgePipeline:
         return processor.postprocess(pictures.cpu(), output_type=output_type)
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What the old base said at a step.
+
+    Attributes:
+        maps: of its blocks, in the order of the mapper's levels.
+        ratio: σ / α that it was heard at.
+    """
+
+    maps: list[Tensor]
+    ratio: float
+
+
 @dataclass
 class _Run:
     """One call of the pipeline."""
@@ -241,14 +281,14 @@ class _Run:
     start: float
     reading: Reading
     lead: float
-    _maps: list[Tensor] = field(default_factory=list)
+    turn: Callable[[Side], None]
+    ahead: bool
 
     def draw(self) -> Tensor:
         """The new base's finished latents."""
         times = list(self.scheduler.timesteps)
         ratios = [self.levels[1].ratio(float(time)) for time in times]
         alone = self._joins(times)
-        places = [level.old for level in self.mapper.config.levels]
         n = self.new.pictures
         seeds = seeds_of(self.generator, n)
         # What the old base's pipeline would begin from; and further draws, for its picture has that noise in it.
@@ -256,20 +296,32 @@ class _Run:
         self.further = noise_of(self.old.model, self.shapes[0], seeds, draws=2)
         self.new_noise = self._new_noise(n)
         drawing = self.reading == "drawing"
+        self.turn("old")
         with self._controlled(self.old):
             z, clean = self._alone(ratios, alone if drawing else len(ratios))
-        latents = self._begin(clean, times, alone)
+        picture = None if clean is None or alone == 0 else Latents(self.old.model).decode(clean)
         controls = nullcontext() if self.reading == "plain" else self._controlled(self.reader)
+        places = [level.old for level in self.mapper.config.levels]
+        said: dict[int, _Said] = {}
         with controls, heard(self.reader.model.main, places, self.shapes[0]) as maps:
-            self._maps = maps
+            if self.ahead and clean is not None and not drawing:
+                # All that the old base has to say, so that it need not take turns at every step.
+                said = {i: self._read(clean, ratios[i], maps, "cpu") for i in range(alone, len(times))}
+            self.turn("new")
+            latents = self._begin(picture, times, alone)
             for i in range(alone, len(times)):
-                ratio = ratios[i]
+                strength = float(self.strength(i / len(times))) if callable(self.strength) else self.strength
+                heard_now = said.get(i)
                 if drawing:
+                    self.turn("old")
                     after = ratios[i + 1] if i + 1 < len(ratios) else 0.0
-                else:
+                    z, _ = self._step(z, ratios[i], after)
+                    heard_now = _Said(list(maps), self._own(ratios[i]))
+                elif heard_now is None and strength != 0:
                     assert clean is not None
-                    z, after = self._renoised(clean, self.lead * ratio), None
-                latents, z = self._both(latents, z, times[i], ratio, after, i / len(times))
+                    heard_now = self._read(clean, ratios[i], maps)
+                self.turn("new")
+                latents = self._new_step(latents, times[i], ratios[i], heard_now, strength)
         return latents
 
     def _controlled(self, side: Prompted) -> AbstractContextManager[None]:
@@ -324,61 +376,55 @@ class _Run:
         alpha, sigma = levels.mix(min(after, level))
         return alpha * clean + sigma * noise, clean
 
-    def _renoised(self, clean: Tensor, ratio: float) -> Tensor:
-        alpha, sigma = self.levels[0].mix(self.levels[0].ratio(self.levels[0].time(ratio)))
-        return alpha * clean + sigma * self.further
+    def _own(self, ratio: float) -> float:
+        """σ / α of the old base's level that is nearest."""
+        return self.levels[0].ratio(self.levels[0].time(ratio))
 
-    def _begin(self, clean: Tensor | None, times: list[Any], alone: int) -> Tensor:
+    def _read(self, clean: Tensor, ratio: float, maps: list[Tensor], place: str | None = None) -> _Said:
+        """The finished picture is read, under a share of the new base's noise."""
+        level = self._own(self.lead * ratio)
+        alpha, sigma = self.levels[0].mix(level)
+        self.reader.predict(alpha * clean + sigma * self.further, self.levels[0].time(level))
+        return _Said([part if place is None else part.to(place) for part in maps], level)
+
+    def _begin(self, picture: Tensor | None, times: list[Any], alone: int) -> Tensor:
         """The new base's first state: noise, or the old base's picture under noise."""
         noise = self.new_noise
         if hasattr(self.scheduler, "set_begin_index"):
             # It has seen the pipeline's first call already, and counts from there.
             self.scheduler._step_index = None
             self.scheduler.set_begin_index(alone)
-        if alone == 0 or clean is None:
+        if picture is None:
             return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        new = Latents(self.new.model)
         factor = getattr(self.new.model.pipeline, "vae_scale_factor", 8)
-        picture = Latents(self.old.model).decode(clean)
-        given = new.encode(resized(picture, [side * factor for side in self.shapes[1]])).to(noise)
+        given = Latents(self.new.model).encode(resized(picture, [side * factor for side in self.shapes[1]])).to(noise)
         mixed = getattr(self.scheduler, "scale_noise", None)
         time = torch.as_tensor(times[alone]).reshape(1)
         started: Tensor = mixed(given, time, noise) if mixed else self.scheduler.add_noise(given, noise, time)
         return started
 
-    def _both(
-        self, latents: Tensor, z: Tensor, time: Any, ratio: float, after: float | None, done: float
-    ) -> tuple[Tensor, Tensor]:
-        """A step of both; the old base makes none of its own where its picture is finished (``after`` None)."""
-        strength = float(self.strength(done)) if callable(self.strength) else self.strength
+    def _new_step(self, latents: Tensor, time: Any, ratio: float, said: _Said | None, strength: float) -> Tensor:
         scaled = getattr(self.scheduler, "scale_model_input", lambda sample, time: sample)
-        levels = self.levels[0]
-        level = levels.ratio(levels.time(ratio if after is not None else self.lead * ratio))
-        # Where nothing is heard, and nothing further is drawn, the old base need not run.
-        if after is not None:
-            z, _ = self._step(z, ratio, after)
-        elif strength != 0:
-            self.reader.predict(z, levels.time(level))
         u = scaled(latents, time)
-        with self._speaking(strength, (ratio, level)):
+        with self._speaking(strength, ratio, said):
             prediction = self.new.predict(u, float(time))
         if not bool(prediction.isfinite().all()):
             raise RegraftError("the new base's predictions are no numbers (NaN)", file=self.new.model.path)
         # Some samplers add noise of their own at each step.
-        drawn = (
-            {"generator": self.generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        )
+        accepted = inspect.signature(self.scheduler.step).parameters
+        drawn = {"generator": self.generator} if "generator" in accepted else {}
         made: Tensor = self.scheduler.step(prediction.to(latents), time, latents, **drawn).prev_sample
-        return made, z
+        return made
 
     @contextmanager
-    def _speaking(self, strength: float, ratios: tuple[float, float]) -> Iterator[None]:
-        if strength == 0:
+    def _speaking(self, strength: float, ratio: float, said: _Said | None) -> Iterator[None]:
+        if strength == 0 or said is None:
             yield
             return
         rows = self.new.rows
-        maps = [_rows(part, rows) for part in self._maps]
-        noise = torch.tensor([[ratio / (1 + ratio) for ratio in ratios]], device=maps[0].device).expand(rows, 2)
+        maps = [_rows(part, rows) for part in said.maps]
+        shares = [one / (1 + one) for one in (ratio, said.ratio)]
+        noise = torch.tensor([shares], device=self.new.model.device).expand(rows, 2)
         with changed(self.new.model.main, changes_of(self.mapper, maps, noise, strength), self.shapes[1]):
             yield
 
