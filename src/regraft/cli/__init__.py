@@ -38,6 +38,7 @@ VERBS = (
     "lineage",
     "migration",
     "cache",
+    "doctor",
     "bench",
 )
 

@@ -16,6 +16,7 @@ from regraft.errors import InputError
 from regraft.report.bench_schema import BenchReport
 from regraft.report.bridge_schema import BridgeReport, BridgeTrainReport
 from regraft.report.demo_schema import DemoReport
+from regraft.report.doctor_schema import DoctorReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
 from regraft.report.pairs_schema import PairInfo
@@ -52,6 +53,7 @@ RECORDS: dict[str, Any] = {
     "train": TrainReport,
     "bridge": BridgeReport,
     "bridge-train": BridgeTrainReport,
+    "doctor": DoctorReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)
