@@ -15,6 +15,7 @@ from regraft.check import check
 from regraft.errors import InputError, OutputError, Refused, RegraftError, UsageError
 from regraft.formats import load_adapter
 from regraft.inspection import inspect_adapter
+from regraft.loading import load_ported, ported
 from regraft.migration import Migration, fit_migration
 from regraft.migration_file import load_migration
 from regraft.port import PortResult, port
@@ -38,7 +39,9 @@ __all__ = [
     "inspect_adapter",
     "load_adapter",
     "load_migration",
+    "load_ported",
     "open_base",
     "port",
+    "ported",
     "verify",
 ]
