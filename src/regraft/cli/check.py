@@ -15,6 +15,9 @@ from regraft.errors import Refused, UsageError
 from regraft.formats import load_adapter
 from regraft.migration_file import check_fingerprints, load_migration
 from regraft.output import check_writable, write_text
+from regraft.report.junit import Case
+from regraft.report.junit import junit as junit_of
+from regraft.report.schema import CheckReport
 from regraft.report.tables import check_table
 
 _ORDER = ("refused", "refine", "survives")
@@ -46,7 +49,13 @@ def check(
     migrations: o.Migrations = None,
     to_fingerprint: o.ToFingerprint = None,
     fail_under: Annotated[
-        str | None, typer.Option(metavar="VERDICT", help="Exit 3 below this verdict: survives or refine.")
+        str | None,
+        typer.Option(
+            metavar="VERDICT|SHARE", help="Exit 3 below this verdict (survives, refine), or this forecast recovery."
+        ),
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write the verdict as a test's result.")
     ] = None,
     device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
@@ -57,10 +66,10 @@ def check(
     overwrite: o.Overwrite = False,
 ) -> None:
     """Will it survive? Plan and diagnostics, without an output file."""
-    if fail_under is not None and fail_under not in _ORDER[1:]:
-        raise typer.BadParameter(f"{fail_under!r} is none of {', '.join(_ORDER[1:])}", param_hint="--fail-under")
-    if report is not None:
-        check_writable(report, overwrite=overwrite)
+    least = _least(fail_under)
+    for path in (report, junit):
+        if path is not None:
+            check_writable(path, overwrite=overwrite)
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(
@@ -106,6 +115,41 @@ def check(
         from regraft.report.html import render_check
 
         write_text(render_check(record), report, overwrite=overwrite)
+    failure = _failure(record, least)
+    if junit is not None:
+        suite = f"{'' if record.source is None else record.source.path} → {record.target.path}"
+        said = "\n".join([record.summary, *record.reasons, *record.warnings])
+        write_text(junit_of(suite, [Case(str(adapter), said, failure)]), junit, overwrite=overwrite)
     emit(record, json=json, quiet=quiet, table=lambda console: check_table(record, console))
-    if fail_under is not None and _ORDER.index(record.verdict) < _ORDER.index(fail_under):
-        raise Refused(f"the verdict is {record.verdict!r}, below --fail-under {fail_under}", file=Path(adapter))
+    if failure:
+        raise Refused(failure, file=Path(adapter))
+
+
+def _least(text: str | None) -> str | float | None:
+    """A verdict, or a share of a native adapter's gain."""
+    if text is None or text in _ORDER[1:]:
+        return text
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        known = ", ".join(_ORDER[1:])
+        raise typer.BadParameter(f"{text!r} is none of {known}, and no share from 0 to 1", param_hint="--fail-under")
+    return share
+
+
+def _failure(record: CheckReport, least: str | float | None) -> str:
+    """Why the adapter is below what was asked for; empty where it is not."""
+    if isinstance(least, str):
+        short = _ORDER.index(record.verdict) < _ORDER.index(least)
+        return f"the verdict is {record.verdict!r}, below --fail-under {least}" if short else ""
+    if least is None:
+        return ""
+    if record.verdict == "refused":
+        return f"the verdict is 'refused', below --fail-under {least:g}"
+    forecast = record.forecast.port
+    if forecast is None:
+        return f"no recovery is forecast, so none of --fail-under {least:g}; --deep or --probe may tell"
+    short = forecast.recovery < least
+    return f"the forecast recovery is {forecast.recovery:.2f}, below --fail-under {least:g}" if short else ""
