@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tools.bench_bridge import control
+from tools.bench_bridge.page import page
 from tools.bench_bridge.styles import (
     GUIDANCE,
     NEW,
@@ -192,6 +193,14 @@ def _controlled(case: Case, which: str, net: Any, images: list[Any]) -> Pictures
         return case.plain(which, None)
 
 
+def _command(asked: argparse.Namespace) -> str:
+    given = [f"--seeds {asked.seeds}", "--styles " + " ".join(asked.styles)]
+    given += (
+        ["--ablated " + " ".join(f"'{title}'" for title in asked.ablated)] if asked.ablated != list(ABLATED) else []
+    )
+    return f"python -m tools.bench_bridge --cache DIR --out results/bridge.json {' '.join(given)}"
+
+
 def summary(rows: dict[str, Any]) -> dict[str, Any]:
     """Means over styles and seeds; gains as shares of the native adapter's."""
     cases = [case for seeds in rows.get("styles", {}).values() for case in seeds.values() if "native" in case]
@@ -231,6 +240,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--strip", type=Path)
+    parser.add_argument("--page", type=Path, help="write the part of docs/bridge.md")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--styles", nargs="+", default=list(STYLES))
     parser.add_argument("--ablated", nargs="*", choices=list(ABLATED), default=list(ABLATED))
@@ -248,7 +258,7 @@ def main() -> None:
         if asked.only != "styles":
             steered(bench, record, asked.seeds)
     record.rows |= {
-        "command": "python -m tools.bench_bridge --cache DIR --out results/bridge.json --strip docs/bridge.png",
+        "command": _command(asked),
         "date": date.today().isoformat(),
         "regraft_version": __version__,
         "pair": [OLD, NEW],
@@ -260,6 +270,8 @@ def main() -> None:
     record.write()
     if asked.strip and kept:
         strip(kept, asked.strip)
+    if asked.page:
+        asked.page.write_text(page(asked.page.read_text(encoding="utf-8"), record.rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
