@@ -40,9 +40,9 @@ def section(record: dict[str, Any]) -> str:
     nets = found["controlnet"]
     if nets:
         parts += [
-            f"A ControlNet of v1 on silhouettes, {_several(nets['native']['cases'], 'seed')}. *Agreement* is intersection "
-            "over union of what was asked for and what is drawn; *share* the gain over the new base alone as a share of a "
-            "native ControlNet's.",
+            f"A ControlNet of v1 on silhouettes, {_several(nets['native']['cases'], 'seed')}. *Agreement* is the "
+            "intersection over union of what was asked for and what is drawn, *share* the gain over the new base alone "
+            "as a share of a native ControlNet's.",
             markdown(
                 ["way", "agreement", "share", "thing", "seconds"],
                 [
