@@ -2,11 +2,14 @@
 
 Facts: ``GET /api/models/ID/revision/REV?blobs=true`` lists the files; ``/ID/resolve/REV/FILE`` answers with
 ``X-Repo-Commit`` and ``ETag``, and for LFS files redirects to a signed link of another host, with ``X-Linked-Size`` and
-``X-Linked-ETag``. Refusals have ``X-Error-Code``.
+``X-Linked-ETag``. Refusals have ``X-Error-Code``. ``POST /api/repos/create`` makes a repository; before a commit
+``preupload`` says of each file whether it goes into the commit itself or by LFS's batch API to a link; the commit is a
+line of JSON for its header and one for each file.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -49,6 +52,8 @@ class Hub:
     Attributes:
         repos: ``org/name`` → file → its bytes.
         private: needs a token; gated: needs consent too.
+        lfs: files with LFS's suffixes are taken by its way alone.
+        read_only: nobody may write.
         revisions: branch or tag → commit.
     """
 
@@ -60,6 +65,8 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     sent: int = 0
     blobs: dict[str, bytes] = field(default_factory=dict)
+    lfs: bool = False
+    read_only: bool = False
     url: str = ""
     cdn: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -97,6 +104,60 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.blobs[hashlib.sha256(body).hexdigest()] = body
+        self._plain(200, b"")
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        if self.hub.read_only:
+            self._plain(403, b"{}", {"X-Error-Message": "Forbidden"})
+        elif path == "/api/validate-yaml":
+            self._plain(200, b'{"errors": [], "warnings": []}')
+        elif path == "/api/repos/create":
+            self._create(json.loads(raw))
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            asked = json.loads(raw)["objects"]
+            links = [
+                {**one, "actions": {"upload": {"href": f"{self.hub.cdn}/blobs/{one['oid']}", "header": {}}}}
+                for one in asked
+            ]
+            self._plain(200, json.dumps({"transfer": "basic", "objects": links}).encode())
+        elif "/preupload/" in path:
+            files = [
+                {"path": name, "uploadMode": self._mode(name), "shouldIgnore": False, "oid": None}
+                for name in (file["path"] for file in json.loads(raw)["files"])
+            ]
+            self._plain(200, json.dumps({"files": files}).encode())
+        elif "/commit/" in path:
+            self._take("/".join(path.removeprefix("/api/models/").split("/")[:2]), raw)
+        else:
+            self._plain(404, b"{}")
+
+    def _mode(self, name: str) -> str:
+        return "lfs" if self.hub.lfs and name.endswith(LFS) else "regular"
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        repo = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
+        known = repo in self.hub.repos
+        self.hub.repos.setdefault(repo, {})
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(repo)
+        self._plain(409 if known else 200, json.dumps({"url": f"{self.hub.url}/{repo}", "id": repo}).encode())
+
+    def _take(self, repo: str, raw: bytes) -> None:
+        for line in raw.decode().splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                self.hub.repos[repo][value["path"]] = self.hub.blobs[value["oid"]]
+        address = {"commitUrl": f"{self.hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None}
+        self._plain(200, json.dumps({"success": True, "hookOutput": "", **address}).encode())
 
     def _answer(self) -> None:
         request = Request(

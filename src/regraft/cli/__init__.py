@@ -33,6 +33,7 @@ VERBS = (
     "extract",
     "diff",
     "train",
+    "push",
     "methods",
     "pairs",
     "lineage",

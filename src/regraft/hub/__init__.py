@@ -61,6 +61,12 @@ def hub_id_of(given: str | Path) -> HubId | None:
     return HubId(match["repo"], match["revision"], file or None)
 
 
+def names_repository(text: str) -> bool:
+    """Whether ``text`` is ``org/name``, whatever lies on the disk by that name."""
+    match = _ID.fullmatch(text)
+    return match is not None and match["revision"] is None and match["file"] is None and ".." not in text
+
+
 def fetch_ahead(refs: Iterable[TensorRef]) -> None:
     """Fetch those of these tensors that lie on the hub, all at once, so that loading them one by one is quick."""
     # Where that module was not loaded, no tensor can lie on the hub.

@@ -40,7 +40,7 @@ LONGEST_WAIT = 60.0
 #: Seconds of silence after which a connection counts as broken.
 TIMEOUT = 30.0
 _FIRST_WAIT, _TRIES = 0.5, 4
-_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class Unreachable(InputError):
@@ -119,7 +119,7 @@ def explained(error: Exception, what: str) -> InputError:
     """One line and a remedy for an error of the hub; never its own text, which may hold a signed link or a token."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     page = f"{endpoint()}/{_repo(what)}"
-    terms = f"Accept its terms at {page}, then {_LOGIN}."
+    terms = f"Accept its terms at {page}, then {LOGIN}."
     if isinstance(error, GatedRepoError):
         return InputError("its authors ask for consent first (gated)", file=what, remedy=terms)
     if isinstance(error, RevisionNotFoundError):
@@ -129,12 +129,12 @@ def explained(error: Exception, what: str) -> InputError:
     if isinstance(error, EntryNotFoundError):
         return InputError("the repository has no such file", file=what, remedy=f"See {page}/tree/main.")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        remedy = f"Check the name; if it is private, {_LOGIN}."
+        remedy = f"Check the name; if it is private, {LOGIN}."
         return InputError("is no path that exists, and no repository on the hub", file=what, remedy=remedy)
     if status == 403:
         return InputError("the hub forbids access to it", file=what, remedy=terms)
     if status == 429:
-        remedy = f"Wait a while, or {_LOGIN}: then more are allowed."
+        remedy = f"Wait a while, or {LOGIN}: then more are allowed."
         return Unreachable("the hub says: too many requests", file=what, remedy=remedy)
     if status is not None:
         return Unreachable(f"the hub answers with error {status}", file=what, remedy="Try again later.")

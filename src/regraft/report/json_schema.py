@@ -20,6 +20,7 @@ from regraft.report.doctor_schema import DoctorReport
 from regraft.report.identify_schema import FingerprintReport, IdentifyReport
 from regraft.report.ops_schema import ConvertReport, DiffReport, ExtractReport, MergeReport, ResizeReport
 from regraft.report.pairs_schema import PairInfo
+from regraft.report.push_schema import PushReport
 from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import (
     SCHEMA_VERSION,
@@ -54,6 +55,7 @@ RECORDS: dict[str, Any] = {
     "bridge": BridgeReport,
     "bridge-train": BridgeTrainReport,
     "doctor": DoctorReport,
+    "push": PushReport,
 }
 
 R = TypeVar("R", bound=VersionedRecord)
