@@ -13,7 +13,9 @@ from regraft.forecast import FLOOR
 from regraft.forecast.calibration import shipped
 from regraft.forecast.probing import linear_cka
 from regraft.methods.task import Running
+from regraft.runtime import load_model
 from toys import drifted, llama, lora, rotation, save_base
+from verify import tiny
 
 
 def checked(tmp_path: Path, drift: float):
@@ -64,3 +66,14 @@ def test_the_third_stage_runs_both_models() -> None:
     same = check(style, old, old, probe=Running(n_inputs=4)).forecast.port
     assert same.basis == "activations"
     assert same.recovery == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_advice_from_afar_is_a_refine_within_a_family_and_a_bridge_beyond(tmp_path: Path) -> None:
+    old = tiny.llama(tmp_path / "old")
+    unrelated, other = tiny.llama(tmp_path / "unrelated", seed=9), tiny.pipeline(tmp_path / "sd")
+    adapter = tiny.lora(load_model(old).main, ("q_proj",), size=0.5)
+    afar = check(adapter, open_base(old), open_base(unrelated))
+    assert (afar.verdict, afar.tier) == ("refused", "refine")
+    drawing = tiny.lora({"unet": load_model(other).main}, ("to_q",), size=0.5)
+    beyond = check(drawing, open_base(other), open_base(old))
+    assert (beyond.verdict, beyond.tier) == ("refused", "bridge")

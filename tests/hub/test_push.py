@@ -61,9 +61,7 @@ def test_an_adapter_is_sent_in_one_commit_with_its_card(run: Run, hub: Hub, lora
     assert again.code == 0, again.err
 
 
-def test_large_files_go_the_way_of_large_files(
-    run: Run, hub: Hub, lora: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files_go_the_way_of_large_files(run: Run, hub: Hub, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     # The newer way, Xet's, is a program of its own that no local server speaks with.

@@ -131,7 +131,7 @@ def _ruled_out(adapter: Adapter, migration: Migration, evidence: Evidence) -> It
     old, new = migration.source, migration.target
     if old is not None and (told := other_base(adapter, old)) is not None:
         yield told
-    if old is not None and _other_family(old, new):
+    if old is not None and other_family(old, new):
         yield f"the old base is {old.family}, the new one {new.family}: another family"
     if evidence.survey is not None and evidence.survey.untrained:
         yield "the new base looks untrained: its weights are like random draws, and there is nothing to adapt"
@@ -223,6 +223,7 @@ def _by_itself(refusal: str) -> bool:
     return any(what in refusal for what in ("port the original", "already contains", "looks untrained"))
 
 
-def _other_family(old: BaseSummary, new: BaseSummary) -> bool:
+def other_family(old: BaseSummary, new: BaseSummary) -> bool:
+    """Whether two bases are known to be of families that name their modules otherwise."""
     # Families of one naming (Llama, Mistral) can't always be told apart; their weights can, below.
     return old.family is not None and new.family is not None and not same_naming(old.family, new.family)

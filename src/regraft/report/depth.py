@@ -218,7 +218,7 @@ CONTROLS = {
 #: What each tier asks of the user, in the fewest words.
 TIERS = {
     "port": "carry the weights over",
-    "refine": "carry the weights over, then distil for some minutes, without data",
+    "refine": "distil, without data, beginning from what can be carried over",
     "bridge": "the weights can't be carried over; keep the old base beside the new one",
 }
 
