@@ -24,12 +24,15 @@ from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.bridge.x_adapter.training import train_mapper
+from regraft.demo import data_folder
 from regraft.formats import load_adapter
 from regraft.runtime import Loaded, applied, load_model
 from regraft.runtime.latents import Latents
 
 OLD, NEW = "v1", "v3"
 STEPS, GUIDANCE = 20, 2.0
+#: The style of the demo's committed LoRAs.
+DEMO = "demo"
 _GROUNDS = len(art.BACKGROUNDS)
 #: Each concept on three backgrounds.
 PROMPTS = [
@@ -67,11 +70,14 @@ class Bench:
         return file
 
     def adapter(self, base: str, name: str, seed: int) -> Adapter:
+        """A LoRA on a base: one of the benchmark's recipes and seeds, or the demo's own, of which there is one."""
+        if name == DEMO:
+            return load_adapter(data_folder() / "loras" / f"style-{base}.safetensors")
         return load_adapter(self.shop.adapter(base, name, seed))
 
     def score(self, name: str, pictures: Pictures) -> dict[str, float]:
         """Shares of the pictures' pixels on the look's palette, and of pictures whose look and thing the judge sees."""
-        look = ADAPTERS[name].look
+        look = "cyano" if name == DEMO else ADAPTERS[name].look
         assert look is not None
         concepts, looks = self.judge.named(pictures)
         return {
