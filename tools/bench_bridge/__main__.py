@@ -23,6 +23,7 @@ from PIL import Image
 from tools.bench_bridge import control
 from tools.bench_bridge.page import page
 from tools.bench_bridge.styles import (
+    DEMO,
     GUIDANCE,
     NEW,
     OLD,
@@ -49,7 +50,7 @@ from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.runtime import quiet_libraries
 
-STYLES = ("cyano", "woodcut")
+STYLES = (DEMO, "woodcut")
 TRAINED = MapperSettings(
     prompts=tuple(art.PROMPTS), pictures=384, steps=1500, look=250, precision="bf16" if fast_half() else "no"
 )
