@@ -9,6 +9,7 @@ from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.forecast import FLOOR, Judgement
 from regraft.forecast.probing import probed
+from regraft.forecast.survey import Surveyor
 from regraft.forecast.verdict import other_family
 from regraft.methods.task import Running
 from regraft.migration import Migration, Ticker
@@ -61,13 +62,14 @@ def check_migration(
     *,
     deep: bool = False,
     probe: Running | None = None,
+    surveyor: Surveyor | None = None,
 ) -> CheckReport:
-    """The same with a fitted migration.
+    """The same with a fitted migration; ``surveyor`` as `regraft.prepare.prepare` takes it.
 
     Raises:
         UsageError: the models are to be run, and one of the bases was not given.
     """
-    ready = prepare(adapter, migration, selection, old, new, deep=deep)
+    ready = prepare(adapter, migration, selection, old, new, deep=deep, surveyor=surveyor)
     if probe is not None:
         ready = probed(adapter, ready, old, new, probe)
     judgement = ready.judgement

@@ -21,6 +21,9 @@ _PACKAGES = {
     **dict.fromkeys(_RUN, ("running models", "pip install 'regraft[run]'")),
     "gguf": ("GGUF files", "pip install 'regraft[gguf]'"),
     "bitsandbytes": ("training over a base in 4 or 8 bits, 8-bit optimisers", "pip install bitsandbytes"),
+    "ray": ("batches on a cluster", "pip install 'regraft[batch]'"),
+    "pyarrow": ("parquet tables of a batch", "pip install 'regraft[batch]'"),
+    "fsspec": ("batches from and to object stores; s3:// needs s3fs, too", "pip install 'regraft[batch]'"),
     "cairosvg": ("the benchmark's pictures", "pip install 'regraft[bench]'"),
 }
 #: Verbs → the packages without which they can't do anything, or can't do a part of it.
@@ -30,6 +33,10 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "verify": (_RUN[1:], ""),
     "refine": (_RUN, ""),
     "train": (_RUN, ""),
+    "batch": (
+        ("ray", "pyarrow", "fsspec"),
+        "Ray, parquet and stores; a folder on this machine's processors needs none",
+    ),
     "bridge": (_RUN, ""),
     "demo": (_RUN, ""),
     "bench": ((*_RUN, "cairosvg"), ""),

@@ -16,6 +16,7 @@ from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
 from regraft.forecast import Judgement
+from regraft.forecast.survey import Surveyor
 from regraft.joining import joined
 from regraft.lineage import with_port
 from regraft.lineage.port_entry import port_entry
@@ -113,6 +114,7 @@ def apply_migration(
     new: Base | None = None,
     tick: Ticker | None = None,
     started: float | None = None,
+    surveyor: Surveyor | None = None,
 ) -> PortResult:
     """Carry an adapter over.
 
@@ -124,6 +126,7 @@ def apply_migration(
         new: likewise.
         tick: called with (modules done, modules in all, module's name).
         started: `time.perf_counter` at the start of the whole job, where that began before.
+        surveyor: see `regraft.prepare.prepare`.
 
     Raises:
         Refused: the verdict is a refusal, and it is not forced.
@@ -133,7 +136,7 @@ def apply_migration(
     recut = settings.rank not in (None, "full")
     weakened = settings.strength != 1.0 or bool(settings.block_strength)
     adapter = with_shapes_of(adapter, migration, old)
-    ready = prepare(adapter, migration, settings.selection, old, new, recut=recut, weakened=weakened)
+    ready = prepare(adapter, migration, settings.selection, old, new, recut=recut, weakened=weakened, surveyor=surveyor)
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")

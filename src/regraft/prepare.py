@@ -10,7 +10,7 @@ from regraft.base import Base
 from regraft.changes import takes_old
 from regraft.errors import InputError
 from regraft.forecast import Evidence, Judgement, Survey, judge
-from regraft.forecast.survey import survey
+from regraft.forecast.survey import Surveyor, survey
 from regraft.migration import Migration
 from regraft.pairing import Named
 from regraft.plan import Located, Selection, locate, with_shapes_of
@@ -80,6 +80,7 @@ def prepare(
     deep: bool = False,
     recut: bool = False,
     weakened: bool = False,
+    surveyor: Surveyor | None = None,
 ) -> Preparation:
     """Decide what becomes of each module; reads the updates, and a weight of the old base where one acts on it alone.
 
@@ -92,6 +93,7 @@ def prepare(
         deep: survey all modules of both bases in place of a fixed sample.
         recut: another rank is wanted than the adapter's own.
         weakened: another strength than 1 is wanted.
+        surveyor: gives the survey in place of a look at the bases.
 
     Raises:
         InputError: an update holds NaN or Inf.
@@ -134,7 +136,7 @@ def prepare(
     homes_of = {ref: migration.entries.get(home) for ref, home in located.modules.items()}
     rotated = {ref for ref, e in homes_of.items() if e is not None and e.transport is not None and e.transport.rotates}
     gone = {ref: why for ref, why in skipped.items() if ref in shares}
-    evidence = Evidence(shares, nearness, gone, rotated, _surveyed(located, migration, old, new, deep))
+    evidence = Evidence(shares, nearness, gone, rotated, _surveyed(located, migration, old, new, deep, surveyor))
     judgement = judge(adapter, migration, evidence)
     lost = sum(shares.get(ref, 0.0) for ref in adapter.updates if str(ref) in problems)
     if judgement.verdict == "survives" and lost > 0:
@@ -142,11 +144,19 @@ def prepare(
     return Preparation(migration, located, evidence, judgement, wholes, problems, left_out)
 
 
-def _surveyed(located: Located, migration: Migration, old: Base | None, new: Base | None, deep: bool) -> Survey | None:
+def _surveyed(
+    located: Located,
+    migration: Migration,
+    old: Base | None,
+    new: Base | None,
+    deep: bool,
+    surveyor: Surveyor | None,
+) -> Survey | None:
     """The bases beyond the adapter's modules, where both are at hand as a whole."""
     if migration.source is None or old is None or new is None or old.partial or new.partial:
         return None
-    return survey(old, new, set(located.modules.values()), deep=deep)
+    touched = set(located.modules.values())
+    return surveyor(touched) if surveyor is not None else survey(old, new, touched, deep=deep)
 
 
 def _shares(

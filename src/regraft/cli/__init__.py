@@ -24,6 +24,7 @@ VERBS = (
     "fingerprint",
     "check",
     "port",
+    "batch",
     "refine",
     "bridge",
     "verify",

@@ -41,6 +41,7 @@ class Calibration:
     fits: Mapping[tuple[str, Stage], Fitted]
     rows: tuple[Row, ...]
     made: Mapping[str, Any] = field(default_factory=dict)
+    _tables: dict[tuple[str, Stage], Table] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def fitted(cls, rows: Iterable[Row], made: Mapping[str, Any] | None = None) -> Calibration:
@@ -67,7 +68,7 @@ class Calibration:
             if fitted is None:
                 continue
             point = np.array([figures.get(name, 0.0) for name in FIGURES[known]])
-            low, high = fitted.interval(point, table_of(self.rows, way, known))
+            low, high = fitted.interval(point, self._table(way, known))
             expected = fitted.curve.recovery(figures)
             return Forecast(
                 recovery=expected,
@@ -78,6 +79,12 @@ class Calibration:
                 adapters=fitted.adapters,
             )
         return None
+
+    def _table(self, way: str, stage: Stage) -> Table:
+        # The rows never change, and a batch asks for each adapter.
+        if (way, stage) not in self._tables:
+            self._tables[way, stage] = table_of(self.rows, way, stage)
+        return self._tables[way, stage]
 
     def record(self) -> dict[str, Any]:
         """As JSON."""

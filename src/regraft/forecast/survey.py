@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import prod, sqrt
 from statistics import mean
 from typing import TypeVar
@@ -26,6 +26,9 @@ _DRAWS, _SMALL = 8, 16
 _DRAWN, _LEARNT = 1.08, 1.3
 
 _T = TypeVar("_T")
+
+#: From the old base's modules that an adapter changes to its survey: for whoever keeps what many adapters share.
+Surveyor = Callable[[Collection[ModuleRef]], Survey]
 
 
 def survey(

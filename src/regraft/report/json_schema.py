@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import InputError
+from regraft.report.batch_schema import BatchReport
 from regraft.report.bench_schema import BenchReport
 from regraft.report.bridge_schema import BridgeReport, BridgeTrainReport
 from regraft.report.demo_schema import DemoReport
@@ -40,6 +41,7 @@ RECORDS: dict[str, Any] = {
     "fingerprint": FingerprintReport,
     "check": CheckReport,
     "port": PortReport,
+    "batch": BatchReport,
     "refine": RefineReport,
     "verify": VerifyReport,
     "methods": list[MethodInfo],

@@ -1,0 +1,144 @@
+"""What is done, line by line while it happens: the results table grows from it, and a later run goes on from it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from regraft.batch.pairs import Done
+from regraft.batch.places import is_url, path_of, persistently, store_of, write_text_to
+from regraft.errors import InputError, OutputError
+from regraft.report.batch_schema import BatchRow
+
+# A store has no appending: lines are put there in parts, so often.
+_LINES, _SECONDS = 200, 10.0
+#: What a batch holds while it writes to a folder.
+LOCK = ".regraft-batch.lock"
+
+
+class Journal:
+    """``results.jsonl`` (of a forecast, ``forecast.jsonl``) of an output folder or URL.
+
+    A line that a kill has cut off is passed over; its row is done again.
+    """
+
+    def __init__(self, out: str, stem: str) -> None:
+        """Open it, and read what an earlier run left.
+
+        Raises:
+            OutputError: it can't be written.
+            InputError: it can't be read.
+        """
+        self.place = f"{out}/{stem}.jsonl"
+        self._parts = f"{out}/.{stem}"
+        self._lines: list[str] = []
+        self._since = time.monotonic()
+        self.rows: dict[str, BatchRow] = {}
+        for text in self._read():
+            self._take(text)
+        if not is_url(out):
+            file = path_of(self.place)
+            try:
+                cut = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
+                self._file = file.open("a", encoding="utf-8")
+                if cut:
+                    self._file.write("\n")
+            except OSError as error:
+                raise OutputError(f"can't be written ({error.strerror})", file=file) from None
+
+    def _read(self) -> Iterator[str]:
+        if not is_url(self.place):
+            file = path_of(self.place)
+            if file.is_file():
+                yield file.read_text(encoding="utf-8", errors="replace")
+            return
+        store, place = store_of(self.place)
+        _, parts = store_of(self._parts)
+
+        def texts() -> list[str]:
+            store.invalidate_cache()
+            files = [place] if store.exists(place) else []
+            files += sorted(store.find(parts)) if store.exists(parts) else []
+            return [store.cat_file(file).decode("utf-8", errors="replace") for file in files]
+
+        yield from persistently(texts, self.place, InputError)
+
+    def _take(self, text: str) -> None:
+        for line in text.split("\n"):
+            try:
+                row = BatchRow.model_validate(json.loads(line))
+            except (ValueError, ValidationError):
+                continue
+            if row.key is not None and row.status != "failed":
+                # A later line knows better where the output is.
+                self.rows[row.key] = row
+
+    def done(self) -> dict[str, Done]:
+        """Key → what the workers need to know of it. What failed is tried again."""
+        return {key: Done(row.output, tuple(row.outputs), tuple(row.output_hashes)) for key, row in self.rows.items()}
+
+    def note(self, row: BatchRow) -> None:
+        """Add a row, unless it says what an earlier one says; on a disk it is there at once.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        earlier = self.rows.get(row.key or "")
+        if row.reused and earlier is not None and (earlier.name, earlier.outputs) == (row.name, row.outputs):
+            return
+        line = row.model_dump_json(by_alias=True)
+        if not is_url(self.place):
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise OutputError(f"can't be written ({error.strerror})", file=path_of(self.place)) from None
+            return
+        self._lines.append(line)
+        if len(self._lines) >= _LINES or time.monotonic() - self._since > _SECONDS:
+            self._put()
+
+    def _put(self) -> None:
+        if self._lines:
+            write_text_to("\n".join(self._lines) + "\n", f"{self._parts}/{time.time_ns()}.jsonl")
+        self._lines, self._since = [], time.monotonic()
+
+    def close(self) -> None:
+        """Leave it whole, as one file."""
+        if not is_url(self.place):
+            self._file.close()
+            return
+        self._put()
+        store, parts = store_of(self._parts)
+        texts = list(self._read())
+        if texts:
+            write_text_to("".join(texts), self.place)
+
+        def remove() -> None:
+            if store.exists(parts):
+                store.rm(parts, recursive=True)
+
+        persistently(remove, self._parts, OutputError)
+
+
+def has_journal(out: str) -> bool:
+    """Whether an output folder is one of earlier runs."""
+    return any((path_of(out) / f"{stem}.jsonl").is_file() for stem in ("results", "forecast"))
+
+
+def reused(earlier: BatchRow, now: BatchRow, outputs: tuple[str, ...], seconds: float = 0.0) -> BatchRow:
+    """An earlier row under the names that it has now."""
+    names: dict[str, Any] = {
+        name: getattr(now, name) for name in ("adapter", "name", "source", "target", "options", "output")
+    }
+    return earlier.model_copy(update={**names, "outputs": list(outputs), "seconds": seconds, "reused": True})
+
+
+def is_free(out: Path) -> bool:
+    """Whether a folder is not there yet, or empty."""
+    return not out.exists() or (out.is_dir() and all(file.name == LOCK for file in out.iterdir()))

@@ -1,0 +1,155 @@
+"""Rows on the processors of this machine: one process a slot, replaced where it dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.batch.pairs import Fitted
+from regraft.batch.rows import Row
+from regraft.batch.work import Known, failed, work
+from regraft.errors import RegraftError
+from regraft.report.batch_schema import BatchRow
+
+#: A row and its pair.
+Job = tuple[Row, Fitted]
+Result = tuple[Job, BatchRow | Known]
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Processes of this machine.
+
+    Attributes:
+        jobs: how many.
+        retries: how often a row whose worker died is begun again.
+    """
+
+    jobs: int
+    retries: int = 2
+
+    @property
+    def name(self) -> str:
+        """For the record."""
+        return f"{self.jobs} process{'es' if self.jobs > 1 else ''}"
+
+    def run(self, jobs: Iterable[Job], out: str | None) -> Iterator[Result]:
+        """Results as they come; a job is taken when a process is free."""
+        waiting = iter(jobs)
+        again: deque[tuple[Job, int]] = deque()
+        idle = [_Slot() for _ in range(self.jobs)]
+        slots = list(idle)
+        flying: dict[Future[BatchRow | Known], tuple[_Slot, Job, int]] = {}
+        try:
+            while True:
+                while idle and (taken := again.popleft() if again else _first(waiting)) is not None:
+                    slot, (job, attempt) = idle.pop(), taken
+                    flying[slot.submit(job, out)] = slot, job, attempt
+                if not flying:
+                    return
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    slot, job, attempt = flying.pop(future)
+                    idle.append(slot)
+                    try:
+                        result = future.result()
+                    except BrokenProcessPool:
+                        slot.replace()
+                        if attempt <= self.retries:
+                            again.append((job, attempt + 1))
+                            continue
+                        result = failed(job[0], died(attempt))
+                    yield job, _counted(result, attempt)
+        finally:
+            for slot in slots:
+                slot.close()
+
+
+def died(attempts: int) -> RegraftError:
+    """What is said of a row whose workers died."""
+    what = f"the process that worked on it died {attempts} times"
+    return RegraftError(what, remedy="Is there memory for it? Try it alone with `regraft port`.")
+
+
+def _counted(result: BatchRow | Known, attempts: int) -> BatchRow | Known:
+    return result.model_copy(update={"attempts": attempts}) if isinstance(result, BatchRow) else result
+
+
+def _first(jobs: Iterator[Job]) -> tuple[Job, int] | None:
+    job = next(jobs, None)
+    return None if job is None else (job, 1)
+
+
+class _Slot:
+    """One worker process at a time: where it dies, it is known which row it had, and no other row is touched."""
+
+    def __init__(self) -> None:
+        self._sent: Fitted | None = None
+        self._pool = _pool()
+
+    def submit(self, job: Job, out: str | None) -> Future[BatchRow | Known]:
+        """Hand over a row; its pair travels once."""
+        row, fitted = job
+        sent, self._sent = self._sent, fitted
+        try:
+            return self._pool.submit(_do, row, None if sent is fitted else fitted, out)
+        except BrokenProcessPool:
+            # It died while it had nothing to do.
+            self.replace()
+            self._sent = fitted
+            return self._pool.submit(_do, row, fitted, out)
+
+    def replace(self) -> None:
+        """A new process in place of the dead one."""
+        self.close()
+        self._sent, self._pool = None, _pool()
+
+    def close(self) -> None:
+        """Let the process end; a row that it still has is not waited for where the driver is being stopped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool() -> ProcessPoolExecutor:
+    # A server that has imported torch once makes workers in no time, and with shared memory; a plain fork would copy
+    # locks of the driver's threads in whatever state they are.
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["regraft.batch.work"])
+    # The server keeps the environment that it was started in, the workers are to have the driver's.
+    return ProcessPoolExecutor(1, context, _prepare, (dict(os.environ),))
+
+
+_fitted: Fitted | None = None
+
+
+def _do(row: Row, fitted: Fitted | None, out: str | None) -> BatchRow | Known:
+    global _fitted
+    _fitted = fitted or _fitted
+    assert _fitted is not None
+    return work(row, _fitted, out)
+
+
+def _prepare(environment: Mapping[str, str]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of the terminal: the driver alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+
+
+def _end_with_driver() -> None:
+    """A driver that was killed can't tell its workers to end: each of them watches it."""
+    driver = multiprocessing.parent_process()
+    if driver is not None:
+        driver.join()
+        os._exit(1)

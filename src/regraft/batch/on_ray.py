@@ -1,0 +1,106 @@
+"""Rows as tasks of Ray: on this machine's, or on a cluster whose machines have regraft installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.batch.local import Job, Result, died
+from regraft.batch.pairs import Fitted
+from regraft.batch.rows import Row
+from regraft.batch.work import Known, failed, work
+from regraft.errors import RegraftError, UsageError, first_line
+from regraft.report.batch_schema import BatchRow
+
+# Tasks in flight for each processor: a free one finds the next task waiting for it.
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Tasks of Ray, one processor each; Ray itself begins a task again whose worker or machine is gone.
+
+    Attributes:
+        ray: the package, connected.
+        retries: how often Ray does that.
+        address: as it was given.
+    """
+
+    ray: Any
+    retries: int = 2
+    address: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """For the record."""
+        return f"Ray, {self._processors()} processors"
+
+    def run(self, jobs: Iterable[Job], out: str | None) -> Iterator[Result]:
+        """Results as they come; each pair lies in the object store once."""
+        task = self.ray.remote(max_retries=self.retries, num_cpus=1)(_do)
+        waiting = iter(jobs)
+        flying: dict[Any, Job] = {}
+        pair: tuple[Fitted, Any] | None = None
+        while True:
+            while len(flying) < _AHEAD * self._processors() and (job := next(waiting, None)) is not None:
+                if pair is None or pair[0] is not job[1]:
+                    pair = job[1], self.ray.put(job[1])
+                # In a list, a reference stays one: the worker fetches what it names once, not with every task.
+                flying[task.remote(job[0], [pair[1]], out)] = job
+            if not flying:
+                return
+            for done in self.ray.wait(list(flying), num_returns=1)[0]:
+                job = flying.pop(done)
+                try:
+                    result = self.ray.get(done)
+                except self.ray.exceptions.RayError:
+                    result = failed(job[0], died(self.retries + 1))
+                yield job, result
+
+    def _processors(self) -> int:
+        # Asked anew each time: machines come and go.
+        return max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+
+
+_last: tuple[str, Fitted] | None = None
+
+
+def _do(row: Row, pair: list[Any], out: str | None) -> BatchRow | Known:
+    global _last
+    import ray
+    import torch
+
+    torch.set_num_threads(1)
+    name = pair[0].hex()
+    if _last is None or _last[0] != name:
+        _last = name, ray.get(pair[0])
+    return work(row, _last[1], out)
+
+
+def connect(address: str, jobs: int, retries: int) -> RayExecutor | None:
+    """Ray at an address, or None where the package is not installed and ``auto`` was asked for.
+
+    Args:
+        address: of a cluster; ``auto`` for the one that this machine belongs to; ``local`` starts one here.
+        jobs: processors of one that is started here.
+        retries: see `RayExecutor`.
+
+    Raises:
+        UsageError: Ray is asked for by address and not installed.
+        RegraftError: there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        if address == "auto":
+            return None
+        raise UsageError("--ray needs Ray", remedy="pip install 'regraft[batch]', or leave --ray out.") from None
+    if not ray.is_initialized():
+        here: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address == "local" else {}
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            remedy = "--ray local starts one here; without --ray the processors of this machine do it."
+            raise RegraftError(f"no Ray at {address!r} ({first_line(error)})", remedy=remedy) from None
+    return RayExecutor(ray, retries, address)

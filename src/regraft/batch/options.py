@@ -1,0 +1,125 @@
+"""What the user may say for one adapter: the options of ``port``, in the words of the command line."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from regraft.adapter import Adapter
+from regraft.carry import Settings
+from regraft.cli import _options as o
+from regraft.errors import UsageError
+from regraft.formats import get_format
+from regraft.methods.task import Running
+
+
+class RowOptions(BaseModel):
+    """Options of one row; a manifest has a column for each that it sets. ``regraft port --help`` explains them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "auto"
+    subspace_rank: str | None = None
+    energy: float | None = None
+    threshold: str | None = None
+    pull: str | None = None
+    ridge: float | None = None
+    removed: str | None = None
+    n_inputs: int | None = None
+    seed: int = 0
+    weights_only: bool = True
+    strength: float = 1.0
+    block_strength: str | None = None
+    rank: str | None = None
+    format: str | None = None
+    save_dtype: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    components: str | None = None
+    strip_private: bool = False
+    allow_partial: bool = False
+    force: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not the defaults."""
+        return self.model_dump(exclude_defaults=True)
+
+    def method_options(self) -> dict[str, Any]:
+        """Options of the method, as `fit_migration` takes them.
+
+        Raises:
+            UsageError: the method is unknown, or has no such option.
+        """
+        return o.method_options(
+            self.method,
+            subspace_rank=o.number_or_share(self.subspace_rank, "--subspace-rank"),
+            energy=self.energy,
+            threshold=o.number_or_word(self.threshold, "--threshold", "paper"),
+            pull=o.pull(self.pull),
+            ridge=self.ridge,
+            removed=self.removed,
+        )
+
+    def running(self) -> Running:
+        """How models are run, by a method that does that."""
+        return o.running(self.n_inputs, self.seed, None, None, "cpu", self.weights_only)
+
+    def settings(self, adapter: Adapter | None = None) -> Settings:
+        """How an adapter is to come out; ``block_strength`` is read only where the adapter is given.
+
+        Raises:
+            UsageError: a value can't be read.
+        """
+        return Settings(
+            selection=o.selection(
+                *([text] if text else None for text in (self.include, self.exclude, self.components))
+            ),
+            strength=o.finite(self.strength, "--strength"),
+            block_strength=o.block_strengths(self.block_strength, adapter) if adapter is not None else (),
+            rank=o.wanted_rank(self.rank),
+            save_dtype=o.dtype(self.save_dtype, "--save-dtype") if self.save_dtype is not None else None,
+            allow_partial=self.allow_partial,
+            force=self.force,
+            private=not self.strip_private,
+            running=self.running(),
+        )
+
+
+def parse_options(given: Mapping[str, Any], base: RowOptions = RowOptions()) -> RowOptions:
+    """Options with ``given`` laid over ``base``, all of them checked.
+
+    Args:
+        given: name → value, of any type that a table may hold; empty cells are passed over.
+        base: those that hold where nothing is given.
+
+    Raises:
+        UsageError: an unknown name, or a value that can't be read.
+    """
+    told = {name: text for name, value in given.items() if (text := _text(value)) is not None}
+    try:
+        options = RowOptions.model_validate({**base.model_dump(), **told})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(RowOptions.model_fields)
+            raise UsageError(f"column {name!r} is no option", remedy=f"Known: {known}; _… is passed over.") from None
+        raise UsageError(f"{name} {told.get(name)!r} can't be read ({first['msg']})") from None
+    options.method_options()
+    options.settings()
+    if options.format is not None:
+        get_format(options.format)
+    return options
+
+
+def _text(value: Any) -> str | None:
+    """A table's value as the command line has it; None for an empty cell."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    # A column of whole numbers with gaps is one of floats, in most tools; a rank of 1.0 is a share, all of it.
+    whole = re.fullmatch(r"(\d+)\.0", str(value))
+    return whole[1] if whole and int(whole[1]) > 1 else str(value)

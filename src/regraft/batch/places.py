@@ -1,0 +1,175 @@
+"""Where adapters come from and go to: a disk, or any store that fsspec knows."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from regraft.errors import InputError, OutputError, RegraftError, first_line
+from regraft.migration_file import file_hash
+from regraft.output import ADAPTER_CONFIG, readable, whole
+
+T = TypeVar("T")
+
+# Stores that show an object once all of it is there; on others a file grows under its name.
+_WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "memory"}
+_TRIES, _PAUSE = 3, 0.5
+
+
+def is_url(text: str) -> bool:
+    """Whether a place is a URL of a store; ``file://`` counts as a path."""
+    return re.match(r"[a-z][a-z0-9+.-]+://", text) is not None and not text.startswith("file://")
+
+
+def path_of(text: str) -> Path:
+    """The path that is no `is_url`."""
+    return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the place in it.
+
+    Raises:
+        RegraftError: the package for such URLs is not installed.
+    """
+    try:
+        import fsspec
+
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
+    except ImportError as error:
+        raise RegraftError(f"URLs like this need another package ({first_line(error)})", file=url) from None
+    except ValueError as error:
+        raise InputError(f"is no URL that can be read ({first_line(error)})", file=url) from None
+
+
+def persistently(action: Callable[[], T], file: str, error_class: type[RegraftError]) -> T:
+    """Do what a store may refuse for a moment; three tries.
+
+    Raises:
+        RegraftError: of ``error_class``, where it never worked.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise error_class("no such file", file=file, remedy="Check the URL.") from None
+        except Exception as error:
+            # Each store has errors of its own, and no common class.
+            if not left:
+                raise error_class(f"the store does not answer ({first_line(error)})", file=file) from None
+            time.sleep(_PAUSE)
+    raise AssertionError("unreachable")
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Bring a file or a PEFT folder from a store into ``folder``.
+
+    Raises:
+        InputError: it is not there.
+        RegraftError: no such store can be read here.
+    """
+    store, place = store_of(url)
+    target = folder / PurePosixPath(place).name
+
+    def get() -> Path:
+        # A slash at the end copies what is in the folder, not the folder.
+        if store.isdir(place):
+            target.mkdir(exist_ok=True)
+            store.get(place.rstrip("/") + "/", str(target) + "/", recursive=True)
+        else:
+            store.get_file(place, str(target))
+        return target
+
+    return persistently(get, url, InputError)
+
+
+def put(file: Path, url: str) -> None:
+    """Put a file or an adapter's folder into a store, each object whole or not at all.
+
+    Of a folder, the config comes last: without it, nothing takes the folder for an adapter.
+
+    Raises:
+        OutputError: the store does not take it.
+    """
+    store, place = store_of(url)
+    if file.is_dir():
+        parts = sorted(file.iterdir(), key=lambda part: (part.name == ADAPTER_CONFIG, part.name))
+        for part in parts:
+            _put_file(store, part, f"{place}/{part.name}", f"{url}/{part.name}")
+    else:
+        _put_file(store, file, place, url)
+
+
+def _put_file(store: Any, file: Path, place: str, url: str) -> None:
+    protocols = {store.protocol} if isinstance(store.protocol, str) else set(store.protocol)
+
+    def upload() -> None:
+        if protocols & _WHOLE_PUTS:
+            store.put_file(str(file), place)
+            return
+        part = f"{place}.{uuid.uuid4().hex}.part"
+        store.makedirs(part.rpartition("/")[0], exist_ok=True)
+        store.put_file(str(file), part)
+        store.mv(part, place)
+
+    persistently(upload, url, OutputError)
+
+
+def place(file: Path, target: str) -> None:
+    """Put a copy of a file or an adapter's folder in its place, on disk or in a store, whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    if is_url(target):
+        put(file, target)
+        return
+    path = path_of(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as stage:
+        if file.is_dir():
+            shutil.copytree(file, stage)
+        else:
+            shutil.copyfile(file, stage)
+        readable(stage)
+
+
+def digest(path: Path) -> tuple[str, int]:
+    """Hash of an adapter's bytes, whatever it is called, and how many there are.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    if not path.is_dir():
+        return file_hash(path), path.stat().st_size
+    found, size = hashlib.sha256(), 0
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
+        found.update(f"{file.name}\t{file_hash(file)}\n".encode())
+        size += file.stat().st_size
+    return f"sha256:{found.hexdigest()}", size
+
+
+def write_text_to(text: str, target: str) -> None:
+    """Write a table or page whole, on disk or into a store.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    write_bytes_to(text.encode("utf-8"), target)
+
+
+def write_bytes_to(content: bytes, target: str) -> None:
+    """The same for bytes."""
+    with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+        file = Path(folder) / PurePosixPath(target).name
+        file.write_bytes(content)
+        place(file, target)

@@ -1,0 +1,226 @@
+"""The whole batch: rows by pair, pairs fitted one ahead of the rows, results written as they come."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+from regraft._version import __version__
+from regraft.batch.journal import LOCK, Journal, has_journal, is_free, reused
+from regraft.batch.local import Job, Result
+from regraft.batch.pairs import Done, Fitted, PairSpec, fit_pair
+from regraft.batch.places import is_url, path_of, write_bytes_to, write_text_to
+from regraft.batch.rows import Row
+from regraft.batch.tables import count, parquet, summary, worst_first
+from regraft.batch.work import Known, failed, row_of
+from regraft.errors import OutputError, RegraftError, UsageError
+from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
+
+
+class Executor(Protocol):
+    """What hands rows to workers: `regraft.batch.local` or `regraft.batch.on_ray`."""
+
+    @property
+    def name(self) -> str:
+        """For the record."""
+        ...
+
+    def run(self, jobs: Iterator[Job], out: str | None) -> Iterator[Result]:
+        """Results as they come, in any order; jobs are taken as workers are free."""
+        ...
+
+
+def run_batch(
+    rows: Sequence[Row],
+    executor: Executor,
+    *,
+    out: str | None,
+    check: bool = False,
+    overwrite: bool = False,
+    tick: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> BatchReport:
+    """Port or forecast every row; see `BatchReport` for what comes back.
+
+    Args:
+        rows: of `regraft.batch.expand`.
+        executor: of this machine, or Ray's.
+        out: folder or URL of outputs and tables; a forecast does without.
+        check: forecast only.
+        overwrite: take an output folder that holds other things.
+        tick: called with (rows done, rows in all, the row's name).
+
+    Raises:
+        UsageError, OutputError: the output folder is none that can be written to.
+        RegraftError: no pair's bases can be read.
+    """
+    started = perf_counter()
+    stem = "forecast" if check else "results"
+    with ExitStack() as stack:
+        journal: Journal | None = None
+        if out is not None:
+            _check_out(rows, out, overwrite=overwrite)
+            stack.enter_context(_alone_in(out))
+            _sweep(rows, out)
+            journal = Journal(out, stem)
+        job = _Batch(rows, journal.done() if journal is not None else {}, check)
+        found: list[BatchRow] = []
+        for row in job.results(executor, out):
+            row = _told(row, journal)
+            found.append(row)
+            if journal is not None:
+                journal.note(row)
+            tick(len(found), len(rows), row.name)
+        if job.errors and len(job.errors) == len(job.pairs):
+            raise job.errors[0]
+        if journal is not None:
+            journal.close()
+        counts = count(found)
+        record = BatchReport(
+            regraft_version=__version__,
+            check=check,
+            summary=summary(counts, check=check),
+            counts=counts,
+            pairs=job.pairs,
+            out=out,
+            executor=executor.name,
+            rows=worst_first(found),
+            seconds=perf_counter() - started,
+        )
+        if out is None:
+            return record
+        _sweep(rows, out)
+        return _written(record, out, stem)
+
+
+def _told(result: BatchRow | Known, journal: Journal | None) -> BatchRow:
+    if isinstance(result, BatchRow):
+        return result
+    assert journal is not None
+    return reused(journal.rows[result.key], row_of(result.row, status="ported"), result.outputs)
+
+
+def _written(record: BatchReport, out: str, stem: str) -> BatchReport:
+    from regraft.report.batch_page import render_batch
+
+    table = parquet(record.rows)
+    names = [f"{stem}.jsonl", *([f"{stem}.parquet"] if table is not None else []), f"{stem}.html"]
+    record = record.model_copy(update={"tables": [f"{out}/{name}" for name in names]})
+    if table is not None:
+        write_bytes_to(table, f"{out}/{stem}.parquet")
+    write_text_to(render_batch(record), f"{out}/{stem}.html")
+    return record
+
+
+@dataclass
+class _Batch:
+    """The rows in the order of their pairs, each pair's fit begun while the one before is at work."""
+
+    rows: Sequence[Row]
+    done: dict[str, Done]
+    check: bool
+    pairs: list[BatchPair] = field(default_factory=list)
+    errors: list[RegraftError] = field(default_factory=list)
+    _lost: list[BatchRow] = field(default_factory=list)
+
+    def results(self, executor: Executor, out: str | None) -> Iterator[BatchRow | Known]:
+        for _, result in executor.run(self._jobs(), out):
+            yield result
+            yield from self._take_lost()
+        yield from self._take_lost()
+
+    def _take_lost(self) -> list[BatchRow]:
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _jobs(self) -> Iterator[Job]:
+        order: dict[PairSpec, int] = {}
+        specs = [PairSpec.of(row.source, row.target, row.options) for row in self.rows]
+        for spec in specs:
+            order.setdefault(spec, len(order))
+        # Sorted by pair, in the order of their first rows.
+        paired = sorted(zip(specs, self.rows, strict=True), key=lambda one: order[one[0]])
+        groups = [(spec, [row for _, row in group]) for spec, group in groupby(paired, key=lambda one: one[0])]
+        with ThreadPoolExecutor(1) as fitter:
+            fits: deque[Future[Fitted]] = deque()
+            ahead = iter(groups)
+            for spec, rows in groups:
+                for following, _ in islice(ahead, 2 - len(fits)):
+                    fits.append(fitter.submit(fit_pair, following, self.done, check=self.check))
+                yield from self._jobs_of(spec, rows, fits.popleft())
+
+    def _jobs_of(self, spec: PairSpec, rows: list[Row], fit: Future[Fitted]) -> Iterator[Job]:
+        told = {"source": spec.source, "target": spec.target, "method": spec.options.method, "rows": len(rows)}
+        try:
+            fitted = fit.result()
+        except RegraftError as error:
+            # Every row of it fails by the same; other pairs go on.
+            self.errors.append(error)
+            self.pairs.append(BatchPair(**told, shared=False, note=str(error)))
+            self._lost += [failed(row, RegraftError(str(error))) for row in rows]
+            return
+        shared = fitted.migration is not None
+        used = fitted.migration.used if fitted.migration is not None else spec.options.method
+        told |= {"method": used, "old": fitted.old, "new": fitted.new, "seconds": fitted.seconds}
+        self.pairs.append(BatchPair(**told, shared=shared, note=fitted.note))
+        yield from ((row, fitted) for row in rows)
+
+
+def _check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
+    if is_url(out):
+        return
+    folder = path_of(out)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("is a file, and the output is a folder", file=folder, remedy="Choose another name.")
+    for row in rows:
+        if not is_url(row.adapter) and path_of(row.adapter).parent.resolve() == folder.resolve():
+            raise UsageError("the output folder holds the adapters themselves", file=folder, remedy="Name another one.")
+    if not (overwrite or is_free(folder) or has_journal(str(folder))):
+        what = "holds other things than an earlier batch"
+        raise OutputError(what, file=folder, remedy="Choose another folder, or pass --overwrite.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't be made ({error.strerror})", file=folder) from None
+
+
+@contextmanager
+def _alone_in(out: str) -> Iterator[None]:
+    """No other batch writes to the same folder; a driver that was killed holds nothing."""
+    if is_url(out):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path_of(out) / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError("another batch is writing here", file=out, remedy="Wait for it, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sweep(rows: Sequence[Row], out: str) -> None:
+    """Remove what workers that were killed left half-written beside their outputs."""
+    if is_url(out):
+        return
+    begun: dict[Path, set[str]] = {}
+    for row in rows:
+        place = path_of(out) / row.output
+        begun.setdefault(place.parent, set()).add(place.name[:40])
+    for folder, names in begun.items():
+        for left in folder.glob(".*") if folder.is_dir() else []:
+            found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", left.name)
+            if found and left.is_dir() and any(found[1].startswith(name) for name in names):
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""What sources come to: folders, globs, manifests, each adapter once, with its options and its output's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from library import make_library
+
+from regraft.batch import Row, expand
+from regraft.batch.options import RowOptions
+from regraft.errors import InputError, UsageError
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_library(tmp_path / "loras")
+    return tmp_path
+
+
+def found(*sources: str, **options: Any) -> list[Row]:
+    return expand(sources, "old", "new", RowOptions(**options))
+
+
+def test_a_folder_gives_files_and_peft_folders_each_once(here: Path) -> None:
+    (here / "loras" / "README.md").write_text("no adapter")
+    (here / "loras" / ".hidden.safetensors").write_bytes(b"")
+    rows = found("loras", "loras/")
+    assert sorted(row.name for row in rows) == ["a0", "a2", "file.safetensors", "sub/a1"]
+    assert {row.output for row in rows} == {"a0", "a2", "file", "sub/a1"}
+    assert all(Path(row.adapter).is_absolute() and Path(row.source).is_absolute() for row in rows)
+
+
+def test_a_glob_keeps_the_folders_below_its_fixed_part(here: Path) -> None:
+    assert [row.name for row in found("loras/**/a*")] == ["a0", "a2", "sub/a1"]
+
+
+def test_two_of_one_name_get_outputs_of_their_own(here: Path) -> None:
+    rows = found("loras/a0", "loras/sub/a1", str(make_library(here / "other") / "a0"))
+    assert len({row.output for row in rows}) == 3
+    assert [row.output.partition(".")[0] for row in rows] == ["a0", "a1", "a0"]
+
+
+def test_what_lies_in_the_output_folder_is_no_input(here: Path) -> None:
+    make_library(here / "loras" / "PORTED")
+    rows = expand(["loras"], "old", "new", RowOptions(), without=str(here / "loras" / "PORTED"))
+    assert len(rows) == 4
+
+
+TABLE = [
+    {"adapter": "loras/a0", "strength": 0.5, "rank": None},
+    {"adapter": "loras/sub/a1", "to": "newer", "method": "lora-x", "rank": 2.0},
+    {"adapter": "loras/a2", "force": True, "output": "named/it"},
+]
+
+
+def write_csv(file: Path) -> None:
+    names = ["adapter", "to", "method", "strength", "rank", "force", "output", "_note"]
+    cells = [["" if row.get(name) is None else str(row[name]) for name in names] for row in TABLE]
+    file.write_text("\n".join(",".join(row) for row in [names, *cells]) + "\n", encoding="utf-8-sig")
+
+
+def write_jsonl(file: Path) -> None:
+    file.write_text("\n\n".join(map(json.dumps, TABLE)))
+
+
+def write_parquet(file: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    names = {name for row in TABLE for name in row}
+    parquet.write_table(pyarrow.Table.from_pylist([{n: row.get(n) for n in names} for row in TABLE]), file)
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl, write_parquet])
+def test_manifests_say_the_same_in_every_form(here: Path, write: Any) -> None:
+    file = here / f"manifest.{write.__name__.removeprefix('write_')}"
+    write(file)
+    rows = found(str(file), strength=0.9)
+    assert [row.options.strength for row in rows] == [0.5, 0.9, 0.9]
+    assert [row.options.rank for row in rows] == [None, "2", None]
+    assert [row.options.method for row in rows] == ["auto", "lora-x", "auto"]
+    assert rows[2].options.force
+    assert [Path(row.target).name for row in rows] == ["new", "newer", "new"]
+    assert [row.output for row in rows] == ["loras/a0", "loras/sub/a1", "named/it"]
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ("adapter,strenght\na,1\n", "strenght.*is no option.*strength"),
+        ("adapter,strength\na,much\n", "row 1.*strength 'much'"),
+        ("adapter,method\na,copy\nb,magic\n", "row 2.*magic"),
+        ("adapter,output\na,../b\n", "leads out"),
+        ("adapter,output\na,/b\n", "leads out"),
+        ("adapter,rank\na,-1\n", "row 1.*rank"),
+        ("name\na\n", "names no adapter"),
+        ("adapter\na,b\n", "more cells"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_told_by_row(here: Path, table: str, what: str) -> None:
+    (here / "m.csv").write_text(table)
+    with pytest.raises((InputError, UsageError), match=what):
+        found("m.csv")
+
+
+def test_what_is_missing_is_said(here: Path) -> None:
+    (here / "empty").mkdir()
+    for source, what in (("empty", "holds no adapter"), ("nothing.safetensors", "no such file"), ("x/*", "no adapter")):
+        with pytest.raises(InputError, match=what):
+            found(source)
+    with pytest.raises(UsageError, match="no base to go to"):
+        expand(["loras"], "old", None, RowOptions())

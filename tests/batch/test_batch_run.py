@@ -1,0 +1,164 @@
+"""A library is carried over: every adapter a row, bad ones among good, and begun again by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from library import batch, contents, lines, make_bases, make_library
+from running import Run
+
+from regraft.errors import OutputError, RegraftError, UsageError
+from regraft.report.batch_page import render_batch
+from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
+from regraft.report.json_schema import parse
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_bases(tmp_path)
+    make_library(tmp_path / "loras")
+    return tmp_path
+
+
+def test_the_batch_writes_what_port_writes_with_bad_files_among_good_ones(here: Path, run: Run) -> None:
+    (here / "loras" / "bad.safetensors").write_bytes(b"x" * 100)
+    shutil.copytree(here / "loras" / "a0", here / "loras" / "cut")
+    weights = here / "loras" / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ran = run("batch", "loras", "--from", "old.safetensors", "--to", "new.safetensors", "--out", "out", "--jobs", 2)
+    assert ran.code == 1
+    assert ran.err.count("\n") == 1 or "2 of 6 adapters failed" in ran.err
+    assert "Traceback" not in ran.err
+    assert "4 were carried over, 2 failed" in ran.out
+    rows = {row["name"]: row for row in lines(here / "out")}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        **dict.fromkeys(("a0", "a2", "sub/a1", "file.safetensors"), "ported"),
+        **dict.fromkeys(("bad.safetensors", "cut"), "failed"),
+    }
+    port = ("port", "--from", here / "old.safetensors", "--to", here / "new.safetensors", "--weights-only")
+    assert run(*port, "loras/sub/a1", "-o", "one").code == 0
+    assert contents(here / "one") == contents(here / "out" / "sub" / "a1")
+    assert (here / "out" / "results.html").is_file()
+
+
+def test_begun_again_nothing_is_done_twice_whatever_it_is_called(here: Path) -> None:
+    batch(["loras"], here / "out")
+    before = contents(here / "out")
+    times = {name: (here / "out" / name).stat().st_mtime_ns for name in before}
+    # Two adapters take each other's names, one gets a new one, one is changed.
+    for old, new in (("a0", "t"), ("a2", "a0"), ("t", "a2"), ("sub/a1", "b")):
+        os.rename(here / "loras" / old, here / "loras" / new)
+    config = here / "loras" / "b" / "adapter_config.json"
+    record = batch(["loras"], here / "out")
+    assert {row.name: row.reused for row in record.rows}["file.safetensors"]
+    assert {row.name: row.reused for row in record.rows}["b"]
+    after = contents(here / "out")
+    weights = "adapter_model.safetensors"
+    assert after[f"a0/{weights}"] == before[f"a2/{weights}"]
+    assert after[f"a2/{weights}"] == before[f"a0/{weights}"]
+    assert after[f"b/{weights}"] == before[f"sub/a1/{weights}"]
+    assert (here / "out" / "file.safetensors").stat().st_mtime_ns == times["file.safetensors"]
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 16}))
+    (here / "out" / "file.safetensors").write_bytes(b"spoilt")
+    record = batch(["loras"], here / "out")
+    assert {row.name for row in record.rows if not row.reused} == {"b", "file.safetensors"}
+    assert contents(here / "out")["file.safetensors"] == before["file.safetensors"]
+    # Another strength is another result.
+    record = batch(["loras"], here / "out", strength=0.5)
+    assert record.counts.reused == 0
+
+
+def test_pairs_and_options_by_row_each_pair_fitted_once(here: Path) -> None:
+    (here / "m.csv").write_text(
+        "adapter,to,method,strength\n"
+        "loras/a0,new.safetensors,lora-x,1\n"
+        "loras/a0,newer.safetensors,,1\n"
+        "loras/a2,new.safetensors,lora-x,0.5\n"
+        "loras/a2,unrelated.safetensors,,1\n"
+        "loras/a2,nowhere.safetensors,,1\n"
+    )
+    record = batch(["m.csv"], here / "out")
+    told = {(pair.target.rpartition("/")[2], pair.method, pair.rows, pair.shared) for pair in record.pairs}
+    assert told == {
+        ("new.safetensors", "lora-x", 2, True),
+        ("newer.safetensors", "copy", 1, True),
+        ("unrelated.safetensors", "copy", 1, True),
+        ("nowhere.safetensors", "auto", 1, False),
+    }
+    assert [row.status for row in record.rows] == ["failed", "refused", "ported", "ported", "ported"]
+    assert "no such file" in record.rows[0].reason
+    assert "nothing to do with each other" in record.rows[1].reason
+    assert len({name for row in record.rows for name in row.outputs}) == 3
+    with pytest.raises(RegraftError, match="no such file"):
+        batch(["loras"], here / "other", target="nowhere.safetensors")
+
+
+def test_check_forecasts_a_library_and_ports_nothing(here: Path, run: Run) -> None:
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors", "--jobs", 1)
+    ran = run("batch", "check", "loras", *pair, "--json", "--out", "out")
+    assert ran.code == 0
+    record = parse(BatchReport, ran.out)
+    assert record.summary == "Of your 4 LoRAs, 4 will survive the move."
+    assert {row.status for row in record.rows} == {"forecast"}
+    assert all(row.forecast is not None for row in record.rows)
+    assert contents(here / "out") == {}
+    assert len(lines(here / "out", "forecast")) == 4
+    assert run("batch", "check", *pair).code == 2
+
+
+def test_the_table_as_parquet_has_every_row(here: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    record = batch(["loras"], here / "out")
+    table = parquet.read_table(here / "out" / "results.parquet").to_pylist()
+    assert [row["name"] for row in table] == [row.name for row in record.rows]
+    assert table[0]["modules_ported"] == 9
+
+
+def test_output_folders_that_are_something_else_are_left_alone(here: Path) -> None:
+    with pytest.raises(UsageError, match="holds the adapters themselves"):
+        batch(["loras/a0"], here / "loras")
+    (here / "mine").mkdir()
+    (here / "mine" / "a0").write_text("of somebody else")
+    with pytest.raises(OutputError, match="other things"):
+        batch(["loras"], here / "mine")
+    assert (here / "mine" / "a0").read_text() == "of somebody else"
+
+
+def test_a_journal_with_a_cut_line_is_read_on(here: Path) -> None:
+    batch(["loras"], here / "out")
+    journal = here / "out" / "results.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-40])
+    assert batch(["loras"], here / "out").counts.reused == 3
+    assert batch(["loras"], here / "out").counts.reused == 4
+
+
+def test_names_and_reasons_of_strangers_are_text_on_the_page() -> None:
+    hostile = '<script>alert("x")</script>'
+    common = {"source": hostile, "target": "new", "key": "k"}
+    rows = [
+        BatchRow(
+            adapter="/a", name=f"{hostile}.safetensors", status="refused", reason=hostile, remedy=hostile, **common
+        ),
+        BatchRow(adapter="/b", name="b", status="ported", format=hostile, method=hostile, **common),
+    ]
+    record = BatchReport(
+        check=False,
+        summary=hostile,
+        counts={"rows": 2},
+        pairs=[BatchPair(source=hostile, target="/home/me/new", method=hostile, shared=True, note=hostile, rows=2)],
+        executor=hostile,
+        rows=rows,
+        seconds=1.0,
+    )
+    page = render_batch(record)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 8
+    assert "/home/me" not in page
+    assert page.index("Refused") < page.index("Survive")

@@ -1,0 +1,87 @@
+"""Ray and an object store, both the real ones: what comes out is what this machine's processes write to a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from library import batch, contents, lines, make_bases, make_library
+from running import Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_bases(tmp_path)
+    make_library(tmp_path / "loras")
+    return tmp_path
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """moto's server, spoken to by the protocol of S3."""
+    server_class = pytest.importorskip("moto.server").ThreadedMotoServer
+    s3fs = pytest.importorskip("s3fs")
+    server = server_class(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**settings, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem()
+    files.mkdir("bucket")
+    yield files
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_ray_writes_the_same_bytes(here: Path, run: Run) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        (here / "loras" / "bad.safetensors").write_bytes(b"x" * 100)
+        pair = ("--from", "old.safetensors", "--to", "new.safetensors")
+        ran = run("batch", "loras", *pair, "--out", "by-ray", "--ray", "auto")
+        assert ran.code == 1
+        assert "4 were carried over, 1 failed" in ran.out
+        assert "Ray, 2 processors" in ran.out
+        again = run("batch", "loras", *pair, "--out", "by-ray", "--ray", "auto")
+        assert "4 of them had been done before" in again.out
+    finally:
+        ray.shutdown()
+    batch(["loras"], here / "here")
+    assert contents(here / "by-ray") == contents(here / "here")
+
+
+def test_no_ray_is_told_in_one_line(here: Path, run: Run) -> None:
+    pytest.importorskip("ray")
+    ran = run("batch", "loras", "--from", "old.safetensors", "--to", "new.safetensors", "--out", "o", "--ray", "auto")
+    assert ran.code == 1
+    assert "no Ray at 'auto'" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_from_and_to_an_object_store(here: Path, store: Any, tmp_path: Path) -> None:
+    store.put(str(here / "loras"), "bucket/library", recursive=True)
+    store.pipe("bucket/library/bad.safetensors", b"x" * 100)
+    record = batch(["s3://bucket/library"], "s3://bucket/ported")
+    assert record.counts.ported == 4
+    assert record.counts.failed == 1
+    batch(["loras"], here / "here")
+    store.invalidate_cache()
+    store.get("bucket/ported/", str(tmp_path / "fetched") + "/", recursive=True)
+    assert contents(tmp_path / "fetched") == contents(here / "here")
+    assert {row["name"] for row in lines(tmp_path / "fetched")} == {row.name for row in record.rows}
+    assert not [name for name in store.find("bucket/ported") if "/.results" in name], "the journal is one file again"
+    store.mv("bucket/library/file.safetensors", "bucket/library/renamed.safetensors")
+    record = batch(["s3://bucket/library"], "s3://bucket/ported")
+    assert record.counts.reused == 4
+    store.invalidate_cache()
+    assert store.cat("bucket/ported/renamed.safetensors") == store.cat("bucket/ported/file.safetensors")
+    (here / "m.csv").write_text("adapter\ns3://bucket/library/a0\n")
+    assert batch(["m.csv"], here / "one").counts.ported == 1
