@@ -12,6 +12,7 @@ import regraft
 from regraft.filehash import file_hashes
 from regraft.methods import methods
 from regraft.methods.task import Running
+from regraft.pairing import names_of
 
 CATEGORY = "loaders/regraft"
 #: Of the host's folders, those that hold bases.
@@ -128,7 +129,7 @@ class CheckLora:
         """
         try:
             old, new = (regraft.open_base(_path(name, *BASES)) for name in (old_base, new_base))
-            adapter = regraft.load_adapter(_path(lora, "loras"), names=_modules(old))
+            adapter = regraft.load_adapter(_path(lora, "loras"), names=names_of(old))
             record = regraft.check(adapter, old, new, deep=deep)
         except regraft.RegraftError as error:
             raise RuntimeError(str(error)) from error
@@ -159,7 +160,7 @@ def ported(source: Path, old: Path, new: Path, method: str, *, force: bool) -> t
     beside = file.with_suffix(".txt")
     if file.is_file() and beside.is_file():
         return file, beside.read_text(encoding="utf-8")
-    adapter = regraft.load_adapter(source, names=_modules(first))
+    adapter = regraft.load_adapter(source, names=names_of(first))
     result = regraft.port(
         adapter, first, second, method, settings=regraft.Settings(force=force, running=Running(weights_only=True))
     )
@@ -168,10 +169,6 @@ def ported(source: Path, old: Path, new: Path, method: str, *, force: bool) -> t
     result.save(file, overwrite=True)
     beside.write_text(said, encoding="utf-8")
     return file, said
-
-
-def _modules(base: regraft.Base) -> dict[str, tuple[str, ...]]:
-    return {component: tuple(base.modules(component)) for component in base.components}
 
 
 NODE_CLASS_MAPPINGS = {"RegraftPortLora": PortLora, "RegraftCheckLora": CheckLora}

@@ -23,6 +23,7 @@ from regraft.migration import Migration
 from regraft.migration_file import load_migration
 from regraft.migrations.base_id import base_id
 from regraft.migrations.recognise import recognise
+from regraft.pairing import names_of
 from regraft.port import apply_migration, port
 from regraft.tensors import InMemory, TensorRef
 from regraft.updates import LowRank
@@ -158,8 +159,7 @@ def _carried(
     force: bool,
 ) -> Adapter:
     """The adapter for the new base, or the very same where it is for it already."""
-    names = {component: tuple(new.modules(component)) for component in new.components}
-    read = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter), names=names)
+    read = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter), names=names_of(new))
     lineage = lineage_of(read)
     if lineage is not None and _is(new, BaseId.model_validate(lineage["base"]), read):
         _log.info("%s was made for these weights", read.path or "the adapter")

@@ -36,6 +36,11 @@ class Named(Protocol):
         ...
 
 
+def names_of(named: Named) -> dict[str, tuple[str, ...]]:
+    """Module names of a base or migration by component, to un-flatten underscored names by."""
+    return {component: tuple(named.modules(component)) for component in named.components}
+
+
 @dataclass(frozen=True)
 class Counterpart:
     """A module's answer in the other base.

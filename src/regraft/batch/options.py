@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from regraft import asked as o
 from regraft.adapter import Adapter
 from regraft.carry import Settings
-from regraft.cli import _options as o
 from regraft.errors import UsageError
 from regraft.formats import get_format
 from regraft.methods.task import Running

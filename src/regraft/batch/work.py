@@ -12,16 +12,16 @@ from time import perf_counter
 from typing import Any
 
 from regraft._version import __version__
-from regraft.adapter import Adapter
+from regraft.adapter import MODEL, Adapter
 from regraft.batch.pairs import Fitted, OpenPair
 from regraft.batch.places import digest, fetch, is_url, path_of, place
 from regraft.batch.rows import Row
 from regraft.check import check_migration
-from regraft.cli import _options as o
 from regraft.errors import Refused, RegraftError, first_line
 from regraft.experts import experts, labelled
 from regraft.formats import Written, load_adapter, open_adapter_file, rendered
 from regraft.output import write_whole
+from regraft.pairing import names_of
 from regraft.port import apply_migration
 from regraft.prepare import check_understood
 from regraft.report.batch_schema import BatchRow
@@ -86,7 +86,7 @@ class _Job:
             if known is not None:
                 return known
             pair = _opened(self.fitted)
-            adapter = load_adapter(local, names=o.names_of(pair.old), base_config=o.config_of(pair.old))
+            adapter = load_adapter(local, names=names_of(pair.old), base_config=pair.old.configs.get(MODEL))
             self.found["format"] = adapter.format
             return self._forecast(adapter, pair) if self.fitted.check else self._port(adapter, pair, stage)
 
