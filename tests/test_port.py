@@ -53,9 +53,10 @@ def test_equal_bases_give_the_same_update_where_the_rule_makes_it_so(
 ) -> None:
     adapter = lora(state, roles=("q_proj", "v_proj"))
     old, new = base_of(state, tmp_path / "old.safetensors"), base_of(state, tmp_path / "new.safetensors")
-    ported = port(adapter, old, new, method, **FULL_RANK[method]).adapter
+    # Single precision comes to 1.3e-5 on some processors.
+    ported = port(adapter, old, new, method, dtype=torch.float64, **FULL_RANK[method]).adapter
     for ref, delta in deltas(adapter).items():
-        assert relative_error(deltas(ported)[ref], delta) < 5e-5
+        assert relative_error(deltas(ported)[ref], delta) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["lora-x", "prolora"])

@@ -14,6 +14,7 @@ import torch
 from regraft._version import __version__
 from regraft.cache import cache_folder
 from regraft.report.doctor_schema import Device, DoctorReport, Package, VerbNeeds
+from regraft.runtime.room import fast_half
 
 _RUN = ("accelerate", "diffusers", "peft", "transformers")
 #: Packages that are not needed by all verbs → what they are for, and how to get them.
@@ -86,7 +87,7 @@ def _verb(verb: str, needs: tuple[str, ...], part: str, lacking: set[str]) -> Ve
 
 
 def _devices() -> list[Device]:
-    found = [Device(name="cpu", description=platform.processor() or platform.machine(), bfloat16=_fast_half())]
+    found = [Device(name="cpu", description=platform.processor() or platform.machine(), bfloat16=fast_half())]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)
@@ -101,12 +102,6 @@ def _devices() -> list[Device]:
     if torch.backends.mps.is_available():
         found.append(Device(name="mps", description="Apple's GPU", bfloat16=True))
     return found
-
-
-def _fast_half() -> bool:
-    """Elsewhere it is emulated, many times slower than float32."""
-    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(bool(getattr(torch.cpu, name)()) for name in known if hasattr(torch.cpu, name))
 
 
 def _size(folder: Path) -> int:

@@ -13,12 +13,12 @@ from bridge import drawing
 from regraft.base import open_base
 from regraft.bridge.guided import Prompted
 from regraft.bridge.levels import Levels
-from regraft.bridge.x_adapter import pipeline as x_adapter
 from regraft.bridge.x_adapter.files import load_mapper, save_mapper
 from regraft.bridge.x_adapter.lesson import BridgeLesson, PairedPictures
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.pairing import mapper_config
 from regraft.bridge.x_adapter.pipeline import BridgePipeline
+from regraft.bridge.x_adapter.sampling import Sampling
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.bridge.x_adapter.training import Averaged, _split, paired_pictures, state_file, train_mapper
 from regraft.bridge.x_adapter.variety import varied
@@ -110,9 +110,9 @@ def test_the_old_base_draws_what_its_own_sampler_draws(
 ) -> None:
     """The new base's levels are the old one's here, so that its steps are those of its pipeline's DDIM."""
     seen: list[torch.Tensor] = []
-    alone = x_adapter._Run._alone
+    alone = Sampling._alone
     monkeypatch.setattr(
-        x_adapter._Run, "_alone", lambda self, *given: seen.append(alone(self, *given)[1]) or (seen[-1], seen[-1])
+        Sampling, "_alone", lambda self, *given: seen.append(alone(self, *given)[1]) or (seen[-1], seen[-1])
     )
     bridge = BridgePipeline(*pair, Mapper(mapper_config(*pair)))
     for adapter in (None, tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0)):
@@ -136,7 +136,7 @@ def test_the_first_picture_of_the_new_base_is_the_old_ones_under_noise(
         drawing.flow(tmp_path / "f"),
     ):
         begun: list[Any] = []
-        begin = x_adapter._Run._begin
+        begin = Sampling._begin
 
         def keep(self: Any, picture: Any, times: Any, alone: int, begin: Any = begin, begun: Any = begun) -> Any:
             state = begin(self, picture, times, alone)
@@ -145,7 +145,7 @@ def test_the_first_picture_of_the_new_base_is_the_old_ones_under_noise(
             begun.append((self, picture, times[alone], scaled))
             return state
 
-        monkeypatch.setattr(x_adapter._Run, "_begin", keep)
+        monkeypatch.setattr(Sampling, "_begin", keep)
         _drawn(BridgePipeline(pair[0], new, Mapper(mapper_config(pair[0], new, 2))), start=0.6)
         run, picture, time, scaled = begun[0]
         assert float(time) <= 0.6 * 1000
@@ -171,7 +171,7 @@ def test_the_reader_hears_of_plug_ins_only_where_it_is_to(pair: tuple[Loaded, Lo
     clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     found: dict[tuple[str, bool], Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(x_adapter._Run, "_alone", lambda self, ratios, steps: (clean, clean))
+        patch.setattr(Sampling, "_alone", lambda self, ratios, steps: (clean, clean))
         for adapter in (None, tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0)):
             if adapter is not None:
                 bridge.load_lora_weights(adapter)

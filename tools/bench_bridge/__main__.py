@@ -42,13 +42,14 @@ from regraft._version import __version__
 from regraft.bench import diffusion_art as art
 from regraft.bench.diffusion_judge import trained_judge
 from regraft.bench.diffusion_score import through_autoencoder
-from regraft.bench.diffusion_train import Workshop, fast_half
+from regraft.bench.diffusion_train import Workshop
 from regraft.bridge.control import Control, controlled
 from regraft.bridge.delta import DeltaPipeline
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.runtime import quiet_libraries
+from regraft.runtime.room import fast_half
 
 STYLES = (DEMO, "woodcut")
 TRAINED = MapperSettings(

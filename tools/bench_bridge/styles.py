@@ -17,9 +17,11 @@ from regraft.adapter import Adapter
 from regraft.base import open_base
 from regraft.bench import diffusion_art as art
 from regraft.bench.diffusion_judge import Judge, look_number, style_share
+from regraft.bench.diffusion_models import plain_attention
 from regraft.bench.diffusion_recipes import ADAPTERS
 from regraft.bench.diffusion_train import Workshop
 from regraft.bridge.delta import DeltaPipeline, Strength
+from regraft.bridge.guided import Prompted
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.bridge.x_adapter.settings import MapperSettings
@@ -133,8 +135,6 @@ class Case:
             given = torch.from_numpy(self.teacher()).permute(0, 3, 1, 2) * 2 - 1
             space, pipeline = Latents(self.bench.new), self.bench.new.pipeline
             clean = space.encode(given)
-            from regraft.bridge.guided import Prompted
-
             side = Prompted.of(self.bench.new, PROMPTS, None, GUIDANCE, clean.shape[2:], STEPS)
             scheduler = pipeline.scheduler
             times = [time for time in scheduler.timesteps if float(time) <= start * space.steps]
@@ -165,8 +165,6 @@ def timed(make: Callable[[], Pictures]) -> tuple[Pictures, float]:
 
 
 def _quick(model: Loaded) -> Loaded:
-    from regraft.bench.diffusion_models import plain_attention
-
     plain_attention(model.main)
     return model
 

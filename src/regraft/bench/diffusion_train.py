@@ -34,6 +34,7 @@ from regraft.bench.resume import Checkpoints, cosine_rate, step_generator
 from regraft.demo import data_folder
 from regraft.runtime import quiet_libraries
 from regraft.runtime.libraries import library
+from regraft.runtime.room import fast_half
 from regraft.training.kinds import settle
 
 BATCH, LORA_BATCH, SAVE_EVERY = 32, 16, 150
@@ -87,11 +88,6 @@ class Workshop:
 def mixed() -> AbstractContextManager[Any]:
     """bfloat16 where the processor has it: elsewhere it is emulated, many times slower than float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=fast_half())
-
-
-def fast_half() -> bool:
-    """Whether the processor computes in bfloat16."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def train_base(name: str, shop: Workshop) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError
-from regraft.probes.diffusion import Call, Enough, recording, sample_latents
+from regraft.probes.diffusion import Call, Enough, first_argument, recording, sample_latents
 from regraft.runtime.load import Loaded
 
 
@@ -95,8 +95,3 @@ class Prompted:
             return found.to(z.device)
         without, prompted = found.chunk(2)
         return (without + self.guidance * (prompted - without)).to(z.device)
-
-
-def first_argument(model: Loaded) -> str:
-    """The denoiser's argument that holds the latents."""
-    return next(iter(inspect.signature(model.main.forward).parameters))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.probes.text import longest
+from regraft.probes.text import longest, text_config
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
 
@@ -52,7 +52,7 @@ class Passes:
         self.models = models
         self._accepts = set(inspect.signature(models[0].main.forward).parameters)
         self._caches = "past_key_values" in self._accepts
-        self._slides = getattr(_text_config(models[0]), "sliding_window", None) is not None
+        self._slides = getattr(text_config(models[0]), "sliding_window", None) is not None
         self._read = _Read()
 
     def reset(self) -> None:
@@ -138,12 +138,6 @@ class Passes:
                 break
         # The last token is always read: its logits are asked for.
         return best, min(most, len(row) - 1)
-
-
-def _text_config(model: Loaded) -> Any:
-    """Of a model that reads pictures, too, what its language model is made by."""
-    config = model.main.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _aligned(

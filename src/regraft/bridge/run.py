@@ -18,7 +18,8 @@ from regraft.base import Base
 from regraft.bridge.control import load_controlnet
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
-from regraft.bridge.x_adapter.pipeline import START, Reading
+from regraft.bridge.x_adapter.pipeline import START
+from regraft.bridge.x_adapter.sampling import Reading
 from regraft.errors import InputError, UsageError, first_line, reading
 from regraft.output import check_writable, readable, whole, write_text
 from regraft.probes.pictures import Images, png
@@ -48,7 +49,7 @@ class BridgeSettings:
         mapper: of `regraft bridge train`, to bridge pictures by; None for delta sampling.
         start: with a mapper, share of the schedule at which the new base joins.
         lead: with a mapper, share of the new base's noise that the old one's states have; None for its default.
-        reading: with a mapper, see `regraft.bridge.x_adapter.pipeline.Reading`.
+        reading: with a mapper, see `regraft.bridge.x_adapter.sampling.Reading`.
         new_prompt: with a mapper, for the new base.
         new_guidance: with a mapper, guidance of the new base.
         controlnet: folder of a ControlNet for the old base.

@@ -57,6 +57,10 @@ __all__ = [
     "wanted_rank",
 ]
 
+#: What a training may hold its base in, and make its passes in (as accelerate names it).
+BASE_DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("no", "fp16", "bf16")
+
 AdapterArgument = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="The LoRA: a file, a PEFT folder, or its hub id.")
 ]
@@ -128,6 +132,8 @@ Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Save memory by computing activations twice.")
 ]
 Optimizer = Annotated[str, typer.Option("--optimizer", metavar="adamw|adamw8bit")]
+BaseDtype = Annotated[str, typer.Option("--dtype", metavar="|".join(BASE_DTYPES), help="Of what is trained on.")]
+Precision = Annotated[str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="Of the training's passes.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was stopped.")]
 
 SavedMigration = Annotated[

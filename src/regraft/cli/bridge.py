@@ -10,7 +10,7 @@ import typer
 from regraft.base import open_base
 from regraft.bridge.run import BridgeSettings, run_bridge
 from regraft.bridge.x_adapter.mapper import Fusion
-from regraft.bridge.x_adapter.pipeline import Reading
+from regraft.bridge.x_adapter.sampling import Reading
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.bridge.x_adapter.training import state_file, train_mapper
 from regraft.cli import _options as o
@@ -206,10 +206,8 @@ def train(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of first values, pictures, order and noise.")] = 0,
     config: o.Config = None,
     device: o.Device = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Of the bases.")
-    ] = "float32",
-    precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the passes.")] = "no",
+    dtype: o.BaseDtype = "float32",
+    precision: o.Precision = "no",
     checkpointing: o.Checkpointing = False,
     optimizer: o.Optimizer = "adamw",
     threads: o.Threads = None,
@@ -250,8 +248,8 @@ def train(
         budget=o.seconds(budget),
         config=config,
         device=device,
-        dtype=o.one_of(dtype, "--dtype", ("float32", "bfloat16", "float16")),
-        precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        dtype=o.one_of(dtype, "--dtype", o.BASE_DTYPES),
+        precision=o.one_of(precision, "--precision", o.PRECISIONS),
         checkpointing=checkpointing,
         optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
     )

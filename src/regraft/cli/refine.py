@@ -94,9 +94,7 @@ def refine(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs and order.")] = 0,
     config: o.Config = None,
     device: o.Device = "cpu",
-    precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the student's passes.")] = (
-        "no"
-    ),
+    precision: o.Precision = "no",
     quantize: Annotated[
         str, typer.Option("--quantize", metavar="none|4bit|8bit", help="Of the new base, while its adapter is trained.")
     ] = "none",
@@ -152,7 +150,7 @@ def refine(
         targets=tuple(targets or ()),
         config=config,
         device=device,
-        precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        precision=o.one_of(precision, "--precision", o.PRECISIONS),
         quantize=o.one_of(quantize, "--quantize", get_args(Quantize)),
         low_memory=low_memory,
         checkpointing=checkpointing,

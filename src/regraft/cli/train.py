@@ -100,8 +100,8 @@ def train(
     ] = 0,
     config: o.Config = None,
     device: o.Device = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Of the base.")] = "float32",
-    precision: Annotated[str, typer.Option("--precision", metavar="no|fp16|bf16", help="Of the passes.")] = "no",
+    dtype: o.BaseDtype = "float32",
+    precision: o.Precision = "no",
     quantize: Annotated[
         str, typer.Option("--quantize", metavar="none|4bit|8bit", help="Of the base while it is trained on (QLoRA).")
     ] = "none",
@@ -143,8 +143,8 @@ def train(
         budget=o.seconds(budget),
         config=config,
         device=device,
-        dtype=o.one_of(dtype, "--dtype", ("float32", "bfloat16", "float16")),
-        precision=o.one_of(precision, "--precision", ("no", "fp16", "bf16")),
+        dtype=o.one_of(dtype, "--dtype", o.BASE_DTYPES),
+        precision=o.one_of(precision, "--precision", o.PRECISIONS),
         quantize=o.one_of(quantize, "--quantize", get_args(Quantize)),
         checkpointing=checkpointing,
         optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from regraft.probes.diffusion import (
     STATES,
     STEPS,
     Call,
+    first_argument,
     first_call,
     made_up,
     noise_states,
@@ -154,7 +154,7 @@ def _drawn(model: Loaded, texts: list[str], seed: int, maker: Maker, most: int) 
     calls: list[Call] = []
     with recording(model.main, calls):
         sample_latents(model, texts, seed, guidance_scale=1.0 if "" in texts and len(texts) == 1 else None)
-    name = next(iter(inspect.signature(model.main.forward).parameters))
+    name = first_argument(model)
     spread = torch.linspace(0, len(calls) - 1, STATES).round().int().tolist()
     n = len(texts)
     x = torch.cat([calls[i][name][-n:] for i in spread]).float().cpu()

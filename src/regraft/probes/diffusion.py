@@ -249,9 +249,14 @@ def sample_latents(
     return getattr(made, "images", made)
 
 
+def first_argument(model: Loaded) -> str:
+    """The denoiser's argument that holds the latents; PEFT leaves the signature of what it changes as it is."""
+    return next(iter(inspect.signature(model.main.forward).parameters))
+
+
 def _state(model: Loaded, call: Call) -> Call:
     """Latents and timestep of one row; with guidance the rows are alike in them."""
-    latents = next(iter(inspect.signature(model.main.forward).parameters))
+    latents = first_argument(model)
     time = call["timestep"]
     return {latents: call[latents][-1:], "timestep": time[-1:] if isinstance(time, Tensor) and time.dim() else time}
 

@@ -179,12 +179,15 @@ def vocabulary_of(model: Loaded) -> int:
     return int(model.main.get_input_embeddings().weight.shape[0])
 
 
+def text_config(model: Loaded) -> Any:
+    """What a model reads texts by; of one that reads pictures, too, its language model's."""
+    config = model.main.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def longest(model: Loaded, wanted: int) -> int:
     """The wanted number of tokens, or what the model can read at most."""
-    config = model.main.config
-    if hasattr(config, "get_text_config"):
-        # Of a model that reads pictures, too, its language model's.
-        config = config.get_text_config()
+    config = text_config(model)
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # RoBERTa's positions begin at its padding index + 1: two of them are never used.
     return min([wanted, *(limit - 2 for limit in limits if isinstance(limit, int) and limit > 2)])

@@ -11,7 +11,7 @@ from typing import Literal
 
 from regraft.adapter import Adapter
 from regraft.base import Base
-from regraft.bridge.x_adapter.files import load_mapper
+from regraft.bridge.x_adapter.files import check_mapper
 from regraft.errors import InputError
 from regraft.lineage import KEY, dumped, lineage_of
 from regraft.metadata import with_ranks
@@ -101,7 +101,7 @@ def refine(
     check_quantiser(settings.quantize)
     if settings.mapper is not None:
         # Before anything is loaded: it may be for other bases.
-        load_mapper(settings.mapper, old, new)
+        check_mapper(settings.mapper, old, new)
     strip = strip or Strip(0)
     # The start that looks at outputs would hold both models on the device.
     apart = settings.low_memory and settings.device != "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from regraft.adapter import Adapter
 from regraft.errors import InputError
 from regraft.probes.batches import Batch, Batches, Maker
-from regraft.probes.diffusion import noise_plan, prompts_for, reads_prompts, sample_latents
+from regraft.probes.diffusion import first_argument, noise_plan, prompts_for, reads_prompts, sample_latents
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.aims import Aim
 from regraft.refine.pictures import PreparedBatch
@@ -237,7 +236,7 @@ def _noised(
     states, target = alpha * clean[which] + sigma * noise, space.target(clean[which], noise, times)
     n = len(which)
     order = torch.randperm(n, generator=generator) if mixed else torch.arange(n)
-    name = next(iter(inspect.signature(model.main.forward).parameters))
+    name = first_argument(model)
     return [
         PictureBatch(
             (name, states[part]), times[part], tuple(prompts[int(i)] for i in part), maker, seed,

@@ -1,4 +1,4 @@
-"""Whether models fit into memory, told before they are loaded."""
+"""What a machine has room and speed for, told before models are loaded."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def needed(bases: Sequence[Base], each: int = _BYTES) -> int:
     """Bytes that the weights of some bases take when they are loaded, with so many for each number."""
     shapes = (ref.shape for base in bases for part in base.components.values() for ref in part.values())
     return sum(prod(shape) for shape in shapes) * each
+
+
+def fast_half() -> bool:
+    """Whether the processor computes in bfloat16; elsewhere that is emulated, many times slower than float32."""
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name)()) for name in known if hasattr(torch.cpu, name))
 
 
 def free_bytes(device: str) -> int:

@@ -141,7 +141,7 @@ def train(
         steps=course.looks[-1].step,
         stopped=course.stopped,
         unkept=course.unkept,
-        looks=_rows(course),
+        looks=rows_of(course),
         notes=[*notes, *told],
         seconds=perf_counter() - began,
         peak_mb=peak_mb(),
@@ -282,5 +282,6 @@ def _before(tuned: Any, settings: TrainSettings) -> Iterator[Path | None]:
         yield Path(place)
 
 
-def _rows(course: Course) -> list[TrainLook]:
+def rows_of(course: Course) -> list[TrainLook]:
+    """The looks of a training as records have them."""
     return [TrainLook(step=look.step, loss=look.loss, held=look.held, seconds=look.seconds) for look in course.looks]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.probes.batches_diffusion import DiffusionBatch
+from regraft.probes.diffusion import first_argument
 from regraft.runtime.latents import Latents, predicted
 from regraft.runtime.load import Loaded
 from regraft.training.picture_data import Pictures
@@ -157,8 +157,7 @@ def denoising_loss(model: Loaded, clean: Tensor, captions: Sequence[str], genera
     noise = torch.randn(clean.shape, generator=generator)
     times = drawn_times(model, len(clean), space.steps, generator)
     alpha, sigma = space.levels(times)
-    # PEFT leaves the class, and so the signature, of what it changes as it is.
-    name = next(iter(inspect.signature(model.main.forward).parameters))
+    name = first_argument(model)
     batch = DiffusionBatch((name, alpha * clean + sigma * noise), times, tuple(captions), "given")
     prediction = batch.predict(model, batch.conditions(model))
     wanted = space.target(clean, noise, times).to(prediction.device)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from regraft._version import __version__
 from regraft.base import Base
@@ -82,10 +81,27 @@ def load_mapper(file: Path, old: Base | None = None, new: Base | None = None) ->
         InputError: it is no mapper, or damaged.
         Refused: it was made for other bases.
     """
+    mapper, tensors = _described(file, old, new)
+    mapper.load_state_dict(
+        {name: tensors[name].load().to(value.dtype) for name, value in mapper.state_dict().items()}, assign=True
+    )
+    return mapper
+
+
+def check_mapper(file: Path, old: Base, new: Base) -> None:
+    """Fail as `load_mapper` does, by the header alone, before anything large is loaded.
+
+    Raises:
+        InputError: it is no mapper, or damaged.
+        Refused: it was made for other bases.
+    """
+    _described(file, old, new)
+
+
+def _described(file: Path, old: Base | None, new: Base | None) -> tuple[Mapper, Mapping[str, TensorRef]]:
+    """A mapper without values, and the tensors that hold them, all there and of its shapes."""
     if file.suffix.lower() in TORCH_SUFFIXES:
-        with torch.device("meta"):
-            released = Mapper(RELEASED)
-        return _filled(released, _from_released(read_torch(file).tensors, file), file)
+        return _matching(_empty(RELEASED), _from_released(read_torch(file).tensors, file), file)
     read = read_safetensors(file)
     if KEY not in read.metadata:
         remedy = "Give a file of `regraft bridge train`, or the released X_Adapter_v1.bin."
@@ -94,15 +110,13 @@ def load_mapper(file: Path, old: Base | None = None, new: Base | None = None) ->
         header = json.loads(read.metadata[KEY])
         config = MapperConfig.from_json(header["config"])
         ids = BaseId.model_validate(header["source"]), BaseId.model_validate(header["target"])
-        # Without memory, until the file is known to hold what its header promises.
-        with torch.device("meta"):
-            mapper = Mapper(config)
+        mapper = _empty(config)
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, ValidationError, InputError) as error:
         raise InputError("has a damaged header", file=file, remedy="Train it again.") from error
     for which, base, made_for in (("old", old, ids[0]), ("new", new, ids[1])):
         if base is not None:
             _check_base(file, which, base, made_for)
-    return _filled(mapper, read.tensors, file)
+    return _matching(mapper, read.tensors, file)
 
 
 def _check_base(file: Path, which: str, base: Base, made_for: BaseId) -> None:
@@ -116,18 +130,21 @@ def _check_base(file: Path, which: str, base: Base, made_for: BaseId) -> None:
         )
 
 
-def _filled(mapper: Mapper, tensors: Mapping[str, TensorRef], file: Path) -> Mapper:
-    wanted: dict[str, Tensor] = mapper.state_dict()
-    for name, tensor in wanted.items():
+def _empty(config: MapperConfig) -> Mapper:
+    """Without memory, until the file is known to hold what its header promises."""
+    with torch.device("meta"):
+        return Mapper(config)
+
+
+def _matching(mapper: Mapper, tensors: Mapping[str, TensorRef], file: Path) -> tuple[Mapper, Mapping[str, TensorRef]]:
+    """Both, where each value of the mapper is among the tensors."""
+    for name, tensor in mapper.state_dict().items():
         if name not in tensors:
             raise InputError("is missing", file=file, key=name, remedy="Is it a whole mapper? Get it again.")
         if tuple(tensors[name].shape) != tuple(tensor.shape):
             what = f"has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
             raise InputError(what, file=file, key=name, remedy="Is it a mapper of this kind? Get it again.")
-    mapper.load_state_dict(
-        {name: tensors[name].load().to(tensor.dtype) for name, tensor in wanted.items()}, assign=True
-    )
-    return mapper
+    return mapper, tensors
 
 
 def _from_released(tensors: Mapping[str, TensorRef], file: Path) -> dict[str, TensorRef]:

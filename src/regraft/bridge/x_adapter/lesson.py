@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.bridge.guided import Prompted, first_argument
+from regraft.bridge.guided import Prompted
 from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.places import Change, changed, heard
 from regraft.probes.batches_diffusion import DiffusionBatch
+from regraft.probes.diffusion import first_argument
 from regraft.runtime.latents import Latents
 from regraft.runtime.load import Loaded
 from regraft.training.lessons import drawn_times

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.bridge.latent_spaces import own_shape
 from regraft.errors import InputError
 from regraft.probes.diffusion import first_call
 from regraft.runtime.load import Loaded
@@ -48,10 +49,7 @@ def places_of(model: Loaded) -> list[Place]:
     Raises:
         InputError: it is neither, or its blocks give no maps.
     """
-    config = model.main.config
-    size = getattr(config, "sample_size", None) or 64
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, int(getattr(config, "in_channels", 4)), int(height), int(width))
+    shape = (1, int(getattr(model.main.config, "in_channels", 4)), *own_shape(model))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         call = first_call(model, [""], noise)

@@ -29,11 +29,11 @@ from regraft.output import check_writable, undisturbed
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.drawn import check_pipelines, draw_pictures
 from regraft.report.bridge_schema import BridgeTrainReport, MapperLevel
-from regraft.report.train_schema import TrainLook
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import quiet_libraries
 from regraft.runtime.training_state import keep, kept_file, taken_up
+from regraft.training import rows_of
 from regraft.training.lessons import split
 from regraft.training.loop import Heard, Look, run
 from regraft.training.picture_data import pixel_groups, read_captions
@@ -145,7 +145,7 @@ def train_mapper(
         steps=course.looks[-1].step,
         stopped=course.stopped,
         unkept=course.unkept,
-        looks=[TrainLook(step=k.step, loss=k.loss, held=k.held, seconds=k.seconds) for k in course.looks],
+        looks=rows_of(course),
         seconds=perf_counter() - began,
         peak_mb=peak_mb(),
     )
