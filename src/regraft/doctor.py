@@ -26,6 +26,7 @@ _PACKAGES = {
     "pyarrow": ("parquet tables of a batch", "pip install 'regraft[batch]'"),
     "fsspec": ("batches from and to object stores; s3:// needs s3fs, too", "pip install 'regraft[batch]'"),
     "cairosvg": ("the benchmark's pictures", "pip install 'regraft[bench]'"),
+    "gradio": ("the page in the browser", "pip install 'regraft[ui]'"),
 }
 #: Verbs → the packages without which they can't do anything, or can't do a part of it.
 _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -41,6 +42,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "bridge": (_RUN, ""),
     "demo": (_RUN, ""),
     "bench": ((*_RUN, "cairosvg"), ""),
+    "ui": ((*_RUN, "gradio"), ""),
 }
 # Tools outside of Python.
 _TOOLS = {"npm": "the benchmark fetches its pictures by it"}

@@ -14,7 +14,7 @@ import typer
 
 from regraft._version import __version__
 from regraft.cli._sink import fail, prepare_terminal
-from regraft.errors import RegraftError, first_line
+from regraft.errors import RegraftError
 
 #: In the order in which ``--help`` lists them; each is a module of this package with a function of the same name.
 VERBS = (
@@ -41,6 +41,7 @@ VERBS = (
     "migration",
     "cache",
     "doctor",
+    "ui",
     "bench",
 )
 
@@ -104,22 +105,6 @@ def register() -> typer.Typer:
     return app
 
 
-_NO_MEMORY = "not enough memory for this; close other programs, or leave modules out with --exclude"
-
-
-def _said_of_torch(error: RuntimeError) -> str | None:
-    """One line for an error of torch that a user can do something about; None for any other, which is a bug."""
-    # Imported here: `regraft --version` needs no torch.
-    import torch
-
-    # On the CPU it is a bare RuntimeError, known by its words alone.
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return _NO_MEMORY
-    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # public, by torch's docs
-        return f"the weights could not be decomposed ({first_line(error)}): is a base damaged? --exclude leaves it out"
-    return None
-
-
 def main() -> None:
     """Console script: run the app; an error becomes one line and its exit code, never a traceback."""
     prepare_terminal()
@@ -133,10 +118,11 @@ def main() -> None:
         fail(str(error), error.exit_code)
     except (KeyboardInterrupt, Interrupted):
         fail("interrupted: nothing is half-written", 130)
-    except MemoryError:
-        fail(_NO_MEMORY, 1)
-    except RuntimeError as error:
-        line = _said_of_torch(error)
+    except (MemoryError, RuntimeError) as error:
+        # Imported here: `regraft --version` needs no torch.
+        from regraft.hardware import said_of
+
+        line = said_of(error)
         if line is None:
             raise
         fail(line, 1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from regraft.adapter import MODEL
@@ -31,8 +29,9 @@ from regraft.asked import (
     wanted_rank,
 )
 from regraft.base import Base, open_base
-from regraft.errors import RegraftError, UsageError
-from regraft.hub import hub_id_of
+from regraft.errors import UsageError
+from regraft.hardware import free_processors, use_hardware
+from regraft.hub import runnable
 from regraft.pairing import names_of
 
 # Those of the modules above that every verb takes from here, beside what is defined below.
@@ -43,17 +42,20 @@ __all__ = [
     "block_strengths",
     "dtype",
     "finite",
+    "free_processors",
     "method_options",
     "names_of",
     "number_or_share",
     "number_or_word",
     "one_of",
     "pull",
+    "runnable",
     "running",
     "seconds",
     "selection",
     "share",
     "texts",
+    "use_hardware",
     "wanted_rank",
 ]
 
@@ -160,48 +162,6 @@ def open_bases(old: Path | None, new: Path | None, *, whole: bool = True) -> tup
     return (open_base(old, whole=whole) if old is not None else None), open_base(new, whole=whole)
 
 
-def runnable(path: Path) -> Path:
-    """The path itself, or where a model on the hub was downloaded to with all that it needs to run."""
-    hub_id = hub_id_of(path)
-    if hub_id is None:
-        return path
-    from regraft.hub.repository import download_runnable
-
-    return download_runnable(hub_id)
-
-
 def config_of(base: object) -> Mapping[str, Any] | None:
     """``config.json`` of a base that is one model alone; a migration has none."""
     return base.configs.get(MODEL) if isinstance(base, Base) else None
-
-
-def use_hardware(device: str, compute: str, threads: int | None) -> dict[str, Any]:
-    """Check ``--device`` and ``--dtype``, set the thread count, and return what the methods are to compute with.
-
-    Two programs with a thread for every core spin each other to a standstill: by default the threads are the
-    processors that other programs leave free.
-
-    Raises:
-        UsageError: no such device here, or a dtype that can't be computed in.
-    """
-    if device not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {device!r} is not known", remedy="Known: cpu, cuda, mps.")
-    if (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise RegraftError(f"this machine (or its torch) has no {device} device", remedy="Leave --device out.")
-    if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = free_processors()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    known = {"float32": torch.float32, "float64": torch.float64}
-    if compute not in known:
-        raise UsageError(f"--dtype {compute!r} is not known", remedy=f"Known: {', '.join(known)}.")
-    return {"device": device, "dtype": known[compute]}
-
-
-def free_processors() -> int:
-    """Processors of this process that others leave free, by the load of the last minute; at least 1."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, mine - round(load))

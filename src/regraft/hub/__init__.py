@@ -67,6 +67,16 @@ def names_repository(text: str) -> bool:
     return match is not None and match["revision"] is None and match["file"] is None and ".." not in text
 
 
+def runnable(path: Path) -> Path:
+    """The path itself, or where a model on the hub was downloaded to with all that it needs to run."""
+    hub_id = hub_id_of(path)
+    if hub_id is None:
+        return path
+    from regraft.hub.repository import download_runnable
+
+    return download_runnable(hub_id)
+
+
 def fetch_ahead(refs: Iterable[TensorRef]) -> None:
     """Fetch those of these tensors that lie on the hub, all at once, so that loading them one by one is quick."""
     # Where that module was not loaded, no tensor can lie on the hub.

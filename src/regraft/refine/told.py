@@ -64,7 +64,7 @@ def report_of(
         unkept=course.unkept or unkept,
         recovered=best.recovered,
         beside=list(beside),
-        looks=[_look_row(look, seconds(look)) for look in course.looks],
+        looks=[look_row(look, seconds(look)) for look in course.looks],
         summary=_summary(start[0], course),
         trained=trained,
         modules=modules,
@@ -84,7 +84,7 @@ def _summary(start: str, course: Course) -> str:
     return f"From {before.recovered:.0%} ({start}) to {after.recovered:.0%} of what is wanted, in {after.step} steps."
 
 
-def _look_row(look: Look, seconds: float) -> RefineLook:
+def look_row(look: Look, seconds: float) -> RefineLook:
     """A look as reports have it."""
     return RefineLook(
         step=look.step,

@@ -15,7 +15,16 @@ _MOST = 2000
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
+    """Rows of one fate.
+
+    Attributes:
+        name, title, tone, icon: of the fate.
+        rows: the first of them.
+        total: how many there are.
+        reasons: of failures and refusals, with their numbers.
+    """
+
     name: str
     title: str
     tone: str
@@ -41,13 +50,25 @@ def render_batch(record: BatchReport) -> str:
         (pair.source, pair.target): f"{short.source} → {short.target}"
         for pair, short in zip(record.pairs, shown.pairs, strict=True)
     }
+    return (
+        environment()
+        .get_template("batch.html")
+        .render(
+            record=shown,
+            groups=groups_of(record),
+            ends=ends,
+            expected=expected,
+            modules_of=modules,
+            several=len(ends) > 1,
+        )
+    )
+
+
+def groups_of(record: BatchReport) -> list[Group]:
+    """The rows by what became of them, worst group first."""
     groups = []
     for name, title, (tone, icon) in _GROUPS:
         rows = [row for row in record.rows if group_of(row) == name]
         why = reasons(rows) if name in ("failed", "refused") else []
-        groups.append(_Group(name, title, tone, icon, rows[:_MOST], len(rows), why))
-    return (
-        environment()
-        .get_template("batch.html")
-        .render(record=shown, groups=groups, ends=ends, expected=expected, modules_of=modules, several=len(ends) > 1)
-    )
+        groups.append(Group(name, title, tone, icon, rows[:_MOST], len(rows), why))
+    return groups

@@ -36,8 +36,18 @@ class _Lane:
 
 
 def draw_course(report: RefineReport) -> str:
-    """The chart; empty where there are fewer than two looks, as after a start that had all that is wanted."""
-    looks = [look for look in report.looks if math.isfinite(look.recovered)]
+    """The chart of a refine that is done."""
+    return draw_looks(report.looks, report.steps)
+
+
+def draw_looks(taken: Sequence[RefineLook], kept: int | None = None) -> str:
+    """The chart; empty where there are fewer than two looks, as after a start that had all that is wanted.
+
+    Args:
+        taken: all looks until now.
+        kept: the step whose numbers are kept, once that is known.
+    """
+    looks = [look for look in taken if math.isfinite(look.recovered)]
     if len(looks) < 2:
         return ""
     drifts = [look.drift for look in looks if look.drift is not None]
@@ -50,7 +60,7 @@ def draw_course(report: RefineReport) -> str:
         lane = _Lane(bottom + _BETWEEN, _DRIFT, 0.0, max(1.0, *drifts) * 1.04)
         shapes.append(_drift(lane, looks, x))
         bottom = lane.top + lane.height
-    shapes = [_kept_line(report, x, bottom), *shapes, _ticks(looks, x, bottom)]
+    shapes = [_kept_line(kept, x, bottom), *shapes, _ticks(looks, x, bottom)]
     told = "; ".join(_words(look) for look in looks)
     return (
         f'<svg id="course" class="chart course" viewBox="0 0 {_WIDTH:.0f} {bottom + _FOOT:.0f}" role="img" '
@@ -91,11 +101,11 @@ def _drift(lane: _Lane, looks: Sequence[RefineLook], x: dict[int, float]) -> str
     return "".join(rows)
 
 
-def _kept_line(report: RefineReport, x: dict[int, float], bottom: float) -> str:
+def _kept_line(kept: int | None, x: dict[int, float], bottom: float) -> str:
     """Where the numbers were taken that are kept."""
-    if report.steps not in x:
+    if kept is None or kept not in x:
         return ""
-    at = x[report.steps]
+    at = x[kept]
     end = "end" if at > _WIDTH / 2 else "start"
     label = _text(at + (-6 if end == "end" else 6), _HEAD - 12, "kept", f"kept-word {end}-at")
     return f'<line class="kept-line" x1="{at:.1f}" y1="{_HEAD - 22:.1f}" x2="{at:.1f}" y2="{bottom:.1f}"/>{label}'

@@ -1,0 +1,424 @@
+"""The page: what is chosen above, one tab for each thing that can be done with it below."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import gradio as gr
+
+from regraft.demo import data_folder
+from regraft.errors import RegraftError, UsageError
+from regraft.formats import formats
+from regraft.inspection import inspect_adapter
+from regraft.report.schema import VerifyReport
+from regraft.ui import places, shown
+from regraft.ui.asked import Asked, base_of, cleaned, prompts_of
+from regraft.ui.desk import Desk
+from regraft.ui.work import PICTURES, Made
+
+_EVERY = 0.3
+_JOBS = ("forecast", "port", "refine", "measure", "library")
+_SUFFIXES = [".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf"]
+# One that is dropped here is copied; bases are never dropped, they are named.
+LARGEST = "4gb"
+
+
+def theme() -> gr.Theme:
+    """Gradio's, with our colours and the system's fonts: a font from elsewhere would be a request to there."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+    mono = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+    given = gr.themes.Default(primary_hue="emerald", neutral_hue="stone", font=fonts, font_mono=mono)
+    ours = {
+        "body_text_color": "var(--ink)",
+        "block_background_fill": "var(--paper)",
+        "block_label_text_color": "var(--soft)",
+        "block_info_text_color": "var(--soft)",
+        "background_fill_primary": "var(--paper)",
+        "background_fill_secondary": "var(--bg)",
+        "border_color_primary": "var(--rule)",
+        "input_background_fill": "var(--paper)",
+        "button_primary_background_fill": "var(--good)",
+        "button_primary_background_fill_hover": "var(--good)",
+        "button_primary_text_color": "var(--paper)",
+    }
+    # Gradio's first page makes a variable of its own of this one, also called --bg: it can't be named by that.
+    ground = {"body_background_fill": "#f7f5f0", "body_background_fill_dark": "#171816"}
+    return given.set(**ground, **ours, **{f"{name}_dark": value for name, value in ours.items()})
+
+
+def build(desk: Desk, models: Sequence[Path] = ()) -> gr.Blocks:
+    """The page over a desk.
+
+    Args:
+        desk: that it shows.
+        models: folders whose bases are offered.
+    """
+    return _Page(desk, models).build()
+
+
+class _Page:
+    def __init__(self, desk: Desk, models: Sequence[Path]) -> None:
+        self.desk = desk
+        self.models = tuple(models)
+
+    # ---- what is on it ------------------------------------------------------------------------------------------
+
+    def build(self) -> gr.Blocks:
+        blocks: gr.Blocks
+        with gr.Blocks(title="regraft", analytics_enabled=False) as blocks:
+            _html(shown.head())
+            self._choices()
+            self.status = _html(elem_id="status")
+            self.stop = gr.Button("Stop", visible=False, elem_id="stop", size="sm")
+            self.results: dict[str, gr.HTML] = {}
+            with gr.Tabs():
+                with gr.Tab("Will it survive?"):
+                    self._forecast()
+                with gr.Tab("Port"):
+                    self._port()
+                with gr.Tab("Refine"):
+                    self._refine()
+                with gr.Tab("Compare"):
+                    self._compare()
+                with gr.Tab("A whole folder"):
+                    self._library()
+            self._wire(blocks)
+        return blocks
+
+    def _choices(self) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=280):
+                self.file = gr.File(
+                    label="LoRA: drop it here", file_types=_SUFFIXES, height=132, elem_id="file", type="filepath"
+                )
+                self.lora = gr.Textbox(
+                    label="or its path, or a hub id",
+                    placeholder="/loras/style.safetensors, org/name",
+                    info="Nothing is copied from a path.",
+                    elem_id="lora",
+                )
+            with gr.Column(min_width=280):
+                offered = self._offered()
+                self.old = gr.Dropdown(
+                    offered,
+                    value=None,
+                    label="Old base: what it was trained on",
+                    info="A file, a diffusers or transformers folder, or a hub id.",
+                    allow_custom_value=True,
+                    elem_id="old",
+                )
+                self.new = gr.Dropdown(
+                    offered,
+                    value=None,
+                    label="New base: what it is to run on",
+                    allow_custom_value=True,
+                    elem_id="new",
+                )
+                with gr.Row():
+                    self.demo = gr.Button("Try it on the demo's models", size="sm", elem_id="demo")
+                    self.swap = gr.Button("Swap the bases", size="sm", elem_id="swap")
+        with gr.Accordion("Browse this computer", open=False, elem_id="browse"):
+            self.root = gr.Textbox(
+                label="Folder", value=str(self.models[0] if self.models else Path.home()), elem_id="root"
+            )
+            self.tree = gr.FileExplorer(
+                root_dir=str(self.models[0] if self.models else Path.home()),
+                file_count="single",
+                ignore_glob=".*",
+                label="Point at a weights file, or at model_index.json or config.json for a whole folder",
+                height=260,
+                elem_id="tree",
+            )
+            with gr.Row():
+                self.as_lora = gr.Button("It is the LoRA", size="sm")
+                self.as_old = gr.Button("It is the old base", size="sm")
+                self.as_new = gr.Button("It is the new base", size="sm")
+        self.about = _html(elem_id="about")
+
+    def _offered(self) -> list[str]:
+        return list(dict.fromkeys([*places.recent("bases"), *places.bases_in(self.models), *places.in_hub_cache()]))
+
+    def _result(self, name: str) -> None:
+        self.results[name] = _html(elem_id=f"result-{name}")
+
+    def _forecast(self) -> None:
+        gr.Markdown("A forecast from the weights, before any model is run. It takes seconds.")
+        self.probe = gr.Checkbox(label="Run both models for a sharper one (minutes)", elem_id="probe")
+        self.do_forecast = gr.Button("Will it survive?", variant="primary", elem_id="do-forecast")
+        self._result("forecast")
+
+    def _port(self) -> None:
+        gr.Markdown("Writes a LoRA for the new base, in the format that it came in. Nothing is overwritten.")
+        with gr.Accordion("Options", open=False):
+            with gr.Row():
+                self.strength = gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Strength")
+                self.rank = gr.Textbox("keep", label="Rank", info="A number, a share such as 0.9, keep or full.")
+                written = sorted(name for name, form in formats().items() if form.write is not None)
+                self.format = gr.Dropdown([("as it came", ""), *written], value="", label="Format")
+            with gr.Row():
+                self.private = gr.Checkbox(True, label="Keep what its metadata says of paths, names and tags")
+                self.force = gr.Checkbox(False, label="Port against a refusal (the file says so)")
+        self.do_port = gr.Button("Port", variant="primary", elem_id="do-port")
+        self._result("port")
+
+    def _refine(self) -> None:
+        gr.Markdown(
+            "Brings a port the rest of the way: both bases run, and no training data is needed. It begins from what "
+            "was ported here, or makes a port of its own."
+        )
+        self.minutes = gr.Slider(
+            0, 60, 5, step=1, label="Minutes, at most", info="0: as many as it takes.", elem_id="minutes"
+        )
+        self.do_refine = gr.Button("Refine", variant="primary", elem_id="do-refine")
+        self.live = _html(elem_id="live")
+        self._result("refine")
+
+    def _compare(self) -> None:
+        gr.Markdown("Runs old and new base with and without the LoRA, measures, and draws where they draw.")
+        self.prompts = gr.Textbox(
+            label="Prompts, one a line",
+            lines=3,
+            info="Also used by a refine, and by a port that runs both bases. Empty: general ones.",
+            elem_id="prompts",
+        )
+        self.which = gr.Radio(
+            [("what was ported", "port"), ("what was refined", "refine")], value="port", label="Compare"
+        )
+        self.do_measure = gr.Button("Compare", variant="primary", elem_id="do-measure")
+        with gr.Column(visible=False) as self.beside:
+            with gr.Row():
+                self.left = gr.Dropdown([], label="Left", elem_id="left")
+                self.right = gr.Dropdown([], label="Right", elem_id="right")
+                self.row = gr.Dropdown([], label="Prompt", elem_id="row")
+            self.slider = gr.ImageSlider(label="Drag the line", type="pil", interactive=False, elem_id="slider")
+        self._result("measure")
+
+    def _library(self) -> None:
+        gr.Markdown(
+            "Every LoRA of a folder, from the old base to the new one chosen above. Begun again, it goes on where it "
+            "was."
+        )
+        self.folder = gr.Textbox(label="Folder of LoRAs", elem_id="folder")
+        with gr.Row():
+            self.do_check_all = gr.Button("Forecast all", elem_id="do-check-all")
+            self.do_port_all = gr.Button("Port all", variant="primary", elem_id="do-port-all")
+        self._result("library")
+
+    # ---- what happens -------------------------------------------------------------------------------------------
+
+    def _wire(self, blocks: gr.Blocks) -> None:
+        shows = [self.status, self.stop, self.live, *self.results.values()]
+        lora = [self.file, self.lora]
+        chosen = [*lora, self.old, self.new]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
+
+        self.file.upload(self._dropped, self.file, [self.lora, self.about], **quiet)
+        self.file.clear(lambda: "", None, self.about, **quiet)
+        for event in (self.lora.submit, self.lora.blur):
+            event(self._typed, lora, [self.file, self.about], **quiet)
+        self.demo.click(self._demo, None, [*chosen, self.prompts, self.about], **quiet)
+        self.swap.click(lambda old, new: (new, old), [self.old, self.new], [self.old, self.new], **quiet)
+        self.root.submit(self._at, self.root, [self.tree, self.status], **quiet)
+        self.as_lora.click(self._picked_lora, self.tree, [*lora, self.about], **quiet)
+        for button, base in ((self.as_old, self.old), (self.as_new, self.new)):
+            button.click(lambda picked: base_of(picked) if picked else gr.skip(), self.tree, base, **quiet)
+
+        port = [self.strength, self.rank, self.format, self.private, self.force]
+        jobs: list[tuple[gr.Button, Callable[..., Iterator[Any]], list[Any]]] = [
+            (self.do_forecast, self._do_forecast, [*chosen, self.prompts, self.probe]),
+            (self.do_port, self._do_port, [*chosen, self.prompts, *port]),
+            (self.do_refine, self._do_refine, [*chosen, self.prompts, self.minutes]),
+            (self.do_check_all, self._do_check_all, [self.folder, self.old, self.new]),
+            (self.do_port_all, self._do_port_all, [self.folder, self.old, self.new]),
+        ]
+        for button, job, given in jobs:
+            button.click(job, given, shows, **quiet)
+        beside = [self.beside, self.left, self.right, self.row]
+        self.do_measure.click(self._do_measure, [*chosen, self.prompts, self.which], shows, **quiet).then(
+            self._columns, None, beside, **quiet
+        )
+        for choice in (self.left, self.right, self.row):
+            choice.change(self._pair, [self.left, self.right, self.row], self.slider, **quiet)
+        self.stop.click(self.desk.stop, None, None, **quiet)
+        # A window that is opened anew, or closed amid of a job, shows what is on the desk.
+        blocks.load(self._now, None, shows, **quiet).then(self._columns, None, beside, **quiet)
+
+    def _dropped(self, file: str | None) -> tuple[Any, str]:
+        return "", self._about(file or "")
+
+    def _typed(self, file: str | None, text: str) -> tuple[Any, str]:
+        path = cleaned(text)
+        # What was typed takes the place of what was dropped.
+        return (None if path else gr.skip()), self._about(path or file or "")
+
+    def _picked_lora(self, picked: str | None) -> tuple[Any, Any, Any]:
+        if not picked:
+            return gr.skip(), gr.skip(), gr.skip()
+        path = str(Path(picked).parent) if Path(picked).name == "adapter_config.json" else picked
+        return None, path, self._about(path)
+
+    def _about(self, path: str) -> str:
+        if not path:
+            return ""
+        try:
+            return shown.inspected(inspect_adapter(path))
+        except RegraftError as error:
+            return shown.wrong_of(error)
+
+    def _demo(self) -> tuple[Any, ...]:
+        data = data_folder()
+        style = data / "loras" / "style-v1.safetensors"
+        prompts = json.loads((data / "demo.json").read_text(encoding="utf-8"))["report"]["prompts"]
+        chosen = None, str(style), str(data / "v1"), str(data / "v2")
+        return *chosen, "\n".join(prompts[:PICTURES]), self._about(str(style))
+
+    def _at(self, folder: str) -> tuple[Any, Any]:
+        path = Path(cleaned(folder))
+        if not path.is_dir():
+            return gr.skip(), shown.wrong(f"{path}: no such folder", "Check the path.")
+        return gr.FileExplorer(root_dir=str(path), ignore_glob=".*"), ""
+
+    def _asked(self, file: str | None, lora: str, old: str | None, new: str | None, prompts: str, **more: Any) -> Asked:
+        path = cleaned(lora) or file or ""
+        bases = cleaned(old), cleaned(new)
+        asked = Asked(
+            path, *bases, out=str(self.desk.out), device=self.desk.device, prompts=prompts_of(prompts), **more
+        )
+        places.remember("bases", *bases)
+        return asked
+
+    def _do_forecast(self, *given: Any) -> Iterator[Any]:
+        *chosen, probe = given
+
+        def start() -> None:
+            self.desk.start("forecast", "Forecast", asked=self._asked(*chosen), probe=probe)
+
+        yield from self._run(start)
+
+    def _do_port(self, *given: Any) -> Iterator[Any]:
+        *chosen, strength, rank, form, private, force = given
+        how = {"strength": strength, "rank": rank.strip(), "format": form or "", "private": private, "force": force}
+
+        def start() -> None:
+            self.desk.results.pop("refine", None)
+            self.desk.results.pop("measure", None)
+            self.desk.start("port", "Port", asked=self._asked(*chosen, **how))
+
+        yield from self._run(start)
+
+    def _do_refine(self, *given: Any) -> Iterator[Any]:
+        *chosen, minutes = given
+
+        def start() -> None:
+            asked = self._asked(*chosen)
+            self.desk.start("refine", "Refine", asked=asked, start=self._port_of(asked), minutes=minutes)
+
+        yield from self._run(start)
+
+    def _do_measure(self, *given: Any) -> Iterator[Any]:
+        *chosen, which = given
+
+        def start() -> None:
+            asked = self._asked(*chosen)
+            made = self.desk.results.get(which)
+            if made is None or not made.files:
+                raise UsageError(
+                    f"Nothing was {'ported' if which == 'port' else 'refined'} yet", remedy="Do that first."
+                )
+            self.desk.start("measure", "Compare", asked=asked, ported=made.files[0])
+
+        yield from self._run(start)
+
+    def _do_check_all(self, folder: str, old: str | None, new: str | None) -> Iterator[Any]:
+        yield from self._all(folder, old, new, forecast_only=True)
+
+    def _do_port_all(self, folder: str, old: str | None, new: str | None) -> Iterator[Any]:
+        yield from self._all(folder, old, new, forecast_only=False)
+
+    def _all(self, folder: str, old: str | None, new: str | None, *, forecast_only: bool) -> Iterator[Any]:
+        def start() -> None:
+            ends: dict[str, Any] = {"folder": cleaned(folder), "old": cleaned(old), "new": cleaned(new)}
+            out, title = str(self.desk.out), "Forecast of the folder" if forecast_only else "Port of the folder"
+            self.desk.start("library", title, out=out, forecast_only=forecast_only, **ends)
+
+        yield from self._run(start)
+
+    def _port_of(self, asked: Asked) -> str:
+        """What was ported here of this very adapter, to begin a refine from."""
+        made: Made | None = self.desk.results.get("port")
+        if made is None or len(made.files) != 1:
+            return ""
+        same = made.record.input == asked.lora and made.record.target and made.record.target.path == asked.new
+        return made.files[0] if same else ""
+
+    def _run(self, start: Callable[[], None]) -> Iterator[Any]:
+        try:
+            start()
+        except RegraftError as error:
+            yield shown.wrong_of(error), gr.skip(), gr.skip(), *[gr.skip()] * len(self.results)
+            return
+        yield from self._now()
+
+    def _now(self) -> Iterator[Any]:
+        """What is on the desk, until the job at work is through."""
+        seen: tuple[int, int] | None = None
+        while (job := self.desk.job) is not None and job.state == "running":
+            if seen != (job.change, int(job.seconds)):
+                seen = job.change, int(job.seconds)
+                results = [shown.result(self.desk, name) if seen[0] == 0 else gr.skip() for name in _JOBS]
+                yield shown.progress(job), gr.Button(visible=True), shown.course(job), *results
+            sleep(_EVERY)
+        results = [shown.result(self.desk, name) for name in _JOBS]
+        yield shown.progress(job), gr.Button(visible=False), "", *results
+
+    # ---- pictures beside each other -----------------------------------------------------------------------------
+
+    def _drawn(self) -> VerifyReport | None:
+        made = self.desk.results.get("measure")
+        return made.record if made is not None and made.record.pictures else None
+
+    def _columns(self) -> tuple[Any, ...]:
+        record = self._drawn()
+        if record is None:
+            return gr.Column(visible=False), gr.skip(), gr.skip(), gr.skip()
+        titles = shown.pairs_of(record)
+        rows = record.prompts[: len(record.pictures[0].png)]
+        prompts = [(prompt, i) for i, prompt in enumerate(rows)]
+        old = next((title for title in titles if "original" in title), titles[0])
+        return (
+            gr.Column(visible=True),
+            gr.Dropdown(titles, value=old),
+            gr.Dropdown(titles, value=titles[-1]),
+            gr.Dropdown(prompts, value=0),
+        )
+
+    def _pair(self, left: str | None, right: str | None, row: int | None) -> Any:
+        from PIL import Image
+
+        record = self._drawn()
+        if record is None or row is None:
+            return None
+        found = {picture.title: picture.png for picture in record.pictures}
+        if left not in found or right not in found:
+            return None
+        two = [Image.open(io.BytesIO(base64.b64decode(found[title][row]))).convert("RGB") for title in (left, right)]
+        return tuple(_large(image) for image in two)
+
+
+def _html(value: str = "", **more: Any) -> gr.HTML:
+    """Our own markup, with our own style alone."""
+    return gr.HTML(value, apply_default_css=False, js_on_load=None, **more)
+
+
+def _large(image: Any) -> Any:
+    """Small pictures enlarged by whole pixels, as the contact sheet shows them."""
+    from PIL import Image
+
+    factor = max(1, 384 // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

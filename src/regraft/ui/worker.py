@@ -1,0 +1,181 @@
+"""The process that jobs run in: the page stays quick, Ctrl-C's rules hold, and a job that dies takes nothing along.
+
+It is begun once and kept, so that only the first job waits for the libraries.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from regraft.errors import RegraftError, first_line
+from regraft.output import undisturbed
+
+# A stop that a job does not heed, in the middle of one long call, becomes a kill after so many seconds.
+_PATIENCE = 8.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a job says of itself: how far it is, what it shows, or how it ended.
+
+    Attributes:
+        kind: ``tick``, ``shows``, ``done``, ``stopped`` or ``error``; the last three end it.
+        said: arguments of a tick or of what is shown; the result; what is wrong and what to do.
+    """
+
+    kind: str
+    said: Any = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing comes after it."""
+        return self.kind in ("done", "stopped", "error")
+
+
+class Worker:
+    """One process for one job at a time."""
+
+    def __init__(self) -> None:
+        self._spawn = multiprocessing.get_context("spawn")
+        self._process: Any = None
+        self._line: Connection | None = None
+        self._ready = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        """Begin the process, where there is none."""
+        with self._ready:
+            if self._process is not None and self._process.is_alive():
+                return
+            self._line, theirs = self._spawn.Pipe()
+            self._process = self._spawn.Process(target=_serve, args=(theirs,), daemon=False, name="regraft-ui-worker")
+            self._process.start()
+            theirs.close()
+
+    def run(self, name: str, **arguments: Any) -> Iterator[Told]:
+        """Do one job of `regraft.ui.work`; yields what it says, to the end, and must be read to there.
+
+        Args:
+            name: of the function.
+            arguments: all but ``tick`` and ``shows``.
+        """
+        self.start()
+        assert self._line is not None
+        line = self._line
+        try:
+            line.send((name, arguments))
+            while True:
+                told = line.recv()
+                yield told
+                if told.last:
+                    return
+        except (EOFError, OSError):
+            self._process.join(5)
+            code = self._process.exitcode
+            yield Told("stopped") if self._timer is not None else Told("error", _of_death(code))
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def stop(self) -> None:
+        """Interrupt the job, as Ctrl-C would."""
+        if self._process is None or not self._process.is_alive():
+            return
+        self._timer = threading.Timer(_PATIENCE, self._process.kill)
+        self._timer.daemon = True
+        self._timer.start()
+        if sys.platform == "win32":
+            self._process.terminate()
+        else:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGINT)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is None or not self._process.is_alive():
+            return
+        assert self._line is not None
+        with suppress(OSError):
+            # A closed line is what ends it between two jobs; within one, it is interrupted.
+            self._line.close()
+        if sys.platform != "win32":
+            os.kill(self._process.pid, signal.SIGINT)
+        self._process.join(_PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _of_death(code: int | None) -> tuple[str, str]:
+    killed = code is not None and code < 0 and -code == signal.SIGKILL
+    what = (
+        "the system ended the job, most likely since memory ran out" if killed else f"the job died (exit code {code})"
+    )
+    return what, "Nothing is half-written. Close other programs, or take smaller bases, and try again."
+
+
+def _serve(line: Connection) -> None:
+    """The process: takes jobs from ``line`` until it closes."""
+    # A stop that comes between two jobs has nothing to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    from regraft.ui import work
+
+    while True:
+        try:
+            name, arguments = line.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            told = _done(line, getattr(work, name), arguments)
+        except KeyboardInterrupt:
+            # It came in the last moment, between the job and here.
+            told = Told("stopped")
+        with suppress(OSError):
+            line.send(told)
+
+
+def _done(line: Connection, job: Any, arguments: dict[str, Any]) -> Told:
+    def tick(done: int, total: int, what: str) -> None:
+        with undisturbed():
+            line.send(Told("tick", (done, total, what)))
+
+    def shows(*what: Any) -> None:
+        # A stop amid of it would leave half a message on the line.
+        with undisturbed():
+            line.send(Told("shows", what))
+
+    told = {"tick": tick, **({"shows": shows} if job.__name__ == "refine" else {})}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return Told("done", job(**arguments, **told))
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        return Told("stopped")
+    except RegraftError as error:
+        where = f"{error.key}: " if error.key else ""
+        named = f"{error.file}: " if error.file else ""
+        return Told("error", (f"{named}{where}{error.what}", error.remedy or ""))
+    except Exception as error:
+        from regraft.hardware import said_of
+
+        known = said_of(error) if isinstance(error, (MemoryError, RuntimeError)) else None
+        if known is not None:
+            return Told("error", (known, ""))
+        # For whoever looks into it; the page has no room for it.
+        traceback.print_exc()
+        what = f"a fault of regraft itself: {type(error).__name__}: {first_line(error)}"
+        return Told("error", (what, "The terminal that it was started from has the details: please report them."))
