@@ -10,6 +10,9 @@ import pytest
 from library import batch, contents, lines, make_bases, make_library
 from running import Run
 
+from regraft.report.json_schema import parse
+from regraft.report.serving_schema import ServingReport
+
 pytestmark = pytest.mark.slow
 
 
@@ -85,3 +88,21 @@ def test_from_and_to_an_object_store(here: Path, store: Any, tmp_path: Path) -> 
     assert store.cat("bucket/ported/renamed.safetensors") == store.cat("bucket/ported/file.safetensors")
     (here / "m.csv").write_text("adapter\ns3://bucket/library/a0\n")
     assert batch(["m.csv"], here / "one").counts.ported == 1
+
+
+def test_a_library_for_servers_goes_to_an_object_store(here: Path, store: Any, run: Run) -> None:
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors", "--jobs", 1)
+    assert run("batch", "loras", *pair, "--out", "s3://bucket/served", "--serve").code == 0
+    store.invalidate_cache()
+    first = store.cat("bucket/served/serving.json")
+    (base,) = parse(ServingReport, first.decode()).bases
+    assert [one.name for one in base.adapters] == ["a0", "a2", "file", "sub--a1"]
+    for one in base.adapters:
+        assert one.lorax is not None
+        assert (one.lorax.adapter_id, one.lorax.adapter_source) == (f"s3://bucket/served/{one.folder}", "s3")
+        assert store.exists(f"bucket/served/{one.folder}/adapter_config.json")
+    assert base.vllm is None
+    again = run("batch", "loras", *pair, "--out", "s3://bucket/served", "--serve")
+    assert "4 of them had been done before" in again.out
+    store.invalidate_cache()
+    assert store.cat("bucket/served/serving.json") == first

@@ -91,7 +91,8 @@ class Journal:
         earlier = self.rows.get(row.key or "")
         if row.reused and earlier is not None and (earlier.name, earlier.outputs) == (row.name, row.outputs):
             return
-        line = row.model_dump_json(by_alias=True)
+        # By json, which can write half of a surrogate pair, as the name of a file that is no UTF-8 has it.
+        line = json.dumps(row.model_dump(by_alias=True))
         if not is_url(self.place):
             try:
                 self._file.write(line + "\n")

@@ -164,7 +164,7 @@ def write_text_to(text: str, target: str) -> None:
     Raises:
         OutputError: it can't be written.
     """
-    write_bytes_to(text.encode("utf-8"), target)
+    write_bytes_to(text.encode("utf-8", "replace"), target)
 
 
 def write_bytes_to(content: bytes, target: str) -> None:

@@ -31,6 +31,7 @@ class Row:
         target: the new base, likewise.
         options: of this row.
         output: name of the output without its suffix, which the format decides.
+        serve: it is for servers, see `regraft.batch.serving`.
     """
 
     adapter: str
@@ -39,6 +40,7 @@ class Row:
     target: str
     options: RowOptions = field(default_factory=RowOptions)
     output: str = ""
+    serve: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _stays_inside(name: str) -> bool:
 
 def _named(rows: list[Row]) -> list[Row]:
     """The rows with their outputs' names; where two would share one, both get some digits of what tells them apart."""
-    stems = [_stem(row.output or row.name) for row in rows]
+    stems = [stem_of(row.output or row.name) for row in rows]
     # Some disks don't tell capitals from small letters.
     counts = Counter(stem.casefold() for stem in stems)
     return [
@@ -128,7 +130,8 @@ def _named(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """The name of an adapter without the suffix of a weights file."""
     path = PurePosixPath(name)
     return str(path.with_suffix("")) if names_file(Path(name)) and path.stem else str(path)
 

@@ -20,6 +20,8 @@ from regraft.batch.local import Job, Result
 from regraft.batch.pairs import Done, Fitted, PairSpec, fit_pair
 from regraft.batch.places import is_url, path_of, write_bytes_to, write_text_to
 from regraft.batch.rows import Row
+from regraft.batch.serving import INDEX
+from regraft.batch.serving_index import serving_index
 from regraft.batch.tables import count, parquet, summary, worst_first
 from regraft.batch.work import Known, failed, row_of
 from regraft.errors import OutputError, RegraftError, UsageError
@@ -46,6 +48,7 @@ def run_batch(
     out: str | None,
     check: bool = False,
     overwrite: bool = False,
+    serve_from: str | None = None,
     tick: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> BatchReport:
     """Port or forecast every row; see `BatchReport` for what comes back.
@@ -56,6 +59,7 @@ def run_batch(
         out: folder or URL of outputs and tables; a forecast does without.
         check: forecast only.
         overwrite: take an output folder that holds other things.
+        serve_from: where servers find the output folder, if elsewhere; for rows of `regraft.batch.serving`.
         tick: called with (rows done, rows in all, the row's name).
 
     Raises:
@@ -98,7 +102,15 @@ def run_batch(
         if out is None:
             return record
         _sweep(rows, out)
-        return _written(record, out, stem)
+        record = _written(record, out, stem)
+        return _indexed(record, out, serve_from or out) if any(row.serve for row in rows) else record
+
+
+def _indexed(record: BatchReport, out: str, root: str) -> BatchReport:
+    """The index comes last: what it names is in its place."""
+    place = f"{out}/{INDEX}"
+    write_text_to(serving_index(record, root.rstrip("/")).to_json() + "\n", place)
+    return record.model_copy(update={"tables": [*record.tables, place]})
 
 
 def _told(result: BatchRow | Known, journal: Journal | None) -> BatchRow:

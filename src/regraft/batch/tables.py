@@ -84,7 +84,7 @@ def parquet(rows: Sequence[BatchRow]) -> bytes | None:
 
 def _flat(row: BatchRow) -> dict[str, Any]:
     """A row without nesting, as query tools like it."""
-    found = row.model_dump(by_alias=True, exclude={"counts", "forecast", "options"})
+    found = row.model_dump(by_alias=True, exclude={"counts", "forecast", "options", "serving"})
     # A lone surrogate, as a name of a strange disk may have, is no UTF-8.
     found = {name: _utf8(value) for name, value in found.items()}
     found["options"] = json.dumps(row.options, sort_keys=True)

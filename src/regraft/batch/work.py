@@ -16,16 +16,18 @@ from regraft.adapter import MODEL, Adapter
 from regraft.batch.pairs import Fitted, OpenPair
 from regraft.batch.places import digest, fetch, is_url, path_of, place
 from regraft.batch.rows import Row
+from regraft.batch.serving import for_servers, uniform
 from regraft.check import check_migration
 from regraft.errors import Refused, RegraftError, first_line
 from regraft.experts import experts, labelled
 from regraft.formats import Written, load_adapter, open_adapter_file, rendered
 from regraft.output import write_whole
 from regraft.pairing import names_of
-from regraft.port import apply_migration
+from regraft.port import apply_migration, base_name
 from regraft.prepare import check_understood
 from regraft.report.batch_schema import BatchRow
 from regraft.report.schema import CheckReport, PortReport
+from regraft.report.serving_schema import ServingFacts
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def key_of(content: str, row: Row, fitted: Fitted) -> str:
     """What a result depends on, and on no name."""
     verb = "check" if fitted.check else "port"
     told = [__version__, verb, content, fitted.old.fingerprint, fitted.new.fingerprint, row.options.given()]
+    # Without the word an older key stays what it was.
+    told += ["serve"] if row.serve else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -134,7 +138,10 @@ class _Job:
         if not options.allow_partial and adapter.updates:
             check_understood(adapter, pair.old, "old", settings.selection)
         apart = experts(adapter, pair.old, pair.new)
+        if self.row.serve:
+            self._foresee(adapter, pair)
         reports: list[PortReport] = []
+        facts: list[ServingFacts] = []
         outputs: list[str] = []
         hashes: list[str] = []
         total = 0
@@ -142,14 +149,27 @@ class _Job:
             migration = pair.migration_for(adapter, new, options, settings.selection)
             surveyor = pair.survey if new is pair.new else None
             result = apply_migration(adapter, migration, settings, old=pair.old, new=new, surveyor=surveyor)
-            written = rendered(result.adapter, options.format or result.adapter.format)
+            if self.row.serve:
+                carried = uniform(result.adapter)
+                written, fact = for_servers(rendered(carried, "peft"), carried, new, base_name(self.row.target)[0])
+                facts.append(fact)
+            else:
+                written = rendered(result.adapter, options.format or result.adapter.format)
             name, content, size = self._write(written, label, adapter.path, stage)
             outputs.append(name)
             hashes.append(content)
             total += size
             reports.append(result.report)
-        made = {"outputs": outputs, "output_hashes": hashes, "bytes_out": total}
+        made = {"outputs": outputs, "output_hashes": hashes, "bytes_out": total, "serving": facts}
         return self._done("ported", **made, **_of_port(reports[0]))
+
+    def _foresee(self, adapter: Adapter, pair: OpenPair) -> None:
+        """Note what is expected of the port before it may be refused: the way on is in it."""
+        options = self.row.options
+        selection = options.settings().selection
+        migration = pair.migration_for(adapter, pair.new, options, selection)
+        report = check_migration(adapter, migration, selection, pair.old, pair.new, surveyor=pair.survey)
+        self.found |= {"forecast": report.forecast.port, "tier": report.tier}
 
     def _write(self, written: Written, label: str, source: Path | None, stage: Path) -> tuple[str, str, int]:
         """Write one output; returns its name inside of the output folder, the hash of its bytes and their number."""
@@ -170,7 +190,7 @@ class _Job:
         return name.as_posix(), *digest(local)
 
     def _done(self, status: str, **more: Any) -> BatchRow:
-        return row_of(self.row, status=status, seconds=perf_counter() - self.started, **self.found, **more)
+        return row_of(self.row, status=status, seconds=perf_counter() - self.started, **{**self.found, **more})
 
 
 def work(row: Row, fitted: Fitted, out: str | None) -> BatchRow | Known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,18 +71,63 @@ class SharedLatents:
         """
         (theirs, shift), (ours, its_shift) = (Latents(side.model).scale for side in (self.old, self.new))
         c, d = theirs / ours, (its_shift - shift) * theirs
-        alpha, sigma = self.new.mix(ratio)
-        time = self.old.time(c * ratio)
-        level = self.old.ratio(time)
-        keeps, noise = self.old.mix(level)
-        # Both states brought to α² + σ² = 1: where the old schedule ends before the new one, its last level is meant.
-        z = (c * u + d * alpha) * ((keeps**2 + noise**2) / (alpha**2 + (c * sigma) ** 2)) ** 0.5
-        without, adapted = pair(z, time)
-        return strength * self.old.slope(level) / c * (adapted - without)
+        return shared_change(pair, u, ratio, strength, self.old, self.new, c, d)
 
     def shape(self, u: Tensor) -> tuple[int, int]:
         """Height and width of the old base's latents for states of the new one."""
         return int(u.shape[2]), int(u.shape[3])
+
+
+class NoiseLevels(Protocol):
+    """Noise levels of a model as r = σ / α of its states α x + σ ε; those of a pipeline are `Levels`."""
+
+    def ratio(self, time: float, /) -> float:
+        """r at a timestep."""
+        ...
+
+    def time(self, ratio: float, /) -> float:
+        """The timestep of r; the nearest one where the schedule has no such level."""
+        ...
+
+    def mix(self, ratio: float, /) -> tuple[float, float]:
+        """α and σ at r."""
+        ...
+
+    def slope(self, ratio: float, /) -> float:
+        """d x̂ / d prediction."""
+        ...
+
+
+def shared_change(
+    pair: Pair,
+    u: Tensor,
+    ratio: float,
+    strength: float,
+    old: NoiseLevels,
+    new: NoiseLevels,
+    c: float = 1.0,
+    d: float = 0.0,
+) -> Tensor:
+    """λ (x̂_old+adapter − x̂_old) in the new base's latents, of the shape of ``u``.
+
+    Args:
+        pair: the old base.
+        u: the new base's state as its denoiser reads it.
+        ratio: r of the state.
+        strength: λ.
+        old: levels of the old base.
+        new: and of the new one.
+        c: latents of the old base are c x + d of the new one's.
+        d: likewise.
+    """
+    alpha, sigma = new.mix(ratio)
+    time = old.time(c * ratio)
+    level = old.ratio(time)
+    keeps, noise = old.mix(level)
+    # Both states brought to α² + σ² = 1: where the old schedule ends before the new one, its last level is meant.
+    z = (c * u + d * alpha) * ((keeps**2 + noise**2) / (alpha**2 + (c * sigma) ** 2)) ** 0.5
+    without, adapted = pair(z, time)
+    return strength * old.slope(level) / c * (adapted - without)
 
 
 @dataclass(frozen=True)

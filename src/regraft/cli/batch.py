@@ -43,6 +43,13 @@ def batch(
     components: o.Components = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Leave the unknown behind.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Port against refusals; recorded in the files.")] = False,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Of language models: PEFT folders for vLLM, SGLang, LoRAX and TGI, and an index."),
+    ] = False,
+    serve_from: Annotated[
+        str | None, typer.Option("--serve-from", metavar="FOLDER", help="Where the servers find --out, if elsewhere.")
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes, of one thread each; by default the free processors.")
     ] = None,
@@ -65,6 +72,7 @@ def batch(
     from regraft.batch.options import parse_options
     from regraft.batch.places import is_url, path_of
     from regraft.batch.run import Executor
+    from regraft.batch.serving import serving_rows
     from regraft.report.batch_table import batch_table
 
     check, named = sources[0] == "check", sources[sources[0] == "check" :]
@@ -72,6 +80,8 @@ def batch(
         raise UsageError("no adapters are named", remedy="Give a folder; one that is called check is ./check.")
     if out is None and not check:
         raise UsageError("--out is missing", remedy="Name the folder for the ported adapters.")
+    if check and (serve or serve_from):
+        raise UsageError("batch check ports nothing that could be served", remedy="Leave --serve out.")
     place = out if out is None or is_url(out) else str(path_of(out).absolute())
     given = {
         **{"method": method, "weights_only": not run_models, "strength": strength, "rank": rank, "format": format},
@@ -80,6 +90,7 @@ def batch(
         **{"allow_partial": allow_partial, "force": force},
     }
     rows = expand(named, old, new, parse_options(given), without=place)
+    rows = serving_rows(rows) if serve or serve_from else rows
     workers = jobs or o.free_processors()
     # For the fits, which the driver makes.
     o.use_hardware("cpu", "float32", None)
@@ -92,7 +103,9 @@ def batch(
             err.print("Ray is not installed: the processors of this machine do it.", markup=False, soft_wrap=True)
     executor = executor or LocalExecutor(workers, retries)
     with progress("Checking" if check else "Porting", quiet=quiet) as tick:
-        record = run_batch(rows, executor, out=place, check=check, overwrite=overwrite, tick=tick)
+        record = run_batch(
+            rows, executor, out=place, check=check, overwrite=overwrite, serve_from=serve_from, tick=tick
+        )
     emit(record, json=json, quiet=quiet, table=lambda console: batch_table(record, console))
     if place is not None and not any(table.endswith(".parquet") for table in record.tables) and not quiet:
         err.print("No parquet table without pyarrow: pip install 'regraft[batch]'.", markup=False, soft_wrap=True)

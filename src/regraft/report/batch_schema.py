@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from regraft.report.schema import BaseSummary, Counts, Forecast, Record, Verdict, VersionedRecord
+from regraft.report.serving_schema import ServingFacts
 
 RowStatus = Literal["ported", "forecast", "refused", "failed"]
 
@@ -32,10 +33,11 @@ class BatchRow(Record):
     method: str | None = Field(default=None, description="that carried it, or would")
     counts: Counts | None = Field(default=None, description="modules")
     skipped_share: float | None = Field(default=None, description="share of ‖ΔW‖² that has no place in the new base")
-    forecast: Forecast | None = Field(default=None, description="of a port, by `batch check`")
+    forecast: Forecast | None = Field(default=None, description="of a port, by `batch check` and `batch --serve`")
     output: str = Field(default="", description="what its outputs are called, without suffix")
     outputs: list[str] = Field(default_factory=list, description="inside of the output folder")
     output_hashes: list[str] = Field(default_factory=list, description="of their bytes")
+    serving: list[ServingFacts] = Field(default_factory=list, description="of each output, by `batch --serve`")
     bytes_in: int = 0
     bytes_out: int = 0
     seconds: float = 0.0

@@ -32,9 +32,10 @@ from regraft.report.schema import (
     VerifyReport,
     VersionedRecord,
 )
+from regraft.report.serving_schema import ServingReport
 from regraft.report.train_schema import TrainReport
 
-#: What each verb prints with ``--json``.
+#: What each verb prints with ``--json``; ``serving`` is the index of ``regraft batch --serve``.
 RECORDS: dict[str, Any] = {
     "inspect": InspectReport,
     "identify": IdentifyReport,
@@ -42,6 +43,7 @@ RECORDS: dict[str, Any] = {
     "check": CheckReport,
     "port": PortReport,
     "batch": BatchReport,
+    "serving": ServingReport,
     "refine": RefineReport,
     "verify": VerifyReport,
     "methods": list[MethodInfo],

@@ -5,10 +5,12 @@ Fields are only ever added within a schema version; `SCHEMA_VERSION` rises when 
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticSerializationError
 
 SCHEMA_VERSION = 1
 
@@ -20,7 +22,11 @@ class Record(BaseModel):
 
     def to_json(self) -> str:
         """The record as people's tools read it: aliases as keys, two spaces of indent."""
-        return self.model_dump_json(by_alias=True, indent=2)
+        try:
+            return self.model_dump_json(by_alias=True, indent=2)
+        except PydanticSerializationError:
+            # Half of a surrogate pair, as the name of a file that is no UTF-8 has it, can only be written escaped.
+            return json.dumps(self.model_dump(by_alias=True), indent=2)
 
 
 class VersionedRecord(Record):
