@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from regraft import InputError, OutputError, UsageError
-from regraft.cli import register
+from regraft.cli import app
 
 REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(register(), ["convert", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["convert", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import regraft.tensor_files
 import regraft.tensors
 from regraft import load_adapter
-from regraft.cli import register
+from regraft.cli import app
 from regraft.formats._common import check_values
 from regraft.inspection import inspect_adapter
 
@@ -24,7 +24,7 @@ REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"
 
 
 def run(*arguments: str) -> str:
-    result = CliRunner().invoke(register(), ["inspect", *arguments], catch_exceptions=False, env={"COLUMNS": "120"})
+    result = CliRunner().invoke(app, ["inspect", *arguments], catch_exceptions=False, env={"COLUMNS": "120"})
     assert result.exit_code == 0
     return result.stdout
 

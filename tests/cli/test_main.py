@@ -14,7 +14,7 @@ from running import Run
 
 import regraft.cli.cache
 import regraft.cli.inspect
-from regraft.cli import register
+from regraft.cli import VERBS
 from regraft.cli._sink import prepare_terminal
 
 REAL = Path(__file__).parents[1] / "data" / "analog_svd_rank4.safetensors"
@@ -69,11 +69,32 @@ def test_an_interrupt_is_one_line_in_every_verb(
     assert ran.err == "regraft: interrupted: nothing is half-written\n"
 
 
-def test_making_the_app_again_guards_no_verb_twice() -> None:
-    register()
-    before = [command.callback for command in regraft.cli.cache.app.registered_commands]
-    register()
-    assert [command.callback for command in regraft.cli.cache.app.registered_commands] == before
+def test_what_there_is_is_said_without_torch() -> None:
+    script = (
+        "import sys\nfrom regraft.cli import app\ntry:\n    app(['--help'])\n"
+        "finally:\n    assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(f"  {verb}" in ran.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_listed_by_its_own_first_words(verb: str, run: Run) -> None:
+    ran = run(verb, "--help")
+    assert ran.code == 0
+    assert VERBS[verb].rstrip(".") in " ".join(ran.out.split())
+
+
+def test_the_package_gives_functions_whatever_was_imported_first() -> None:
+    script = (
+        "import regraft.port, regraft.verify, regraft\nfrom regraft.check import check_migration\n"
+        "import types\nassert not any(isinstance(getattr(regraft, n), types.ModuleType) for n in regraft.__all__)\n"
+        "assert set(regraft.__all__) <= set(dir(regraft))\n"
+        "assert {n for n in regraft.__all__ if n != '__version__'} == set(regraft._WHERE)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = regraft.nothing
 
 
 def test_a_cached_file_that_cannot_be_deleted_is_named(

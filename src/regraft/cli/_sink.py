@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import indent
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -17,7 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 
 from regraft.errors import printable
-from regraft.report.schema import Record
+
+if TYPE_CHECKING:
+    # It builds its models when it is loaded, which `--help` need not wait for.
+    from regraft.report.schema import Record
 
 
 class _Console(Console):

@@ -108,8 +108,8 @@ class Worker:
             return
         assert self._line is not None
         with suppress(OSError):
-            # A closed line is what ends it between two jobs; within one, it is interrupted.
-            self._line.close()
+            # This ends it between two jobs; within one, it is interrupted first.
+            self._line.send(None)
         if sys.platform != "win32":
             os.kill(self._process.pid, signal.SIGINT)
         self._process.join(_PATIENCE)
@@ -134,9 +134,12 @@ def _serve(line: Connection) -> None:
 
     while True:
         try:
-            name, arguments = line.recv()
+            given = line.recv()
         except (EOFError, OSError):
             return
+        if given is None:
+            return
+        name, arguments = given
         try:
             told = _done(line, getattr(work, name), arguments)
         except KeyboardInterrupt:
