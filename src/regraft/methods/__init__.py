@@ -240,10 +240,15 @@ def method(
 
 
 @cache
-def methods() -> Mapping[str, Method]:
-    """Every method by name."""
+def _import_all() -> None:
     for info in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{info.name}")
+
+
+def methods() -> Mapping[str, Method]:
+    """Every method by name: this package's, and those that were registered elsewhere."""
+    # Sorted anew each time: a notebook registers its method after others have been asked for.
+    _import_all()
     return dict(sorted(_REGISTRY.items()))
 
 
