@@ -133,10 +133,11 @@ def test_selection_leaves_modules_out_and_says_by_which_option(tmp_path: Path, s
     assert result.report.counts.ported == 6
 
 
-def test_block_strength_scales_the_blocks_it_names_alone(tmp_path: Path, state: StateDict) -> None:
+@pytest.mark.parametrize("block", ["*layers.1.*", "model.layers.1"])
+def test_block_strength_scales_the_blocks_it_names_alone(tmp_path: Path, state: StateDict, block: str) -> None:
     adapter = lora(state)
     old, new = base_of(state, tmp_path / "old.safetensors"), base_of(state, tmp_path / "new.safetensors")
-    ported = port(adapter, old, new, settings=Settings(block_strength=(("*layers.1.*", 0.5),))).adapter
+    ported = port(adapter, old, new, settings=Settings(block_strength=((block, 0.5),))).adapter
     for ref, delta in deltas(ported).items():
         factor = 0.5 if ".1." in ref.path else 1.0
         torch.testing.assert_close(delta, factor * deltas(adapter)[ref])

@@ -32,9 +32,10 @@ from regraft.widening import widens
 
 
 def matches(glob: str, ref: ModuleRef, family: str | None) -> bool:
-    """Whether a glob names a module, or the block that it counts to (``IN04``)."""
+    """Whether a glob names a module, the block that it counts to (``IN04``) or a part that holds it (``mid_block``)."""
     names = (f"{ref.component}.{ref.path}", ref.path, block_of(family, ref.path, ref.component) or "")
-    return any(fnmatchcase(name, glob) for name in names)
+    inside = any(name.startswith(f"{glob}.") for name in names)
+    return inside or any(fnmatchcase(name, glob) for name in names)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from regraft.forecast import FLOOR, Judgement
 from regraft.forecast.probing import probed
 from regraft.forecast.survey import Surveyor
 from regraft.forecast.verdict import other_family
+from regraft.methods.auto import looks_further
 from regraft.methods.task import Running
 from regraft.migration import Migration, Ticker
 from regraft.plan import Selection
@@ -18,6 +19,8 @@ from regraft.port import fit_for
 from regraft.prediction import Prediction, of_base, of_family, of_metadata, warnings_of
 from regraft.prepare import Preparation, prepare
 from regraft.report.schema import CheckedModule, CheckReport, Status
+
+_FURTHER = "`port` also runs both bases, and takes what is clearly better on held-out inputs"
 
 
 def check(
@@ -81,6 +84,9 @@ def check_migration(
     reasons = [*judgement.reasons, *problems] if refused else [*problems, *judgement.reasons]
     if any(base is not None and base.partial for base in (old, new)):
         reasons.append("the weights were compared by a sample of their rows, read from the hub")
+    # A saved migration has its method.
+    auto = migration.method == "auto" and migration.file is None and old is not None and new is not None
+    further = auto and not refused and looks_further(migration.used, judgement.distance)
     return CheckReport(
         regraft_version=__version__,
         input=str(adapter.path),
@@ -89,6 +95,7 @@ def check_migration(
         reasons=reasons,
         tier=_tier(judgement, migration),
         method=migration.used,
+        method_note=_FURTHER if further else "",
         forecast=judgement.forecasts,
         similarity=judgement.similarity,
         distance=judgement.distance,

@@ -30,6 +30,15 @@ def test_the_verdicts_are_those_that_the_page_shows(new: str, verdict: str) -> N
     assert len(report.modules) == 84
 
 
+def test_a_check_says_where_a_port_looks_further_than_weights() -> None:
+    adapter, old = load_adapter(STYLE), open_base(DATA / "v1")
+    assert "runs both bases" in check(adapter, old, open_base(DATA / "v2")).method_note
+    # Nothing drifted; the way is asked for; nothing is carried: no model is run by any of these ports.
+    assert check(adapter, old, open_base(DATA / "v1")).method_note == ""
+    assert check(adapter, old, open_base(DATA / "v2"), "copy").method_note == ""
+    assert check(adapter, old, open_base(DATA / "v2-retrained")).method_note == ""
+
+
 def test_diffusers_loads_a_base_and_its_lora_whole() -> None:
     from diffusers import DiffusionPipeline
 

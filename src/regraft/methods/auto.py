@@ -49,6 +49,16 @@ def _same_spectra(pairs: WeightPairs, modules: list[ModuleRef]) -> bool:
     return median(distances) < _SAME_SPECTRUM
 
 
+def looks_further(used: str, distance: float | None) -> bool:
+    """Whether both bases are run to look for something better than what the weights gave.
+
+    Args:
+        used: what they gave.
+        distance: relative drift, weighted by the adapter; None where it is not known.
+    """
+    return used in ("copy", "grown") and distance is not None and distance >= _NEAR
+
+
 def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
     """Under drift, run both bases and take what comes nearest to the old one's outputs with the adapter.
 
@@ -61,7 +71,7 @@ def by_running(task: AdapterTask, chosen: Fit) -> Carried | str | None:
         task: the adapter and both bases.
         chosen: what the weights alone gave.
     """
-    if chosen.method not in ("copy", "grown") or task.distance is None or task.distance < _NEAR:
+    if not looks_further(chosen.method, task.distance):
         return None
     if task.running.weights_only:
         return "no model was run (--weights-only)"

@@ -126,6 +126,7 @@ class CheckReport(VersionedRecord):
     reasons: list[str]
     tier: Literal["port", "refine", "bridge"]
     method: str
+    method_note: str = Field(default="", description="where `port` may take another one than the weights give")
     forecast: Forecasts = Forecasts()
     similarity: float | None = Field(description="mean over modules, weighted by their share of ‖ΔW‖²")
     distance: float | None = Field(description="likewise")

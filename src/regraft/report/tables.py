@@ -53,12 +53,13 @@ def check_table(report: CheckReport, console: Console) -> None:
     word = {"survives": "SURVIVES", "refine": "NEEDS A REFINE", "refused": "REFUSED"}[report.verdict]
     _head(console, word, _STYLE[report.verdict], report.summary)
     counts = {s: sum(m.status == s for m in report.modules) for s in ("ported", "skipped", "refused")}
+    note = f"; {escape(report.method_note)}" if report.method_note else ""
     rows = [
         ("adapter", escape(report.input)),
         ("from", _base(report.source)),
         ("to", _base(report.target)),
         ("advised", f"[bold]{report.tier}[/]: {TIERS[report.tier]}"),
-        *([("method", f"[bold]{escape(report.method)}[/]")] if report.tier != "bridge" else []),
+        *([("method", f"[bold]{escape(report.method)}[/]{note}")] if report.tier != "bridge" else []),
         (
             "modules",
             _counts(counts, "to port", "to skip", total(m.share for m in report.modules if m.status == "skipped")),
