@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regraft.demo import data_folder
-from regraft.errors import UsageError
+from regraft.errors import OutputError, UsageError
 from regraft.report.schema import CheckReport, PortReport
 from regraft.ui import places
 from regraft.ui.asked import Asked, base_of, cleaned, prompts_of
@@ -53,7 +53,8 @@ def _ended(job: Progress, seconds: float = 120) -> Progress:
 
 def test_what_people_paste_is_read_as_a_path() -> None:
     assert cleaned(' "/a b/x.safetensors" ') == "/a b/x.safetensors"
-    assert cleaned("file:///models/x.ckpt") == "/models/x.ckpt"
+    assert cleaned("file:///a%20b/x.ckpt") == "/a b/x.ckpt"
+    assert cleaned("~model.safetensors") == "~model.safetensors"
     assert cleaned("~/x.pt") == str(Path.home() / "x.pt")
     assert cleaned(None) == cleaned("  ") == ""
     assert cleaned("org/name") == "org/name"
@@ -82,6 +83,14 @@ def test_an_output_never_takes_the_name_of_another(tmp_path: Path) -> None:
     assert free_stem(asked, "ported").name == "style-v1-ported-2"
     (tmp_path / "style-v1-ported-2_high_noise.safetensors").touch()
     assert free_stem(asked, "ported").name == "style-v1-ported-3"
+    # A disk that tells no capitals apart has one name for both.
+    assert free_stem(_asked(tmp_path, lora="/loras/STYLE-v1.pt"), "ported").name == "STYLE-v1-ported-3"
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="can't be made"):
+        free_stem(_asked(tmp_path / "file" / "out"), "ported")
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "<img src=x>.safetensors", "a b;rm -rf.pt", "…", "x" * 300])
@@ -140,6 +149,41 @@ def test_a_stop_leaves_nothing_and_the_worker_goes_on(desk: Desk) -> None:
     assert _ended(desk.start("forecast", "Forecast", asked=_asked(desk.out), probe=False)).state == "done"
 
 
+def test_a_stop_asked_for_twice_or_too_late_harms_no_later_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.ui.worker._PATIENCE", 1.0)
+    job = desk.start("port", "Port", asked=_asked(desk.out, new=str(DATA / "v2")))
+    while job.total == 0:
+        time.sleep(0.02)
+    desk.stop()
+    desk.stop()
+    _ended(job)
+    desk.worker.stop()
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        assert _ended(desk.start("forecast", "Forecast", asked=_asked(desk.out), probe=False)).state == "done"
+
+
+def test_a_port_that_is_refused_keeps_what_was_there_before(desk: Desk) -> None:
+    _ended(desk.start("port", "Port", asked=_asked(desk.out)))
+    made = desk.results["port"]
+    job = desk.start("forecast", "Forecast", asked=_asked(desk.out), probe=False)
+    with pytest.raises(UsageError):
+        desk.start("port", "Port", asked=_asked(desk.out))
+    _ended(job)
+    assert desk.results["port"] is made
+    assert made.asked == _asked(desk.out)
+
+
+def test_a_worker_that_cannot_begin_is_an_error_and_not_a_job_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path)
+    monkeypatch.setattr(desk.worker, "start", lambda: (_ for _ in ()).throw(OSError("no more processes")))
+    job = _ended(desk.start("forecast", "Forecast", asked=_asked(tmp_path), probe=False))
+    assert "no more processes" in job.wrong[0]
+    assert desk.running is None
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
 def test_a_killed_worker_is_told_of_and_replaced(desk: Desk) -> None:
     job = desk.start("port", "Port", asked=_asked(desk.out, new=str(DATA / "v2")))
@@ -160,8 +204,16 @@ def test_a_library_is_forecast_by_its_folder(desk: Desk, tmp_path: Path) -> None
     ends = {"folder": str(loras), "old": str(DATA / "v1"), "new": str(DATA / "v2-retrained")}
     job = _ended(desk.start("library", "Library", out=str(desk.out), forecast_only=True, **ends))
     assert job.state == "done", job.wrong
-    assert desk.results["library"].record.counts.refused == 2
-    assert Path(desk.results["library"].page).is_file()
+    first = desk.results["library"]
+    assert first.record.counts.refused == 2
+    assert Path(first.page).is_file()
+    # Another new base has a place of its own: what was made for the first one stays.
+    ends["new"] = str(DATA / "v1")
+    _ended(desk.start("library", "Library", out=str(desk.out), forecast_only=False, **ends))
+    second = desk.results["library"]
+    assert second.record.counts.ported == 2
+    assert second.page != first.page
+    assert Path(first.page).is_file()
 
 
 def test_only_what_was_handed_out_is_served(desk: Desk, tmp_path: Path) -> None:
@@ -172,18 +224,18 @@ def test_only_what_was_handed_out_is_served(desk: Desk, tmp_path: Path) -> None:
 
 
 def test_what_was_used_comes_first_the_next_time() -> None:
-    places.remember("bases", "/a", "/b")
-    places.remember("bases", "/b", "/c")
-    assert places.recent("bases") == ["/b", "/c", "/a"]
+    places.remember("/a", "/b")
+    places.remember("/b", "/c")
+    assert places.recent() == ["/b", "/c", "/a"]
 
 
 @pytest.mark.parametrize("kept", ["", "[]", '{"bases": "no"}', '{"bases": [1, "/a"]}', "{"])
 def test_a_damaged_memory_is_no_error(kept: str) -> None:
-    places.remember("bases", "/a")
+    places.remember("/a")
     file = Path(os.environ["REGRAFT_CACHE"]) / "ui.json"
     assert json.loads(file.read_text())["bases"] == ["/a"]
     file.write_text(kept)
-    assert set(places.recent("bases")) <= {"/a"}
+    assert set(places.recent()) <= {"/a"}
 
 
 def test_bases_are_found_below_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

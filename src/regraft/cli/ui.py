@@ -18,7 +18,13 @@ def ui(
     ),
     models: Annotated[
         list[Path] | None,
-        typer.Option("--models", metavar="FOLDER", help="Offer the bases in it, such as ComfyUI's models; repeatable."),
+        typer.Option(
+            "--models",
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="Offer the bases in it, such as ComfyUI's models; repeatable.",
+        ),
     ] = None,
     port: Annotated[
         int | None, typer.Option("--port", min=1, max=65535, help="By default 7860, or a free one.")

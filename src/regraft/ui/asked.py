@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from regraft.errors import UsageError
 
@@ -49,6 +52,11 @@ class Asked:
                 raise UsageError(f"{what} is missing", remedy="Choose it above.")
 
     @property
+    def subject(self) -> tuple[str, str, str]:
+        """What is carried from where to where."""
+        return self.lora, self.old, self.new
+
+    @property
     def bases(self) -> tuple[Path, Path]:
         """Old and new."""
         return Path(self.old), Path(self.new)
@@ -57,8 +65,10 @@ class Asked:
 def cleaned(text: str | None) -> str:
     """A path as people paste it: without quotes and spaces around it, ``~`` opened, ``file://`` taken off."""
     plain = (text or "").strip().strip("\"'").strip()
-    plain = plain.removeprefix("file://")
-    return str(Path(plain).expanduser()) if plain else ""
+    if plain.startswith("file:"):
+        # As file managers copy it, with %20 for a space.
+        plain = url2pathname(urlsplit(plain).path)
+    return str(Path(os.path.expanduser(plain))) if plain else ""
 
 
 def base_of(picked: str) -> str:

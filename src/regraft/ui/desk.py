@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from regraft.errors import UsageError
+from regraft.errors import UsageError, first_line
 from regraft.report.refine_schema import RefineLook
 from regraft.report.schema import Picture
+from regraft.ui import places
 from regraft.ui.work import Made
 from regraft.ui.worker import Told, Worker
+
+#: What is no longer true once a job has made something anew.
+_AFTER = {"port": ("refine", "measure"), "refine": ("measure",)}
 
 
 @dataclass
@@ -61,8 +66,9 @@ class Progress:
         elif told.kind == "shows":
             self.looks, self.prompts, self.pictures = told.said
         else:
-            self.state, self.ended = told.kind, monotonic()
             self.wrong = told.said if told.kind == "error" else ("", "")
+            # Last, since whoever reads it as ended reads the rest then.
+            self.state, self.ended = told.kind, monotonic()
         self.change += 1
 
 
@@ -86,51 +92,61 @@ class Desk:
     _served: dict[str, Path] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def start(
-        self, name: str, title: str, then: Callable[[Made], None] = lambda made: None, **arguments: Any
-    ) -> Progress:
+    def start(self, name: str, title: str, **arguments: Any) -> Progress:
         """Begin a job.
 
         Args:
             name: of a function of `regraft.ui.work`.
             title: what the page calls it.
-            then: called with what it made.
             arguments: of the function.
 
         Raises:
             UsageError: another one is at work.
         """
         with self._lock:
-            if self.job is not None and self.job.state == "running":
-                raise UsageError(f"{self.job.title} is still at work", remedy="Wait for it, or stop it.")
+            if self.running is not None:
+                raise UsageError(f"{self.running.title} is still at work", remedy="Wait for it, or stop it.")
             job = self.job = Progress(name, title)
-            self.results.pop(name, None)
-        threading.Thread(
-            target=self._follow, args=(job, then, arguments), daemon=True, name=f"regraft-ui-{name}"
-        ).start()
+            for stale in (name, *_AFTER.get(name, ())):
+                self.results.pop(stale, None)
+        follower = threading.Thread(target=self._follow, args=(job, arguments), daemon=True, name=f"regraft-ui-{name}")
+        follower.start()
         return job
+
+    @property
+    def running(self) -> Progress | None:
+        """The job at work."""
+        job = self.job
+        return job if job is not None and job.state == "running" else None
 
     def stop(self) -> None:
         """Stop the job at work, where there is one."""
-        if self.job is not None and self.job.state == "running":
+        if self.running is not None:
             self.worker.stop()
 
     def serve(self, path: str) -> str:
         """A name under which the page may fetch a file that regraft has written, and no other."""
-        for token, served in self._served.items():
-            if served == Path(path):
-                return token
-        token = secrets.token_urlsafe(12)
-        self._served[token] = Path(path)
-        return token
+        with self._lock:
+            for token, served in self._served.items():
+                if served == Path(path):
+                    return token
+            token = secrets.token_urlsafe(12)
+            self._served[token] = Path(path)
+            return token
 
     def served(self, token: str) -> Path | None:
         """The file of such a name."""
         return self._served.get(token)
 
-    def _follow(self, job: Progress, then: Callable[[Made], None], arguments: dict[str, Any]) -> None:
-        for told in self.worker.run(job.name, **arguments):
-            if told.kind == "done":
-                self.results[job.name] = told.said
-                then(told.said)
-            job.hear(told)
+    def _follow(self, job: Progress, arguments: dict[str, Any]) -> None:
+        try:
+            for told in self.worker.run(job.name, **arguments):
+                if told.kind == "done":
+                    self.results[job.name] = told.said
+                    # A base that nothing could be done with is not offered again.
+                    places.remember(*told.said.bases)
+                job.hear(told)
+        except Exception as error:
+            # No process could be begun, or what it said can't be read: no later job may find this one still at work.
+            traceback.print_exc()
+            job.hear(Told("error", (f"the job could not be run ({first_line(error)})", "Start regraft ui again.")))

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import sleep
 from typing import Any
 
-import gradio as gr
-
 from regraft.demo import data_folder
 from regraft.errors import RegraftError, UsageError
 from regraft.formats import formats
 from regraft.inspection import inspect_adapter
 from regraft.report.schema import VerifyReport
-from regraft.ui import places, shown
+from regraft.ui import beside, places, shown
+from regraft.ui._gradio import gr
 from regraft.ui.asked import Asked, base_of, cleaned, prompts_of
-from regraft.ui.desk import Desk
+from regraft.ui.desk import Desk, Progress
 from regraft.ui.work import PICTURES, Made
 
 _EVERY = 0.3
@@ -124,13 +121,12 @@ class _Page:
                     self.demo = gr.Button("Try it on the demo's models", size="sm", elem_id="demo")
                     self.swap = gr.Button("Swap the bases", size="sm", elem_id="swap")
         with gr.Accordion("Browse this computer", open=False, elem_id="browse"):
-            self.root = gr.Textbox(
-                label="Folder", value=str(self.models[0] if self.models else Path.home()), elem_id="root"
-            )
+            home = Path.home() if Path.home().is_dir() else Path.cwd()
+            begin = str(self.models[0] if self.models else home)
+            self.root = gr.Textbox(label="Folder", value=begin, elem_id="root")
             self.tree = gr.FileExplorer(
-                root_dir=str(self.models[0] if self.models else Path.home()),
+                root_dir=begin,
                 file_count="single",
-                ignore_glob=".*",
                 label="Point at a weights file, or at model_index.json or config.json for a whole folder",
                 height=260,
                 elem_id="tree",
@@ -142,7 +138,7 @@ class _Page:
         self.about = _html(elem_id="about")
 
     def _offered(self) -> list[str]:
-        return list(dict.fromkeys([*places.recent("bases"), *places.bases_in(self.models), *places.in_hub_cache()]))
+        return list(dict.fromkeys([*places.recent(), *places.bases_in(self.models), *places.in_hub_cache()]))
 
     def _result(self, name: str) -> None:
         self.results[name] = _html(elem_id=f"result-{name}")
@@ -191,7 +187,7 @@ class _Page:
             [("what was ported", "port"), ("what was refined", "refine")], value="port", label="Compare"
         )
         self.do_measure = gr.Button("Compare", variant="primary", elem_id="do-measure")
-        with gr.Column(visible=False) as self.beside:
+        with gr.Column(visible=False) as self.compared:
             with gr.Row():
                 self.left = gr.Dropdown([], label="Left", elem_id="left")
                 self.right = gr.Dropdown([], label="Right", elem_id="right")
@@ -237,17 +233,18 @@ class _Page:
             (self.do_check_all, self._do_check_all, [self.folder, self.old, self.new]),
             (self.do_port_all, self._do_port_all, [self.folder, self.old, self.new]),
         ]
-        for button, job, given in jobs:
-            button.click(job, given, shows, **quiet)
-        beside = [self.beside, self.left, self.right, self.row]
-        self.do_measure.click(self._do_measure, [*chosen, self.prompts, self.which], shows, **quiet).then(
-            self._columns, None, beside, **quiet
-        )
-        for choice in (self.left, self.right, self.row):
-            choice.change(self._pair, [self.left, self.right, self.row], self.slider, **quiet)
-        self.stop.click(self.desk.stop, None, None, **quiet)
+        jobs.append((self.do_measure, self._do_measure, [*chosen, self.prompts, self.which]))
+        pair = [self.left, self.right, self.row]
         # A window that is opened anew, or closed amid of a job, shows what is on the desk.
-        blocks.load(self._now, None, shows, **quiet).then(self._columns, None, beside, **quiet)
+        began = [button.click(job, given, shows, **quiet) for button, job, given in jobs]
+        for event in (*began, blocks.load(self._now, None, shows, **quiet)):
+            # Named anew, the same columns are no change, and yet other pictures.
+            event.then(self._columns, None, [self.compared, *pair], **quiet).then(
+                self._pair, pair, self.slider, **quiet
+            )
+        for choice in pair:
+            choice.change(self._pair, pair, self.slider, **quiet)
+        self.stop.click(self.desk.stop, None, None, **quiet)
 
     def _dropped(self, file: str | None) -> tuple[Any, str]:
         return "", self._about(file or "")
@@ -282,16 +279,12 @@ class _Page:
         path = Path(cleaned(folder))
         if not path.is_dir():
             return gr.skip(), shown.wrong(f"{path}: no such folder", "Check the path.")
-        return gr.FileExplorer(root_dir=str(path), ignore_glob=".*"), ""
+        return gr.FileExplorer(root_dir=str(path)), ""
 
     def _asked(self, file: str | None, lora: str, old: str | None, new: str | None, prompts: str, **more: Any) -> Asked:
-        path = cleaned(lora) or file or ""
-        bases = cleaned(old), cleaned(new)
-        asked = Asked(
-            path, *bases, out=str(self.desk.out), device=self.desk.device, prompts=prompts_of(prompts), **more
-        )
-        places.remember("bases", *bases)
-        return asked
+        subject = cleaned(lora) or file or "", cleaned(old), cleaned(new)
+        out, device = str(self.desk.out), self.desk.device
+        return Asked(*subject, out=out, device=device, prompts=prompts_of(prompts), **more)
 
     def _do_forecast(self, *given: Any) -> Iterator[Any]:
         *chosen, probe = given
@@ -306,8 +299,6 @@ class _Page:
         how = {"strength": strength, "rank": rank.strip(), "format": form or "", "private": private, "force": force}
 
         def start() -> None:
-            self.desk.results.pop("refine", None)
-            self.desk.results.pop("measure", None)
             self.desk.start("port", "Port", asked=self._asked(*chosen, **how))
 
         yield from self._run(start)
@@ -317,7 +308,10 @@ class _Page:
 
         def start() -> None:
             asked = self._asked(*chosen)
-            self.desk.start("refine", "Refine", asked=asked, start=self._port_of(asked), minutes=minutes)
+            made = self._made("port", asked)
+            # Of two experts, which one a refine would begin from is not for it to say.
+            begin = made.files[0] if made is not None and len(made.files) == 1 else ""
+            self.desk.start("refine", "Refine", asked=asked, start=begin, minutes=minutes)
 
         yield from self._run(start)
 
@@ -326,11 +320,10 @@ class _Page:
 
         def start() -> None:
             asked = self._asked(*chosen)
-            made = self.desk.results.get(which)
-            if made is None or not made.files:
-                raise UsageError(
-                    f"Nothing was {'ported' if which == 'port' else 'refined'} yet", remedy="Do that first."
-                )
+            made = self._made(which, asked)
+            if made is None:
+                done = "ported" if which == "port" else "refined"
+                raise UsageError(f"This LoRA was not {done} here between these bases", remedy="Do that first.")
             self.desk.start("measure", "Compare", asked=asked, ported=made.files[0])
 
         yield from self._run(start)
@@ -349,33 +342,35 @@ class _Page:
 
         yield from self._run(start)
 
-    def _port_of(self, asked: Asked) -> str:
-        """What was ported here of this very adapter, to begin a refine from."""
-        made: Made | None = self.desk.results.get("port")
-        if made is None or len(made.files) != 1:
-            return ""
-        same = made.record.input == asked.lora and made.record.target and made.record.target.path == asked.new
-        return made.files[0] if same else ""
+    def _made(self, name: str, asked: Asked) -> Made | None:
+        """What was made here of this very adapter between these very bases."""
+        made = self.desk.results.get(name)
+        return made if made is not None and made.asked is not None and made.asked.subject == asked.subject else None
 
     def _run(self, start: Callable[[], None]) -> Iterator[Any]:
         try:
             start()
         except RegraftError as error:
-            yield shown.wrong_of(error), gr.skip(), gr.skip(), *[gr.skip()] * len(self.results)
-            return
+            if self.desk.running is None:
+                yield shown.wrong_of(error), gr.skip(), gr.skip(), *[gr.skip()] * len(self.results)
+                return
+            # What the job at work says would take the place of words on the page.
+            gr.Warning(error.what, title="Not now")
         yield from self._now()
 
     def _now(self) -> Iterator[Any]:
         """What is on the desk, until the job at work is through."""
-        seen: tuple[int, int] | None = None
-        while (job := self.desk.job) is not None and job.state == "running":
-            if seen != (job.change, int(job.seconds)):
-                seen = job.change, int(job.seconds)
-                results = [shown.result(self.desk, name) if seen[0] == 0 else gr.skip() for name in _JOBS]
-                yield shown.progress(job), gr.Button(visible=True), shown.course(job), *results
+        told: Progress | None = None
+        change = second = -1
+        while (job := self.desk.running) is not None:
+            if (job.change, int(job.seconds)) != (change, second) or job is not told:
+                results = [gr.skip() if job is told else shown.result(self.desk, name) for name in _JOBS]
+                course = gr.skip() if job is told and job.change == change else shown.course(job)
+                told, change, second = job, job.change, int(job.seconds)
+                yield shown.progress(job), gr.Button(visible=True), course, *results
             sleep(_EVERY)
         results = [shown.result(self.desk, name) for name in _JOBS]
-        yield shown.progress(job), gr.Button(visible=False), "", *results
+        yield shown.progress(self.desk.job), gr.Button(visible=False), "", *results
 
     # ---- pictures beside each other -----------------------------------------------------------------------------
 
@@ -387,38 +382,15 @@ class _Page:
         record = self._drawn()
         if record is None:
             return gr.Column(visible=False), gr.skip(), gr.skip(), gr.skip()
-        titles = shown.pairs_of(record)
-        rows = record.prompts[: len(record.pictures[0].png)]
-        prompts = [(prompt, i) for i, prompt in enumerate(rows)]
-        old = next((title for title in titles if "original" in title), titles[0])
-        return (
-            gr.Column(visible=True),
-            gr.Dropdown(titles, value=old),
-            gr.Dropdown(titles, value=titles[-1]),
-            gr.Dropdown(prompts, value=0),
-        )
+        titles, rows, (old, new) = beside.titles(record), beside.rows(record), beside.first(record)
+        choices = gr.Dropdown(titles, value=old), gr.Dropdown(titles, value=new), gr.Dropdown(rows, value=0)
+        return gr.Column(visible=True), *choices
 
     def _pair(self, left: str | None, right: str | None, row: int | None) -> Any:
-        from PIL import Image
-
         record = self._drawn()
-        if record is None or row is None:
-            return None
-        found = {picture.title: picture.png for picture in record.pictures}
-        if left not in found or right not in found:
-            return None
-        two = [Image.open(io.BytesIO(base64.b64decode(found[title][row]))).convert("RGB") for title in (left, right)]
-        return tuple(_large(image) for image in two)
+        return None if record is None else beside.two(record, left, right, row)
 
 
 def _html(value: str = "", **more: Any) -> gr.HTML:
     """Our own markup, with our own style alone."""
     return gr.HTML(value, apply_default_css=False, js_on_load=None, **more)
-
-
-def _large(image: Any) -> Any:
-    """Small pictures enlarged by whole pixels, as the contact sheet shows them."""
-    from PIL import Image
-
-    factor = max(1, 384 // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

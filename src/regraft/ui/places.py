@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,23 +20,18 @@ _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _MOST = 400
 
 
-def recent(kind: str) -> list[str]:
-    """What was used before, the last one first.
-
-    Args:
-        kind: ``bases`` or ``loras``.
-    """
+def recent() -> list[str]:
+    """Bases that were used before, the last one first."""
     try:
-        kept = json.loads(_file().read_text(encoding="utf-8")).get(kind)
+        kept = json.loads(_file().read_text(encoding="utf-8")).get("bases")
         return [text for text in kept if isinstance(text, str)][:_KEPT] if isinstance(kept, list) else []
     except (OSError, ValueError, AttributeError):
         return []
 
 
-def remember(kind: str, *used: str) -> None:
-    """Put them first for the next time; a folder that can't be written to is no reason to stop."""
-    kept = {name: recent(name) for name in ("bases", "loras")}
-    kept[kind] = list(dict.fromkeys([*used, *kept[kind]]))[:_KEPT]
+def remember(*used: str) -> None:
+    """Put bases first for the next time; a folder that can't be written to is no reason to stop."""
+    kept = {"bases": list(dict.fromkeys([*used, *recent()]))[:_KEPT]}
     with suppress(OSError, RegraftError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_text(json.dumps(kept, indent=1), _file(), overwrite=True)
@@ -49,9 +43,10 @@ def _file() -> Path:
 
 def in_hub_cache() -> list[str]:
     """Ids of the models that the hub's cache holds."""
-    place = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
+    from regraft.hub.access import cache_folder as hub_folder
+
     with suppress(OSError):
-        names = sorted(folder.name for folder in Path(place).expanduser().glob("models--*--*") if folder.is_dir())
+        names = sorted(folder.name for folder in hub_folder().glob("models--*--*") if folder.is_dir())
         return [name.removeprefix("models--").replace("--", "/") for name in names]
     return []
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-import os
 import secrets
 import socket
+import sys
+import tempfile
 import webbrowser
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from threading import Timer
 from urllib.parse import quote
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -22,10 +21,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from regraft.errors import RegraftError
 from regraft.ui import page, shown
+from regraft.ui._gradio import gr
 from regraft.ui.desk import Desk
+from regraft.ui.work import writable
 
 HOST = "127.0.0.1"
-_COOKIE = "regraft-key"
+# Gradio fetches what is elsewhere for whoever asks for it by these paths, which the policy below could not see.
+_ELSEWHERE = ("/gradio_api/file=http", "/gradio_api/proxy=", "/file=http", "/proxy=")
 # Nothing from elsewhere is loaded, nothing is sent there, and no other page may show this one.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -45,19 +47,27 @@ def make_app(desk: Desk, key: str, models: Sequence[Path] = ()) -> FastAPI:
         key: without which nothing is answered: other people may use this machine, too.
         models: folders whose bases are offered.
     """
+    # Cookies know no ports, and a second page has a key of its own.
+    cookie = f"regraft-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.query_params.get("key")
-        if given is not None and hmac.compare_digest(given, key):
-            # Out of the address bar, and so out of the browser's history of titles and of what is sent on.
-            answer: Response = RedirectResponse(request.url.remove_query_params("key"))
-            answer.set_cookie(_COOKIE, key, httponly=True, samesite="strict")
-            return answer
-        if not hmac.compare_digest(request.cookies.get(_COOKIE, ""), key):
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"{request.url.scheme}://{request.url.netloc}":
+            # A page of another server on this machine counts as the same site, cookies and all.
             return HTMLResponse(_SHUT, status_code=403)
+        if _same(request.query_params.get("key", ""), key):
+            # Out of the address bar, and so out of what is shown and sent on.
+            answer: Response = RedirectResponse(request.url.remove_query_params("key"))
+            # Lax: the address may be followed from a terminal that is a page itself.
+            answer.set_cookie(cookie, key, httponly=True, samesite="lax")
+            return answer
+        if not _same(request.cookies.get(cookie, ""), key):
+            return HTMLResponse(_SHUT, status_code=403)
+        if request.url.path.startswith(_ELSEWHERE):
+            return _gone()
         answer = await call(request)
         answer.headers["Content-Security-Policy"] = _POLICY
         answer.headers["Referrer-Policy"] = "no-referrer"
@@ -76,7 +86,9 @@ def make_app(desk: Desk, key: str, models: Sequence[Path] = ()) -> FastAPI:
     @app.get("/reports/{token}")
     def report(token: str) -> Response:
         path = desk.served(token)
-        return HTMLResponse(path.read_bytes()) if path is not None and path.is_file() else _gone()
+        if path is None or path.suffix != ".html" or not path.is_file():
+            return _gone()
+        return HTMLResponse(path.read_bytes())
 
     whole: FastAPI = gr.mount_gradio_app(
         app,
@@ -96,13 +108,16 @@ def make_app(desk: Desk, key: str, models: Sequence[Path] = ()) -> FastAPI:
     return whole
 
 
+def _same(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
+
+
 def _gone() -> Response:
     return HTMLResponse("<!doctype html><title>regraft</title><p>This file is no longer there.", status_code=404)
 
 
 def _zipped(folder: Path) -> Response:
     """A PEFT folder as one file; weights don't pack, so that none of them is tried to."""
-    import tempfile
     import zipfile
 
     # Its end closes it, once the answer is through.
@@ -136,11 +151,12 @@ def serve(
         told: called with the address.
 
     Raises:
-        RegraftError: the port is taken.
+        RegraftError: the port is taken, there is no such device, or the folder can't be written to.
     """
     from regraft.hardware import use_hardware
 
     use_hardware(device, "float32", None)
+    writable(out)
     listening = _listen(port)
     desk = Desk(out.absolute(), device)
     key = secrets.token_urlsafe(18)
@@ -166,9 +182,13 @@ def serve(
 def _listen(port: int | None) -> socket.socket:
     for number in (7860, 0) if port is None else (port,):
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform != "win32":
+            # After a restart the port is free at once; on Windows it would be shared with whoever has it.
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, number))
+            # At once: a bound port that nobody listens at can be bound again.
+            listening.listen()
             return listening
         except OSError as error:
             listening.close()

@@ -5,7 +5,6 @@ All values pass through the templates' autoescape, since names and metadata come
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from regraft.report.refine_chart import draw_course, draw_looks
 from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import CheckReport, InspectReport, PortReport, VerifyReport
 from regraft.ui.desk import Desk, Progress
-from regraft.ui.work import Made
+from regraft.ui.work import Made, in_utf8
+
+_NO_LINKS: dict[str, Any] = {"files": [], "page": ""}
 
 
 @cache
@@ -35,7 +36,7 @@ def _environment() -> Environment:
 
 
 def _part(name: str, **values: Any) -> str:
-    return _environment().get_template(name).render(**values)
+    return in_utf8(_environment().get_template(name).render(**values))
 
 
 def style() -> str:
@@ -49,7 +50,11 @@ def head() -> str:
 
 
 def wrong(what: str, remedy: str = "") -> str:
-    """An error."""
+    """An error, with what can be done on this page about it, or else in a terminal."""
+    if "--force" in remedy:
+        remedy = "There is a box for that among the options of Port; the file says so then."
+    elif "--" in remedy:
+        remedy = f"On the command line: {remedy}"
     return _part("wrong.html", what=what, remedy=remedy)
 
 
@@ -92,7 +97,11 @@ def result(desk: Desk, name: str) -> str:
     if isinstance(record, CheckReport):
         return _verdict(check=without_folders(record), banner=check_banner(record), links=links)
     if isinstance(record, PortReport):
-        return _verdict(port=without_folders(record), banner=port_banner(record), links=links)
+        # The first expert's in full, with the links to all files; of the other its verdict.
+        whole = _verdict(port=without_folders(record), banner=port_banner(record), links=links)
+        return whole + "".join(
+            _verdict(port=without_folders(other), banner=port_banner(other), links=_NO_LINKS) for other in made.also
+        )
     if isinstance(record, VerifyReport):
         return _verdict(verify=without_folders(record), banner=MEASURED, links=links)
     if isinstance(record, RefineReport):
@@ -125,8 +134,3 @@ def _links(desk: Desk, made: Made) -> dict[str, Any]:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}"
-
-
-def pairs_of(record: VerifyReport) -> Sequence[str]:
-    """Titles of the columns of pictures."""
-    return [picture.title for picture in record.pictures]

@@ -5,6 +5,8 @@ A job tells what it is at by ``tick(done, total, what)``; it is stopped as a com
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from regraft.asked import wanted_rank
 from regraft.base import Base, open_base
 from regraft.carry import Settings
 from regraft.check import check, check_migration
-from regraft.errors import UsageError
+from regraft.errors import OutputError, UsageError
 from regraft.experts import experts, labelled
 from regraft.formats import Written, load_adapter, rendered
 from regraft.hardware import free_processors, use_hardware
@@ -24,7 +26,7 @@ from regraft.hub import runnable
 from regraft.methods.task import Running
 from regraft.output import write_text, write_whole
 from regraft.pairing import names_of
-from regraft.port import apply_migration, fit_for
+from regraft.port import PortResult, apply_migration, fit_for
 from regraft.prepare import check_understood
 from regraft.report.batch_schema import BatchReport
 from regraft.report.refine_schema import RefineLook, RefineReport
@@ -47,13 +49,22 @@ class Made:
         record: what is told of it.
         files: the adapters, files or PEFT folders.
         page: the report.
-        also: further records, as of the second expert of a base with two.
+        bases: old and new, as they were given.
+        asked: what it was made of; None for a library.
+        also: records of further files, such as the second expert's of a base with two.
     """
 
     record: Any
+    bases: tuple[str, str]
     files: tuple[str, ...] = ()
     page: str = ""
+    asked: Asked | None = None
     also: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, asked: Asked, record: Any, **more: Any) -> Made:
+        """Of one adapter."""
+        return cls(record, (asked.old, asked.new), asked=asked, **more)
 
 
 def forecast(asked: Asked, *, probe: bool, tick: Tick) -> Made:
@@ -63,7 +74,7 @@ def forecast(asked: Asked, *, probe: bool, tick: Tick) -> Made:
     adapter = _read(asked.lora, old)
     running = Running(prompts=asked.prompts or None, device=asked.device) if probe else None
     record = check(adapter, old, new, asked.method, probe=running, tick=tick, **computing)
-    return Made(record)
+    return Made.of(asked, record)
 
 
 def port(asked: Asked, *, tick: Tick) -> Made:
@@ -82,20 +93,21 @@ def port(asked: Asked, *, tick: Tick) -> Made:
     )
     if adapter.updates:
         check_understood(adapter, old, "old", settings.selection)
-    records: list[PortReport] = []
-    checks: list[CheckReport] = []
-    files: list[Path] = []
-    stem = free_stem(asked, "ported")
+    carried: list[tuple[str, PortResult, CheckReport]] = []
     for label, target in (experts(adapter, old, new) or {"": new}).items():
         migration = fit_for(adapter, old, target, asked.method, running=settings.running, tick=tick, **computing)
         result = apply_migration(adapter, migration, settings, old=old, new=target, tick=tick)
+        carried.append((label, result, check_migration(adapter, migration, settings.selection, old, target)))
+    # Nothing is written before all of it is there, and the name is chosen last: another page may write here, too.
+    stem = free_stem(asked, "ported")
+    records: list[PortReport] = []
+    files: list[str] = []
+    for label, result, _ in carried:
         file = _write(rendered(result.adapter, asked.format or result.adapter.format), stem, label, adapter)
-        files.append(file)
+        files.append(str(file))
         records.append(result.report.model_copy(update={"outputs": [str(file)]}))
-        checks.append(check_migration(adapter, migration, settings.selection, old, target))
-    page = stem.with_name(f"{stem.name}.html")
-    write_text(render_port(records[0], check=checks[0]), page, overwrite=True)
-    return Made(records[0], tuple(map(str, files)), str(page), tuple(records[1:]))
+    page = _page(render_port(records[0], check=carried[0][2]), stem)
+    return Made.of(asked, records[0], files=tuple(files), page=page, also=tuple(records[1:]))
 
 
 def refine(asked: Asked, *, start: str, minutes: float, tick: Tick, shows: Shows) -> Made:
@@ -132,9 +144,7 @@ def refine(asked: Asked, *, start: str, minutes: float, tick: Tick, shows: Shows
     file = _write(rendered(result.adapter, asked.format or result.adapter.format), stem, "", adapter)
     forget(state)
     record: RefineReport = result.report.model_copy(update={"outputs": [str(file)]})
-    page = stem.with_name(f"{stem.name}.html")
-    write_text(render_refine(record), page, overwrite=True)
-    return Made(record, (str(file),), str(page))
+    return Made.of(asked, record, files=(str(file),), page=_page(render_refine(record), stem))
 
 
 def measure(asked: Asked, *, ported: str, tick: Tick) -> Made:
@@ -154,9 +164,7 @@ def measure(asked: Asked, *, ported: str, tick: Tick) -> Made:
         device=asked.device,
         tick=tick,
     )
-    page = free_stem(asked, "measured").with_suffix(".html")
-    write_text(render_verify(record), page, overwrite=True)
-    return Made(record, (), str(page))
+    return Made.of(asked, record, page=_page(render_verify(record), free_stem(asked, "measured")))
 
 
 def library(folder: str, old: str, new: str, out: str, *, forecast_only: bool, tick: Tick) -> Made:
@@ -170,29 +178,58 @@ def library(folder: str, old: str, new: str, out: str, *, forecast_only: bool, t
         if not text:
             raise UsageError(f"{what} is missing", remedy="Choose it.")
     use_hardware("cpu", "float32", None)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    place = Path(out) / f"{_slug(Path(folder).name)}-ported"
+    writable(out)
+    # The same folder between the same bases goes on where it was; any other has a place of its own.
+    ends = hashlib.sha256("\0".join((folder, old, new)).encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    place = Path(out) / f"{_slug(Path(folder).name)}-to-{_slug(Path(new).name)}-{ends}"
     rows = expand([folder], old, new, RowOptions(), without=str(place))
     executor = LocalExecutor(free_processors())
     where = None if forecast_only else str(place)
     record: BatchReport = run_batch(rows, executor, out=where, check=forecast_only, tick=tick)
-    page = Path(out) / f"{_slug(Path(folder).name)}-{'forecast' if forecast_only else 'ported'}.html"
-    write_text(render_batch(record), page, overwrite=True)
-    return Made(record, (), str(page))
+    page = place.with_name(f"{place.name}-{'forecast' if forecast_only else 'ported'}.html")
+    # It is of this folder and these bases as they are now: what it said before is no longer so.
+    write_text(in_utf8(render_batch(record)), page, overwrite=True)
+    return Made(record, (old, new), page=str(page))
 
 
 def _read(path: str, base: Base) -> Adapter:
     return load_adapter(Path(path), names=names_of(base), base_config=base.configs.get(MODEL))
 
 
+def _page(html: str, stem: Path) -> str:
+    page = stem.with_name(f"{stem.name}.html")
+    write_text(in_utf8(html), page, overwrite=False)
+    return str(page)
+
+
+def in_utf8(text: str) -> str:
+    """The text with a mark for what a file's name may hold and no page can: it need not be UTF-8 on a disk."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def writable(out: str | Path) -> Path:
+    """The output folder, made where it is missing.
+
+    Raises:
+        OutputError: it can't be made, or not be written to.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder can't be made ({error.strerror})", file=out, remedy="Take another.") from None
+    if not os.access(out, os.W_OK):
+        raise OutputError("no permission to write here", file=out, remedy="Take another folder.")
+    return Path(out)
+
+
 def free_stem(asked: Asked, what: str) -> Path:
     """A name in the output folder that nothing has yet: ``style-ported``, then ``style-ported-2``."""
-    folder = Path(asked.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable(asked.out)
     stem, number = f"{_slug(Path(asked.lora.split(':')[-1]).name)}-{what}", 1
-    taken = {file.name.split(".")[0] for file in folder.iterdir()}
-    while (name := stem if number == 1 else f"{stem}-{number}") in taken or any(
-        other.startswith(f"{name}_") for other in taken
+    # Some disks tell no capitals apart; an expert's name comes behind a line.
+    taken = {file.name.split(".")[0].casefold() for file in folder.iterdir()}
+    while (name := stem if number == 1 else f"{stem}-{number}").casefold() in taken or any(
+        other.startswith(f"{name.casefold()}_") for other in taken
     ):
         number += 1
     return folder / name

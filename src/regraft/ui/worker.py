@@ -13,7 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -50,17 +50,19 @@ class Worker:
         self._spawn = multiprocessing.get_context("spawn")
         self._process: Any = None
         self._line: Connection | None = None
-        self._ready = threading.Lock()
-        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._busy = False
+        self._killer: threading.Timer | None = None
 
     def start(self) -> None:
         """Begin the process, where there is none."""
-        with self._ready:
+        with self._lock:
             if self._process is not None and self._process.is_alive():
                 return
             self._line, theirs = self._spawn.Pipe()
             self._process = self._spawn.Process(target=_serve, args=(theirs,), daemon=False, name="regraft-ui-worker")
-            self._process.start()
+            with _uninterrupted():
+                self._process.start()
             theirs.close()
 
     def run(self, name: str, **arguments: Any) -> Iterator[Told]:
@@ -73,6 +75,8 @@ class Worker:
         self.start()
         assert self._line is not None
         line = self._line
+        with self._lock:
+            self._busy = True
         try:
             line.send((name, arguments))
             while True:
@@ -83,24 +87,28 @@ class Worker:
         except (EOFError, OSError):
             self._process.join(5)
             code = self._process.exitcode
-            yield Told("stopped") if self._timer is not None else Told("error", _of_death(code))
+            yield Told("stopped") if self._killer is not None else Told("error", _of_death(code))
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            with self._lock:
+                self._busy = False
+                if self._killer is not None:
+                    # It is of this job: the next one must not die of it.
+                    self._killer.cancel()
+                    self._killer = None
 
     def stop(self) -> None:
-        """Interrupt the job, as Ctrl-C would."""
-        if self._process is None or not self._process.is_alive():
-            return
-        self._timer = threading.Timer(_PATIENCE, self._process.kill)
-        self._timer.daemon = True
-        self._timer.start()
-        if sys.platform == "win32":
-            self._process.terminate()
-        else:
-            with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGINT)
+        """Interrupt the job, as Ctrl-C would; nothing happens between two jobs, or where it was asked for already."""
+        with self._lock:
+            if not self._busy or self._killer is not None or not self._process.is_alive():
+                return
+            self._killer = threading.Timer(_PATIENCE, self._process.kill)
+            self._killer.daemon = True
+            self._killer.start()
+            if sys.platform == "win32":
+                self._process.terminate()
+            else:
+                with suppress(ProcessLookupError):
+                    os.kill(self._process.pid, signal.SIGINT)
 
     def close(self) -> None:
         """End the process."""
@@ -117,6 +125,19 @@ class Worker:
             self._process.kill()
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is begun in here takes no Ctrl-C until it says so: loading the libraries is not to end in a traceback."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _of_death(code: int | None) -> tuple[str, str]:
     killed = code is not None and code < 0 and -code == signal.SIGKILL
     what = (
@@ -129,6 +150,8 @@ def _serve(line: Connection) -> None:
     """The process: takes jobs from ``line`` until it closes."""
     # A stop that comes between two jobs has nothing to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     warnings.simplefilter("ignore")
     from regraft.ui import work
 
