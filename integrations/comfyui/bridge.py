@@ -260,6 +260,8 @@ class BridgeDelta:
         # A LoRA of the text encoder acts through the prompts.
         changed = lora_positive or old_positive, lora_negative or old_negative
         check_sides(model, old_model, old_model_with_lora, (*plain, *changed))
+        if old_model is old_model_with_lora and changed == plain:
+            raise RuntimeError("old_model and old_model_with_lora are the same: put the LoRA on the second one")
         levels = HostLevels.of(old_model, "old_model"), HostLevels.of(model, "the new model")
         old, adapted = Side(old_model, *plain), Side(old_model_with_lora, *changed)
         bridged = model.clone()

@@ -65,14 +65,15 @@ def check_migration(
     *,
     deep: bool = False,
     probe: Running | None = None,
+    weights_only: bool = False,
     surveyor: Surveyor | None = None,
 ) -> CheckReport:
-    """The same with a fitted migration; ``surveyor`` as `regraft.prepare.prepare` takes it.
+    """The same with a fitted migration; ``weights_only`` and ``surveyor`` as `regraft.prepare.prepare` takes them.
 
     Raises:
         UsageError: the models are to be run, and one of the bases was not given.
     """
-    ready = prepare(adapter, migration, selection, old, new, deep=deep, surveyor=surveyor)
+    ready = prepare(adapter, migration, selection, old, new, deep=deep, weights_only=weights_only, surveyor=surveyor)
     if probe is not None:
         ready = probed(adapter, ready, old, new, probe)
     judgement = ready.judgement
@@ -86,7 +87,7 @@ def check_migration(
         reasons.append("the weights were compared by a sample of their rows, read from the hub")
     # A saved migration has its method.
     auto = migration.method == "auto" and migration.file is None and old is not None and new is not None
-    further = auto and not refused and looks_further(migration.used, judgement.distance)
+    further = auto and not (refused or weights_only) and looks_further(migration.used, judgement.distance)
     return CheckReport(
         regraft_version=__version__,
         input=str(adapter.path),

@@ -136,7 +136,17 @@ def apply_migration(
     recut = settings.rank not in (None, "full")
     weakened = settings.strength != 1.0 or bool(settings.block_strength)
     adapter = with_shapes_of(adapter, migration, old)
-    ready = prepare(adapter, migration, settings.selection, old, new, recut=recut, weakened=weakened, surveyor=surveyor)
+    ready = prepare(
+        adapter,
+        migration,
+        settings.selection,
+        old,
+        new,
+        recut=recut,
+        weakened=weakened,
+        weights_only=settings.running.weights_only,
+        surveyor=surveyor,
+    )
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")

@@ -80,6 +80,7 @@ def prepare(
     deep: bool = False,
     recut: bool = False,
     weakened: bool = False,
+    weights_only: bool = False,
     surveyor: Surveyor | None = None,
 ) -> Preparation:
     """Decide what becomes of each module; reads the updates, and a weight of the old base where one acts on it alone.
@@ -93,6 +94,7 @@ def prepare(
         deep: survey all modules of both bases in place of a fixed sample.
         recut: another rank is wanted than the adapter's own.
         weakened: another strength than 1 is wanted.
+        weights_only: no model is run, so that what `auto` came to by the weights is what is forecast.
         surveyor: gives the survey in place of a look at the bases.
 
     Raises:
@@ -137,7 +139,8 @@ def prepare(
     rotated = {ref for ref, e in homes_of.items() if e is not None and e.transport is not None and e.transport.rotates}
     gone = {ref: why for ref, why in skipped.items() if ref in shares}
     evidence = Evidence(shares, nearness, gone, rotated, _surveyed(located, migration, old, new, deep, surveyor))
-    judgement = judge(adapter, migration, evidence)
+    judged = replace(migration, method=migration.used) if weights_only else migration
+    judgement = judge(adapter, judged, evidence)
     lost = sum(shares.get(ref, 0.0) for ref in adapter.updates if str(ref) in problems)
     if judgement.verdict == "survives" and lost > 0:
         judgement = replace(judgement, verdict="refine", summary=f"{lost:.0%} of the update can't be carried.")

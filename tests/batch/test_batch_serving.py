@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from regraft.batch import expand, run_batch
 from regraft.batch.local import LocalExecutor
 from regraft.batch.options import RowOptions
 from regraft.batch.rows import Row
-from regraft.batch.serving import least_rank, safe_name, serving_rows, uniform
+from regraft.batch.serving import ServedModel, least_rank, safe_name, serving_rows, uniform
+from regraft.batch.serving_index import serving_index
 from regraft.errors import UsageError
 from regraft.migration import summarise
 from regraft.report.json_schema import parse
@@ -31,13 +33,17 @@ from regraft.tensors import InMemory
 from regraft.updates import Full, LowRank
 from toys import MLP, VOCAB, WIDTH, deltas, llama, lora
 
-PAIR = ("--from", "old.safetensors", "--to", "new.safetensors", "--jobs", 1)
+PAIR = ("--from", "old.safetensors", "--to", "new", "--jobs", 1)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     make_bases(tmp_path)
+    # What servers load is a model's folder.
+    (tmp_path / "new").mkdir()
+    shutil.copy(tmp_path / "new.safetensors", tmp_path / "new" / "model.safetensors")
+    (tmp_path / "new" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "loras").mkdir()
     return tmp_path
 
@@ -101,7 +107,7 @@ def test_peft_loads_the_folder_and_draws_what_the_port_means(here: Path, run: Ru
         torch.testing.assert_close(config["lora_alpha"] / config["r"] * (up @ down), delta, rtol=1e-4, atol=1e-6)
     assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-    assert config["base_model_name_or_path"] == str(here / "new.safetensors")
+    assert config["base_model_name_or_path"] == str(here / "new")
 
 
 def test_a_module_without_effect_keeps_none() -> None:
@@ -139,9 +145,7 @@ def test_the_index_names_what_each_server_can_load_and_what_was_refused(here: Pa
     (here / "loras" / "bad.safetensors").write_bytes(b"x" * 100)
     (here / "m.csv").write_text(
         "adapter,to\n"
-        + "".join(
-            f"loras/{name},new.safetensors\n" for name in ("people/anna", "dora", "head", "some", "bad.safetensors")
-        )
+        + "".join(f"loras/{name},new\n" for name in ("people/anna", "dora", "head", "some", "bad.safetensors"))
         + "loras/people/anna,unrelated.safetensors\n"
     )
     ran = run("batch", "m.csv", "--from", "old.safetensors", "--jobs", 1, "--out", "out", "--serve")
@@ -221,7 +225,7 @@ def test_a_store_has_lines_for_lorax_alone_unless_a_folder_is_named(here: Path) 
 
 
 def serve(here: Path, out: str, **given: Any) -> Any:
-    rows = serving_rows(expand([str(here / "loras")], "old.safetensors", "new.safetensors", RowOptions()))
+    rows = serving_rows(expand([str(here / "loras")], "old.safetensors", "new", RowOptions()))
     return run_batch(rows, LocalExecutor(1), out=out, **given)
 
 
@@ -296,12 +300,67 @@ def test_what_is_asked_for_wrongly_is_told(here: Path, run: Run) -> None:
     assert batch(["loras"], here / "out").rows[0].serving == []
 
 
-def test_the_commands_of_the_page_exist(run: Run) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    lines = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("regraft ")]
-    assert {words[0] for words in lines} == {"batch", "migration", "verify", "refine"}
-    for words in lines:
-        verb = words[: 2 if words[0] == "migration" else 1]
-        told = run(*verb, "--help").out
-        for option in (word for word in words if word.startswith("-")):
-            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", told), (verb, option)
+def test_servers_are_told_of_a_base_by_its_own_name_and_revision(here: Path) -> None:
+    assert ServedModel.of("org/name@main") == ServedModel("org/name", "main")
+    assert ServedModel.of("org/name") == ServedModel("org/name")
+    assert not ServedModel.of("org/name:sub/model.safetensors").whole
+    assert not ServedModel.of("/models/new.safetensors").whole
+    assert ServedModel.of(str(here / "new")).whole
+    lora(llama()).save(here / "loras" / "a0")
+    record = serve(here, str(here / "out"))
+    for target, words in (
+        ("org/name@v2", ["org/name", "--revision", "v2"]),
+        ("org/name@v2:sub/model.gguf", None),
+        (str(here / "new.safetensors"), None),
+    ):
+        named = {"update": {"target": target}}
+        moved = {"rows": [row.model_copy(**named) for row in record.rows]}
+        moved["pairs"] = [pair.model_copy(**named) for pair in record.pairs]
+        (base,) = serving_index(record.model_copy(update=moved), "/adapters").bases
+        assert (base.vllm and base.vllm[1:4]) == words
+        assert (base.sglang and base.sglang[1:4]) == words
+        assert ("--model-id org/name --revision v2" in base.lines.get("tgi", "")) == (words is not None)
+        assert len(base.adapters) == 1
+
+
+def test_a_base_that_was_moved_is_named_anew(here: Path, run: Run) -> None:
+    lora(llama()).save(here / "loras" / "a0")
+    assert run("batch", "loras", *PAIR, "--out", "out", "--serve").code == 0
+    (here / "new").rename(here / "moved")
+    ran = run("batch", "loras", "--from", "old.safetensors", "--to", "moved", "--jobs", 1, "--out", "out", "--serve")
+    assert ran.code == 0, ran.err
+    config = json.loads((here / "out" / "a0" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == index_of(here / "out").bases[0].path == str(here / "moved")
+
+
+def test_a_manifest_names_the_adapter_of_each_base(here: Path, run: Run) -> None:
+    lora(llama()).save(here / "loras" / "anna")
+    (here / "loras" / "m.csv").write_text("adapter,to,output\nanna,../new,anna.v2\nanna,../newer.safetensors,anna.v3\n")
+    ran = run("batch", "loras/m.csv", "--from", "old.safetensors", "--jobs", 1, "--out", "out", "--serve")
+    assert ran.code == 0, ran.err
+    assert {one.name for base in index_of(here / "out").bases for one in base.adapters} == {"anna.v2", "anna.v3"}
+
+
+def test_a_forced_port_is_in_no_servers_line(here: Path, run: Run) -> None:
+    lora(llama()).save(here / "loras" / "a0")
+    (here / "unrelated").mkdir()
+    shutil.copy(here / "unrelated.safetensors", here / "unrelated" / "model.safetensors")
+    (here / "unrelated" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ends = ("--from", "old.safetensors", "--to", "unrelated", "--jobs", 1, "--out", "out")
+    assert run("batch", "loras", *ends, "--serve", "--force").code == 0
+    (base,) = index_of(here / "out").bases
+    (adapter,) = base.adapters
+    assert (adapter.served_by, base.vllm, base.lines) == ([], None, {})
+    assert "against a refusal" in adapter.blockers[0].reason
+
+
+def test_a_small_scale_is_rounded_once() -> None:
+    low = lora(llama(), scale=1 / 512, dtype=torch.float16)
+    ref, update = next(iter(low.updates.items()))
+    # So small that half precision has nothing left of it after one more factor of 1/512.
+    tiny = replace(update, up=InMemory(update.up.load() * 1e-4 / update.up.load().abs().max()))
+    rest = {other: replace(low.updates[other], scale=1 / 256) for other in low.updates if other != ref}
+    same = uniform(replace(low, updates={ref: tiny, **rest}))
+    torch.testing.assert_close(
+        same.updates[ref].delta(), tiny.delta(), rtol=0.1, atol=0.05 * float(tiny.delta().abs().max())
+    )

@@ -60,6 +60,7 @@ def test_links_out_of_the_pages_lead_to_files_of_the_repository(site: Path) -> N
 
 def test_the_notebook_is_a_page_with_its_pictures(site: Path) -> None:
     assert 'src="notebook-1.png"' in (site / "notebook.html").read_text(encoding="utf-8")
+    assert 'href="notebook.html"' in re.sub(r"<nav.*?</nav>", "", (site / "index.html").read_text("utf-8"), flags=re.S)
     assert (site / "notebook-1.png").read_bytes().startswith(b"\x89PNG")
 
 

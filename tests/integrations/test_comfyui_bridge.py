@@ -62,9 +62,11 @@ class Model:
         self.own = torch.randn(channels, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self.weight = self.own
         self.calls = 0
+        self.levels: list[float] = []
 
     def predict(self, state: Tensor, sigma: float, prompt: float) -> Tensor:
         self.calls += 1
+        self.levels.append(sigma)
         flow = self.model_sampling.kind == "flow"
         clean, r = (state / (1 - sigma), sigma / (1 - sigma)) if flow else (state, sigma)
         seen = clean.double() / (1 + r**2) ** 0.5
@@ -238,6 +240,15 @@ def test_a_state_beyond_the_old_schedule_is_read_at_its_last_level(node: Any) ->
     load_models_gpu([new])
     state, sigma = torch.randn(1, 4, 4, 4, dtype=torch.float64), torch.tensor([0.999], dtype=torch.float64)
     assert sampling_function(model.model, state, sigma, *conds, 3.0, model.model_options).isfinite().all()
+    # r = 999 of a flow; the old base ends at 14.6.
+    assert old.model.levels == pytest.approx([14.6] * len(old.model.levels))
+    assert old.model.levels
+
+
+def test_a_lora_that_is_on_neither_side_is_told(node: Any) -> None:
+    new, old = Patcher(Model("flow", 1)), Patcher(Model("eps", 2))
+    with pytest.raises(RuntimeError, match="put the LoRA on the second one"):
+        bridged(node, new, old, old)
 
 
 def test_guidance_is_the_samplers_unless_it_is_given(node: Any) -> None:

@@ -78,6 +78,9 @@ def on_page_markdown(markdown: str, /, *, page: Page, **_: Any) -> str:
     here = page.file.src_uri
 
     def moved(link: re.Match[str]) -> str:
+        if link[1] == NOTEBOOK and here != "notebook.md":
+            # It has a page of its own here, where a browser would show JSON.
+            return f"](notebook.md{link[2] or ''})"
         found = target(in_repository(here), link[1])
         return f"]({relpath(in_site(found), PurePosixPath(here).parent)}{link[2] or ''})" if found else link[0]
 

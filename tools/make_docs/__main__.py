@@ -28,10 +28,11 @@ Made from the registry by `python -m tools.make_docs`; `regraft methods` prints 
 when it was measured stands [below](#measured), and on real pairs in [measured.md](measured.md), beside the controls: no
 adapter, a plain copy, a random update of the same norm, and an adapter trained natively on the new base.
 
-A **copy is the baseline**: between bases of one size no map of weights has beaten it yet; what has runs both models,
-and `auto` takes it where held-out inputs say so ([benchmark.md](benchmark.md)). A method whose scope is *pair* is
-fitted once for two bases and can be saved as a migration (`port --save-migration`); one whose scope is *adapter*
-depends on the adapter. Ports in which updates meet on one module, or are copied to several, have no migration file.
+A **copy is the baseline**: between bases of one size no map of weights has beaten it in the mean over a kind of pair;
+what has runs both models, and `auto` takes it where held-out inputs say so ([benchmark.md](benchmark.md)). A method
+whose scope is *pair* is fitted once for two bases and can be saved as a migration (`port --save-migration`); one whose
+scope is *adapter* depends on the adapter. Ports in which updates meet on one module, or are copied to several, have no
+migration file.
 
 | method | needs | scope | another size | what it does | source |
 |---|---|---|---|---|---|

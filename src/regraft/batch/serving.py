@@ -17,7 +17,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -26,8 +27,8 @@ from regraft.base import Base
 from regraft.batch.rows import Row, stem_of
 from regraft.errors import UsageError
 from regraft.formats import Written
-from regraft.formats._factors import folded
-from regraft.output import ADAPTER_CONFIG
+from regraft.hub import hub_id_of
+from regraft.output import ADAPTER_CONFIG, names_file
 from regraft.report.serving_schema import Blocker, Server, ServingFacts
 from regraft.tensors import InMemory
 from regraft.updates import Full, LowRank, Update
@@ -40,6 +41,29 @@ INDEX = "serving.json"
 # A disk allows 255 bytes; eight digits and what a writer puts before a name while it writes come on top.
 _LONGEST = 100
 _SAFE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A base as servers are told of it.
+
+    Attributes:
+        name: a repository on the hub, or a path.
+        revision: of the repository; None for the main branch.
+        whole: whether a server can load it: one file of weights, or a part of a repository, is no model.
+    """
+
+    name: str
+    revision: str | None = None
+    whole: bool = True
+
+    @classmethod
+    def of(cls, target: str) -> ServedModel:
+        """From a base as it was given: ``org/name@main`` is ``org/name``, revision ``main``."""
+        hub_id = hub_id_of(target)
+        if hub_id is not None:
+            return cls(hub_id.repo, hub_id.revision, hub_id.file is None)
+        return cls(target, None, not names_file(Path(target)))
 
 
 def serving_rows(rows: Sequence[Row]) -> list[Row]:
@@ -66,7 +90,8 @@ def serving_rows(rows: Sequence[Row]) -> list[Row]:
 def _named(row: Row) -> str:
     """What a manifest calls the output, else the adapter's name, without the digits that told outputs apart."""
     stem = stem_of(row.name)
-    return row.name if row.output == stem or row.output.startswith(f"{stem}.") else row.output
+    ours = re.fullmatch(re.escape(stem) + r"(\.[0-9a-f]{8})?", row.output)
+    return row.name if ours else row.output
 
 
 def safe_name(text: str) -> str:
@@ -95,7 +120,7 @@ def _digits(row: Row, *, whole: bool) -> str:
 
 
 def uniform(adapter: Adapter) -> Adapter:
-    """The same adapter with one rank and one scale, which is all that servers read of a config.
+    """The same adapter, up to rounding, with one rank and one scale, which is all that servers read of a config.
 
     Factors of a lower rank get rows and columns of zeros, and another scale than the most frequent one goes into B.
     Keys get the names that PEFT itself writes.
@@ -120,7 +145,8 @@ def uniform(adapter: Adapter) -> Adapter:
 def _rescaled(update: LowRank, scale: float) -> LowRank:
     if update.scale == scale:
         return replace(update, alpha=None)
-    return replace(folded(update).scaled(1 / scale), scale=scale)
+    # At once: in half precision, two factors round twice, and the first alone may leave nothing.
+    return replace(update.scaled(update.scale / scale), scale=scale, alpha=None)
 
 
 def _padded(update: LowRank, rank: int) -> LowRank:
@@ -133,14 +159,14 @@ def _padded(update: LowRank, rank: int) -> LowRank:
     return replace(update, up=InMemory(up), down=InMemory(down))
 
 
-def for_servers(written: Written, adapter: Adapter, new: Base, base: str) -> tuple[Written, ServingFacts]:
+def for_servers(written: Written, adapter: Adapter, new: Base, base: ServedModel) -> tuple[Written, ServingFacts]:
     """A PEFT folder as servers read it, and what they need to know of it.
 
     Args:
         written: of the `uniform` adapter.
         adapter: that one.
         new: the base that it is for.
-        base: what the config is to call that base, where it says nothing.
+        base: what servers call that base.
     """
     config = json.loads(str(written.files[ADAPTER_CONFIG]))
     roles = sorted({ref.path.rpartition(".")[2] for ref, update in adapter.updates.items() if not update.by_parameter})
@@ -149,7 +175,8 @@ def for_servers(written: Written, adapter: Adapter, new: Base, base: str) -> tup
     if matched and matched <= changed:
         # Short names where they mean the same: SGLang compares them with those of its own layers.
         config["target_modules"] = roles
-    config["base_model_name_or_path"] = config.get("base_model_name_or_path") or base
+    config["base_model_name_or_path"] = base.name
+    config["revision"] = base.revision
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     kinds = sorted({update.kind for update in adapter.updates.values()})
     ranks = [update.rank for update in adapter.updates.values() if isinstance(update, LowRank)]

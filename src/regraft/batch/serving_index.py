@@ -8,10 +8,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from regraft.batch.places import is_url
-from regraft.batch.serving import least_rank
+from regraft.batch.serving import ServedModel, least_rank
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
 from regraft.report.schema import BaseSummary
 from regraft.report.serving_schema import (
+    Blocker,
     LoadRequest,
     LoraxParameters,
     ServedAdapter,
@@ -51,12 +52,16 @@ def _base(target: str, rows: Sequence[BatchRow], pairs: Sequence[BatchPair], roo
     lost = [_lost(row) for row in rows if row.status != "ported"]
     loaded = {server: [one for one in adapters if server in one.served_by and one.load] for server in _SERVERS}
     rank = least_rank([one.rank for one in loaded["vllm"] if one.rank])
-    vllm, sglang, tgi = _vllm(target, loaded["vllm"], rank), _sglang(target, loaded["sglang"]), _tgi(loaded["tgi"])
+    model = ServedModel.of(target)
+    vllm, sglang, tgi = _vllm(model, loaded["vllm"], rank), _sglang(model, loaded["sglang"]), _tgi(loaded["tgi"])
+    if not model.whole:
+        vllm = sglang = tgi = None
     lines = {
         "vllm": vllm and shlex.join(["vllm", *vllm]),
         "sglang": sglang and shlex.join(["python", "-m", "sglang.launch_server", *sglang]),
         "tgi": tgi
-        and f"LORA_ADAPTERS={shlex.quote(tgi)} {shlex.join(['text-generation-launcher', '--model-id', target])}",
+        and f"LORA_ADAPTERS={shlex.quote(tgi)} "
+        + shlex.join(["text-generation-launcher", "--model-id", model.name, *_revision(model)]),
     }
     return ServedBase(
         path=target,
@@ -75,6 +80,9 @@ def _base(target: str, rows: Sequence[BatchRow], pairs: Sequence[BatchPair], roo
 def _adapters(row: BatchRow, olds: Mapping[str, BaseSummary], root: str) -> list[ServedAdapter]:
     found = []
     for folder, content, facts in zip(row.outputs, row.output_hashes, row.serving, strict=False):
+        if row.verdict == "refused":
+            forced = Blocker(servers=list(_SERVERS), reason="ported against a refusal (--force)")
+            facts = facts.model_copy(update={"blockers": [*facts.blockers, forced]})
         blocked = {server for blocker in facts.blockers for server in blocker.servers}
         servers = [server for server in _SERVERS if server not in blocked]
         place = f"{root}/{folder}"
@@ -114,20 +122,35 @@ def _lost(row: BatchRow) -> UnservedAdapter:
     )
 
 
-def _vllm(base: str, adapters: Sequence[ServedAdapter], rank: int | None) -> list[str] | None:
+def _revision(model: ServedModel) -> list[str]:
+    return ["--revision", model.revision] if model.revision else []
+
+
+def _vllm(base: ServedModel, adapters: Sequence[ServedAdapter], rank: int | None) -> list[str] | None:
     if not adapters:
         return None
     # As JSON: in the form name=path it takes neither a comma nor a second =.
-    told = [{"name": one.name, "path": one.load.lora_path, "base_model_name": base} for one in adapters if one.load]
+    told = [
+        {"name": one.name, "path": one.load.lora_path, "base_model_name": base.name} for one in adapters if one.load
+    ]
     modules = [json.dumps(one) for one in told]
-    return ["serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]
+    return [
+        "serve",
+        base.name,
+        *_revision(base),
+        "--enable-lora",
+        "--max-lora-rank",
+        str(rank),
+        "--lora-modules",
+        *modules,
+    ]
 
 
-def _sglang(base: str, adapters: Sequence[ServedAdapter]) -> list[str] | None:
+def _sglang(base: ServedModel, adapters: Sequence[ServedAdapter]) -> list[str] | None:
     if not adapters:
         return None
     paths = [f"{one.name}={one.load.lora_path}" for one in adapters if one.load]
-    return ["--model-path", base, "--enable-lora", "--lora-paths", *paths]
+    return ["--model-path", base.name, *_revision(base), "--enable-lora", "--lora-paths", *paths]
 
 
 def _tgi(adapters: Sequence[ServedAdapter]) -> str | None:

@@ -16,14 +16,14 @@ from regraft.adapter import MODEL, Adapter
 from regraft.batch.pairs import Fitted, OpenPair
 from regraft.batch.places import digest, fetch, is_url, path_of, place
 from regraft.batch.rows import Row
-from regraft.batch.serving import for_servers, uniform
+from regraft.batch.serving import ServedModel, for_servers, uniform
 from regraft.check import check_migration
 from regraft.errors import Refused, RegraftError, first_line
 from regraft.experts import experts, labelled
 from regraft.formats import Written, load_adapter, open_adapter_file, rendered
 from regraft.output import write_whole
 from regraft.pairing import names_of
-from regraft.port import apply_migration, base_name
+from regraft.port import apply_migration
 from regraft.prepare import check_understood
 from regraft.report.batch_schema import BatchRow
 from regraft.report.schema import CheckReport, PortReport
@@ -66,7 +66,7 @@ def key_of(content: str, row: Row, fitted: Fitted) -> str:
     verb = "check" if fitted.check else "port"
     told = [__version__, verb, content, fitted.old.fingerprint, fitted.new.fingerprint, row.options.given()]
     # Without the word an older key stays what it was.
-    told += ["serve"] if row.serve else []
+    told += ["serve", ServedModel.of(row.target).name] if row.serve else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -129,7 +129,15 @@ class _Job:
         options = self.row.options
         selection = options.settings().selection
         migration = pair.migration_for(adapter, pair.new, options, selection)
-        report = check_migration(adapter, migration, selection, pair.old, pair.new, surveyor=pair.survey)
+        report = check_migration(
+            adapter,
+            migration,
+            selection,
+            pair.old,
+            pair.new,
+            surveyor=pair.survey,
+            weights_only=options.weights_only,
+        )
         return self._done("forecast", **_of_check(report))
 
     def _port(self, adapter: Adapter, pair: OpenPair, stage: Path) -> BatchRow:
@@ -151,7 +159,7 @@ class _Job:
             result = apply_migration(adapter, migration, settings, old=pair.old, new=new, surveyor=surveyor)
             if self.row.serve:
                 carried = uniform(result.adapter)
-                written, fact = for_servers(rendered(carried, "peft"), carried, new, base_name(self.row.target)[0])
+                written, fact = for_servers(rendered(carried, "peft"), carried, new, ServedModel.of(self.row.target))
                 facts.append(fact)
             else:
                 written = rendered(result.adapter, options.format or result.adapter.format)
@@ -168,7 +176,15 @@ class _Job:
         options = self.row.options
         selection = options.settings().selection
         migration = pair.migration_for(adapter, pair.new, options, selection)
-        report = check_migration(adapter, migration, selection, pair.old, pair.new, surveyor=pair.survey)
+        report = check_migration(
+            adapter,
+            migration,
+            selection,
+            pair.old,
+            pair.new,
+            surveyor=pair.survey,
+            weights_only=options.weights_only,
+        )
         self.found |= {"forecast": report.forecast.port, "tier": report.tier}
 
     def _write(self, written: Written, label: str, source: Path | None, stage: Path) -> tuple[str, str, int]:

@@ -210,6 +210,7 @@ class _Run:
     def __call__(self, target: Base | None, output: Path | None, report: Path | None) -> CheckReport | PortReport:
         """Port to one base, or make the plan of it."""
         adapter, source, settings, read = self.adapter, self.source, self.settings, self.read
+        alone = settings.running.weights_only
         with ExitStack() as stack:
             tick = stack.enter_context(progress("Porting", quiet=self.quiet))
             if read is None:
@@ -224,7 +225,7 @@ class _Run:
             elif source is not None and target is not None:
                 read = remeasure(read, source, target, adapter)
             if self.dry_run:
-                return check_migration(adapter, read, settings.selection, source, target)
+                return check_migration(adapter, read, settings.selection, source, target, weights_only=alone)
             result = apply_migration(adapter, read, settings, old=source, new=target, tick=tick, started=self.started)
             assert output is not None
             written = result.save(output, format=self.format, overwrite=self.overwrite)
@@ -232,7 +233,7 @@ class _Run:
         if report is not None:
             from regraft.report.html import render_port
 
-            checked = check_migration(adapter, read, settings.selection, source, target)
+            checked = check_migration(adapter, read, settings.selection, source, target, weights_only=alone)
             write_text(render_port(record, check=checked), report, overwrite=self.overwrite)
         return record
 
