@@ -76,6 +76,8 @@ class Page:
         self.window.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.window.goto(address)
         self.window.wait_for_selector("#demo", timeout=_LONG)
+        # Buttons are drawn before Gradio hears them; once what is on the desk was asked for, it does.
+        self.window.wait_for_load_state("networkidle", timeout=_LONG)
 
     def _asked(self, request: Any) -> None:
         if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:)", request.url):

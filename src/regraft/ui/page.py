@@ -212,18 +212,21 @@ class _Page:
         shows = [self.status, self.stop, self.live, *self.results.values()]
         lora = [self.file, self.lora]
         chosen = [*lora, self.old, self.new]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
+        streamed: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
+        # Answered by the request itself. Through Gradio's queue, whose stream ends with the last answer, the next click
+        # could come just when it ends, and be answered to nobody.
+        at_once: dict[str, Any] = {**streamed, "queue": False}
 
-        self.file.upload(self._dropped, self.file, [self.lora, self.about], **quiet)
-        self.file.clear(lambda: "", None, self.about, **quiet)
+        self.file.upload(self._dropped, self.file, [self.lora, self.about], **at_once)
+        self.file.clear(lambda: "", None, self.about, **at_once)
         for event in (self.lora.submit, self.lora.blur):
-            event(self._typed, lora, [self.file, self.about], **quiet)
-        self.demo.click(self._demo, None, [*chosen, self.prompts, self.about], **quiet)
-        self.swap.click(lambda old, new: (new, old), [self.old, self.new], [self.old, self.new], **quiet)
-        self.root.submit(self._at, self.root, [self.tree, self.status], **quiet)
-        self.as_lora.click(self._picked_lora, self.tree, [*lora, self.about], **quiet)
+            event(self._typed, lora, [self.file, self.about], **at_once)
+        self.demo.click(self._demo, None, [*chosen, self.prompts, self.about], **at_once)
+        self.swap.click(lambda old, new: (new, old), [self.old, self.new], [self.old, self.new], **at_once)
+        self.root.submit(self._at, self.root, [self.tree, self.status], **at_once)
+        self.as_lora.click(self._picked_lora, self.tree, [*lora, self.about], **at_once)
         for button, base in ((self.as_old, self.old), (self.as_new, self.new)):
-            button.click(lambda picked: base_of(picked) if picked else gr.skip(), self.tree, base, **quiet)
+            button.click(lambda picked: base_of(picked) if picked else gr.skip(), self.tree, base, **at_once)
 
         port = [self.strength, self.rank, self.format, self.private, self.force]
         jobs: list[tuple[gr.Button, Callable[..., Iterator[Any]], list[Any]]] = [
@@ -232,19 +235,19 @@ class _Page:
             (self.do_refine, self._do_refine, [*chosen, self.prompts, self.minutes]),
             (self.do_check_all, self._do_check_all, [self.folder, self.old, self.new]),
             (self.do_port_all, self._do_port_all, [self.folder, self.old, self.new]),
+            (self.do_measure, self._do_measure, [*chosen, self.prompts, self.which]),
         ]
-        jobs.append((self.do_measure, self._do_measure, [*chosen, self.prompts, self.which]))
         pair = [self.left, self.right, self.row]
         # A window that is opened anew, or closed amid of a job, shows what is on the desk.
-        began = [button.click(job, given, shows, **quiet) for button, job, given in jobs]
-        for event in (*began, blocks.load(self._now, None, shows, **quiet)):
+        began = [button.click(job, given, shows, **streamed) for button, job, given in jobs]
+        for event in (*began, blocks.load(self._now, None, shows, **streamed)):
             # Named anew, the same columns are no change, and yet other pictures.
-            event.then(self._columns, None, [self.compared, *pair], **quiet).then(
-                self._pair, pair, self.slider, **quiet
+            event.then(self._columns, None, [self.compared, *pair], **at_once).then(
+                self._pair, pair, self.slider, **at_once
             )
         for choice in pair:
-            choice.change(self._pair, pair, self.slider, **quiet)
-        self.stop.click(self.desk.stop, None, None, **quiet)
+            choice.change(self._pair, pair, self.slider, **at_once)
+        self.stop.click(self.desk.stop, None, None, **at_once)
 
     def _dropped(self, file: str | None) -> tuple[Any, str]:
         return "", self._about(file or "")
