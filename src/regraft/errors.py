@@ -60,6 +60,12 @@ class RegraftError(Exception):
         line = f"{where}: {what}" if where else what
         super().__init__(printable(" ".join((f"{line}. {remedy}" if remedy else line).split())))
 
+    @property
+    def told(self) -> tuple[str, str]:
+        """What is wrong and where, in full; and what to do, if anything: for a page, that escapes what it shows."""
+        where = ": ".join(str(part) for part in (self.file, self.key) if part is not None)
+        return f"{where}: {self.what}" if where else self.what, self.remedy or ""
+
 
 class InputError(RegraftError):
     """A file that can't be read as what it should be."""

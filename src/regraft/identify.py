@@ -28,12 +28,11 @@ from regraft.likeness import compare_sketches
 from regraft.lineage import KEY as LINEAGE
 from regraft.plan import locate
 from regraft.report.identify_schema import CandidateSummary, ClueSummary, IdentifyReport, Match
-from regraft.tensor_files import TORCH_SUFFIXES
+from regraft.tensor_files import WEIGHTS_SUFFIXES
 
 if TYPE_CHECKING:
     from regraft.hub.repository import PublishedFile
 
-_WEIGHTS = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 _HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
 _NAME_KEYS = ("ss_sd_model_name",)
 _HEX = re.compile(r"(?:0x)?([0-9a-f]{8,64})", re.IGNORECASE)
@@ -172,7 +171,7 @@ def _is_base(folder: Path) -> bool:
 
 
 def _may_be_base(path: Path) -> bool:
-    return path.suffix.lower() in _WEIGHTS if path.is_file() else path.is_dir() and _is_base(path)
+    return path.suffix.lower() in WEIGHTS_SUFFIXES if path.is_file() else path.is_dir() and _is_base(path)
 
 
 def _judge(adapter: Adapter, clues: Sequence[Clue], path: Path) -> CandidateSummary:
@@ -315,7 +314,7 @@ def _weights_files(base: Base) -> Sequence[_Hashed]:
 
         return [_FileOnHub(file) for file in published_files(hub_id)]
     inside = [base.path] if base.path.is_file() else sorted(base.path.glob("*"))
-    return [_LocalFile(file) for file in inside if file.is_file() and file.suffix.lower() in _WEIGHTS]
+    return [_LocalFile(file) for file in inside if file.is_file() and file.suffix.lower() in WEIGHTS_SUFFIXES]
 
 
 def _by_name(clue: Clue, base: Base, evidence: list[str]) -> Match | None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from regraft.errors import OutputError, first_line
-from regraft.tensor_files import TORCH_SUFFIXES
+from regraft.tensor_files import TORCH_SUFFIXES, WEIGHTS_SUFFIXES
 
 if TYPE_CHECKING:
     from regraft.formats import Written
@@ -80,7 +80,7 @@ def _check_replaceable(folder: Path, *, overwrite: bool, source: Path | None) ->
 
 def names_file(path: Path) -> bool:
     """Whether a path that is not there yet is a weights file's: a folder's name may have dots, as in ``llama-3.1``."""
-    return path.suffix.lower() in (".safetensors", ".gguf", *TORCH_SUFFIXES)
+    return path.suffix.lower() in WEIGHTS_SUFFIXES
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
     if not content.tensors and not content.beside:
         what = "nothing is left to write: no key of the input was understood"
         raise OutputError(what, file=source or path, remedy="`regraft inspect` lists its keys.")
-    folder = content.folder or bool(content.files)
+    folder = content.in_folder
     if folder and names_file(path):
         raise OutputError(
             "this format is a folder (config beside weights)",
@@ -272,6 +272,11 @@ def sort_metadata(path: Path) -> None:
             raise OSError("the header changed its length")
         file.seek(8)
         file.write(text)
+
+
+def in_utf8(text: str) -> str:
+    """The text with a mark for what a file's name may hold and no page can: it need not be UTF-8 on a disk."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_text(text: str, path: Path, *, overwrite: bool) -> Path:

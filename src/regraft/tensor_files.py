@@ -19,6 +19,8 @@ from regraft.pickles import check_legacy, check_zip
 from regraft.tensors import FileStamp, InMemory, Stored, TensorRef, n_bytes
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+#: Of every file that may hold weights.
+WEIGHTS_SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 # The names that the safetensors format gives to dtypes.
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

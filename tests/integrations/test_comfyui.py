@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_package import imported
 from safetensors.torch import load_file
 
 import regraft
 from regraft.runtime import load_model
 from verify import tiny
-
-PACKAGE = Path(__file__).parents[2] / "integrations" / "comfyui"
 
 
 @pytest.fixture
@@ -58,16 +56,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def package(host: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Imported as the host does it: by its path, under a name of the folder."""
-    spec = importlib.util.spec_from_file_location(
-        "custom_nodes_regraft", PACKAGE / "__init__.py", submodule_search_locations=[str(PACKAGE)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return imported(monkeypatch)
 
 
 def _arguments(node: Any, **given: Any) -> dict[str, Any]:

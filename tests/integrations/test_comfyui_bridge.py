@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from comfyui_package import imported
 from torch import Tensor
 
-PACKAGE = Path(__file__).parents[2] / "integrations" / "comfyui"
 KINDS = ("eps", "v", "flow")
 
 
@@ -166,15 +164,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(name)
         module.__dict__.update(vars(content))
         monkeypatch.setitem(sys.modules, name, module)
-    spec = importlib.util.spec_from_file_location(
-        "custom_nodes_regraft", PACKAGE / "__init__.py", submodule_search_locations=[str(PACKAGE)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, package)
-    spec.loader.exec_module(package)
-    found = package.NODE_CLASS_MAPPINGS["RegraftBridgeDelta"]
+    found = imported(monkeypatch).NODE_CLASS_MAPPINGS["RegraftBridgeDelta"]
     found.processed = processed
     return found
 

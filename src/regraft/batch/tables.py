@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from regraft.output import in_utf8
 from regraft.report.batch_schema import BatchCounts, BatchRow
 
 _SEVERITY = {"failed": 0, "refused": 1, "refine": 2, "survives": 3}
@@ -102,4 +103,4 @@ def _flat(row: BatchRow) -> dict[str, Any]:
 def _utf8(value: Any) -> Any:
     if isinstance(value, list):
         return [_utf8(part) for part in value]
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    return in_utf8(value) if isinstance(value, str) else value

@@ -92,7 +92,9 @@ class _Job:
             pair = _opened(self.fitted)
             adapter = load_adapter(local, names=names_of(pair.old), base_config=pair.old.configs.get(MODEL))
             self.found["format"] = adapter.format
-            return self._forecast(adapter, pair) if self.fitted.check else self._port(adapter, pair, stage)
+            if self.fitted.check:
+                return self._done("forecast", **_of_check(self._checked(adapter, pair)))
+            return self._port(adapter, pair, stage)
 
     def _known(self, stage: Path) -> Known | None:
         """What an earlier run made, its outputs brought to this row's names; None where they are not what they were."""
@@ -125,11 +127,11 @@ class _Job:
         place(file, str(stage / file.name))
         return stage / file.name
 
-    def _forecast(self, adapter: Adapter, pair: OpenPair) -> BatchRow:
+    def _checked(self, adapter: Adapter, pair: OpenPair) -> CheckReport:
         options = self.row.options
         selection = options.settings().selection
         migration = pair.migration_for(adapter, pair.new, options, selection)
-        report = check_migration(
+        return check_migration(
             adapter,
             migration,
             selection,
@@ -138,7 +140,6 @@ class _Job:
             surveyor=pair.survey,
             weights_only=options.weights_only,
         )
-        return self._done("forecast", **_of_check(report))
 
     def _port(self, adapter: Adapter, pair: OpenPair, stage: Path) -> BatchRow:
         options = self.row.options
@@ -147,7 +148,9 @@ class _Job:
             check_understood(adapter, pair.old, "old", settings.selection)
         apart = experts(adapter, pair.old, pair.new)
         if self.row.serve:
-            self._foresee(adapter, pair)
+            # Noted before the port may be refused: the way on is in it.
+            report = self._checked(adapter, pair)
+            self.found |= {"forecast": report.forecast.port, "tier": report.tier}
         reports: list[PortReport] = []
         facts: list[ServingFacts] = []
         outputs: list[str] = []
@@ -171,27 +174,10 @@ class _Job:
         made = {"outputs": outputs, "output_hashes": hashes, "bytes_out": total, "serving": facts}
         return self._done("ported", **made, **_of_port(reports[0]))
 
-    def _foresee(self, adapter: Adapter, pair: OpenPair) -> None:
-        """Note what is expected of the port before it may be refused: the way on is in it."""
-        options = self.row.options
-        selection = options.settings().selection
-        migration = pair.migration_for(adapter, pair.new, options, selection)
-        report = check_migration(
-            adapter,
-            migration,
-            selection,
-            pair.old,
-            pair.new,
-            surveyor=pair.survey,
-            weights_only=options.weights_only,
-        )
-        self.found |= {"forecast": report.forecast.port, "tier": report.tier}
-
     def _write(self, written: Written, label: str, source: Path | None, stage: Path) -> tuple[str, str, int]:
         """Write one output; returns its name inside of the output folder, the hash of its bytes and their number."""
         assert self.out is not None
-        folder = written.folder or bool(written.files)
-        name = Path(f"{self.row.output}{'' if folder else written.suffix}")
+        name = Path(written.named(self.row.output))
         name = labelled(name, label) if label else name
         if is_url(self.out):
             local = stage / "out" / name.name

@@ -73,6 +73,15 @@ class Written:
     suffix: str = ".safetensors"
     notes: tuple[str, ...] = ()
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether the output is a folder."""
+        return self.folder or bool(self.files)
+
+    def named(self, stem: str) -> str:
+        """The name of the output, file or folder."""
+        return stem if self.in_folder else f"{stem}{self.suffix}"
+
 
 #: Component → every module or parameter path of the base, to un-flatten underscored names by.
 BaseNames = Mapping[str, tuple[str, ...]]

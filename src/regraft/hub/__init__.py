@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.tensor_files import TORCH_SUFFIXES
+from regraft.tensor_files import WEIGHTS_SUFFIXES
 from regraft.tensors import TensorRef
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@:\s]+))?(?::(?P<file>[^:]+))?", re.ASCII
 )
-_LOCAL_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".gguf", ".json")
+_LOCAL_SUFFIXES = (*WEIGHTS_SUFFIXES, ".json")
 
 
 @dataclass(frozen=True)

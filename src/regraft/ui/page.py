@@ -13,6 +13,7 @@ from regraft.errors import RegraftError, UsageError
 from regraft.formats import formats
 from regraft.inspection import inspect_adapter
 from regraft.report.schema import VerifyReport
+from regraft.tensor_files import WEIGHTS_SUFFIXES
 from regraft.ui import beside, places, shown
 from regraft.ui._gradio import gr
 from regraft.ui.asked import Asked, base_of, cleaned, prompts_of
@@ -21,7 +22,6 @@ from regraft.ui.work import PICTURES, Made
 
 _EVERY = 0.3
 _JOBS = ("forecast", "port", "refine", "measure", "library")
-_SUFFIXES = [".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf"]
 # One that is dropped here is copied; bases are never dropped, they are named.
 LARGEST = "4gb"
 
@@ -92,7 +92,11 @@ class _Page:
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
                 self.file = gr.File(
-                    label="LoRA: drop it here", file_types=_SUFFIXES, height=132, elem_id="file", type="filepath"
+                    label="LoRA: drop it here",
+                    file_types=list(WEIGHTS_SUFFIXES),
+                    height=132,
+                    elem_id="file",
+                    type="filepath",
                 )
                 self.lora = gr.Textbox(
                     label="or its path, or a hub id",

@@ -10,13 +10,13 @@ from pathlib import Path
 from regraft.cache import cache_folder
 from regraft.errors import RegraftError
 from regraft.output import write_text
+from regraft.tensor_files import WEIGHTS_SUFFIXES
 
 _KEPT = 12
 # Deeper than models/checkpoints/sdxl/x.safetensors, a tree is no longer one of models.
 _DEEPEST = 4
 # A file of this many bytes or more is a base, of fewer an adapter: the largest adapters have about so many.
 _BASE_BYTES = 900_000_000
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _MOST = 400
 
 
@@ -76,5 +76,5 @@ def _walk(folder: Path, depth: int = 0) -> Iterator[Path]:
         with suppress(OSError):
             if entry.is_dir() and depth < _DEEPEST and not entry.name.startswith("."):
                 yield from _walk(entry, depth + 1)
-            elif entry.is_file() and entry.suffix.lower() in _WEIGHTS:
+            elif entry.is_file() and entry.suffix.lower() in WEIGHTS_SUFFIXES:
                 yield entry

@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import webbrowser
+import zipfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from threading import Timer
@@ -118,8 +119,6 @@ def _gone() -> Response:
 
 def _zipped(folder: Path) -> Response:
     """A PEFT folder as one file; weights don't pack, so that none of them is tried to."""
-    import zipfile
-
     # Its end closes it, once the answer is through.
     packed = tempfile.TemporaryFile()  # noqa: SIM115
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from regraft.errors import RegraftError
 from regraft.families import get_family
+from regraft.output import in_utf8
 from regraft.report.batch_page import groups_of
 from regraft.report.batch_table import expected
 from regraft.report.html import MEASURED, check_banner, environment, port_banner, refine_banner
@@ -22,7 +23,7 @@ from regraft.report.refine_chart import draw_course, draw_looks
 from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import CheckReport, InspectReport, PortReport, VerifyReport
 from regraft.ui.desk import Desk, Progress
-from regraft.ui.work import Made, in_utf8
+from regraft.ui.work import Made
 
 _NO_LINKS: dict[str, Any] = {"files": [], "page": ""}
 
@@ -60,8 +61,7 @@ def wrong(what: str, remedy: str = "") -> str:
 
 def wrong_of(error: RegraftError) -> str:
     """An error of ours, as the command line would tell it."""
-    where = ": ".join(str(part) for part in (error.file, error.key) if part is not None)
-    return wrong(f"{where}: {error.what}" if where else error.what, error.remedy or "")
+    return wrong(*error.told)
 
 
 def inspected(record: InspectReport) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from regraft.adapter import MODEL, Adapter
 from regraft.asked import wanted_rank
 from regraft.base import Base, open_base
+from regraft.batch.rows import stem_of
 from regraft.carry import Settings
 from regraft.check import check, check_migration
 from regraft.errors import OutputError, UsageError
@@ -24,7 +25,7 @@ from regraft.formats import Written, load_adapter, rendered
 from regraft.hardware import free_processors, use_hardware
 from regraft.hub import runnable
 from regraft.methods.task import Running
-from regraft.output import write_text, write_whole
+from regraft.output import in_utf8, write_text, write_whole
 from regraft.pairing import names_of
 from regraft.port import PortResult, apply_migration, fit_for
 from regraft.prepare import check_understood
@@ -202,11 +203,6 @@ def _page(html: str, stem: Path) -> str:
     return str(page)
 
 
-def in_utf8(text: str) -> str:
-    """The text with a mark for what a file's name may hold and no page can: it need not be UTF-8 on a disk."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def writable(out: str | Path) -> Path:
     """The output folder, made where it is missing.
 
@@ -237,13 +233,11 @@ def free_stem(asked: Asked, what: str) -> Path:
 
 def _slug(name: str) -> str:
     """A file's name without its suffix and without what a disk or a shell may stumble on."""
-    stem = re.sub(r"\.(safetensors|ckpt|pt|pth|bin|gguf)$", "", name, flags=re.IGNORECASE)
-    return re.sub(r"[^\w-]+", "-", stem).strip("-")[:80] or "lora"
+    return re.sub(r"[^\w-]+", "-", stem_of(name)).strip("-")[:80] or "lora"
 
 
 def _write(written: Written, stem: Path, label: str, adapter: Adapter) -> Path:
-    folder = written.folder or bool(written.files)
-    path = stem.with_name(f"{stem.name}{'' if folder else written.suffix}")
+    path = stem.with_name(written.named(stem.name))
     path = labelled(path, label) if label else path
     write_whole(written, path, overwrite=False, source=adapter.path)
     return path

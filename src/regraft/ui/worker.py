@@ -192,9 +192,7 @@ def _done(line: Connection, job: Any, arguments: dict[str, Any]) -> Told:
     except KeyboardInterrupt:
         return Told("stopped")
     except RegraftError as error:
-        where = f"{error.key}: " if error.key else ""
-        named = f"{error.file}: " if error.file else ""
-        return Told("error", (f"{named}{where}{error.what}", error.remedy or ""))
+        return Told("error", error.told)
     except Exception as error:
         from regraft.hardware import said_of
 
