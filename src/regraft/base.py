@@ -16,7 +16,7 @@ from regraft.errors import InputError
 from regraft.fingerprint import ComponentPrint, Fingerprint, canonical, fingerprint_component, structure_of
 from regraft.hub import hub_id_of
 from regraft.sketch import take_sample
-from regraft.tensors import Shape, TensorRef, check_finite, read_rows
+from regraft.tensors import Shape, TensorRef, announce, check_finite, read_rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Base:
         """
         key = f"{module.path}.weight"
         return check_finite(self._ref(module).load(), self.path, key)
+
+    def announce(self, module: ModuleRef) -> None:
+        """Say that the module's weight will be read soon."""
+        announce(self._ref(module))
 
     def corner(self, module: ModuleRef, rows: int, columns: int) -> Tensor:
         """The first rows and columns of the module's weight as a matrix, in its stored dtype.

@@ -16,14 +16,14 @@ from regraft.errors import UsageError
 from regraft.families import family_of_base
 from regraft.methods import Fit, Method, Outcome, Skip, get_method
 from regraft.methods.task import AS_IT_IS, Running
-from regraft.nearness import Nearness, compare
+from regraft.nearness import Nearness, compare, measure
 from regraft.pairing import Pairing, pair_bases
 from regraft.removed import Policy, check_policy, rehomed
 from regraft.report.schema import BaseSummary
 from regraft.tensors import Shape, n_bytes
 from regraft.transport import Transport
 from regraft.updates import LowRank
-from regraft.weight_pairs import ComputedWeights, PairedWeights, row_norms_of
+from regraft.weight_pairs import ComputedWeights, PairedWeights
 from regraft.widening import widened, widens
 
 if TYPE_CHECKING:
@@ -285,13 +285,22 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: ComputedWeights, ti
     outcomes: dict[ModuleRef, Outcome] = {}
     for done, module in enumerate(pairs.wanted):
         tick(done, total, str(module))
-        outcomes[module] = fit_module(method, *pairs.load(module), settings)
+        outcomes[module] = _fitted(method, pairs, module, settings)
     tick(total, total, "")
     return Fit(outcomes, method.name)
 
 
+def _fitted(method: Method, pairs: ComputedWeights, module: ModuleRef, settings: Mapping[str, Any]) -> Outcome:
+    before, after = pairs.shapes(module)
+    if method.needs or before != after:
+        return fit_module(method, *pairs.load(module), settings)
+    # It looks at no weight: measuring them, which needs no copy of either, is all that there is to do.
+    pairs.nearness(module)
+    return fit_module(method, None, torch.empty(0), settings)
+
+
 def _copied(pairs: ComputedWeights, module: ModuleRef) -> Outcome:
-    outcome = fit_module(get_method("copy"), *pairs.load(module), {})
+    outcome = _fitted(get_method("copy"), pairs, module, {})
     return replace(outcome, planned=True) if isinstance(outcome, Skip) else outcome
 
 
@@ -383,10 +392,8 @@ def remeasure(migration: Migration, old: Base, new: Base, adapter: Adapter) -> M
         entry = entries.get(module)
         if entry is None or entry.target is None or not isinstance(update, LowRank):
             continue
-        before, after = old.weight(module), new.weight(entry.target)
-        measured = compare(before.float().flatten(1), after.float().flatten(1), update)
-        row_norms = row_norms_of(before.float().flatten(1), after.float().flatten(1))
+        found = measure(old.weight(module).flatten(1), new.weight(entry.target).flatten(1), update)
         assert entry.transport is not None
-        nearness = as_carried(measured, entry.transport, entry.nearness.similarity)
-        entries[module] = replace(entry, nearness=nearness, row_norms=row_norms)
+        nearness = as_carried(found.nearness, entry.transport, entry.nearness.similarity)
+        entries[module] = replace(entry, nearness=nearness, row_norms=found.row_norms)
     return replace(migration, entries=entries)

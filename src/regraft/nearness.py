@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import sqrt
 
 import torch
 from torch import Tensor
 
 from regraft.updates import LowRank
+
+# So many elements of a weight at once stay in a processor's cache while all is measured on them.
+_BLOCK = 1 << 18
+# By how many of a weight's elements it is told what chance alone would make of its likeness.
+_CHANCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class Nearness:
     Attributes:
         similarity: cosine of the weights, corrected for chance; 1 equal, about 0 unrelated. None across shapes.
         distance: relative drift ‖W_new − W_old‖ / ‖W_old‖. None across shapes.
-        adapter_distance: the drift as the update meets it, on its own row and column spaces (see `within`).
+        adapter_distance: the drift as the update meets it, on its own row and column spaces (see `measure`).
         contained: how much of the update the drift holds: ⟨W_new − W_old, ΔW⟩ / ‖ΔW‖². 1 where it was merged.
         contained_noise: standard deviation of that figure for a drift that has nothing to do with the update.
         strength: how strong the update is, ‖ΔW‖ / ‖W_old‖.
@@ -41,63 +48,150 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Measured:
+    """All that one pass over two weights shows.
+
+    Attributes:
+        nearness: of the two.
+        row_norms: (2, out), float32: norms of the old and the new weight's rows; None across shapes.
+    """
+
+    nearness: Nearness
+    row_norms: Tensor | None
+
+
 def similarity(old: Tensor, new: Tensor) -> float:
     """(c − c₀) / (1 − c₀), with c the cosine of two (out, in) weights and c₀ that after a shift of rows and columns.
 
     The shift breaks every correspondence but keeps common means and scales, which alone would make unrelated
-    weights look alike (embeddings, weights with an offset).
+    weights look alike (embeddings, weights with an offset). c₀ of a large weight is that of a sample of its rows.
     """
     if torch.equal(old, new):
         return 1.0
-    shifted = new.roll((max(1, new.shape[0] // 2), max(1, new.shape[1] // 2)), (0, 1))
-    chance = min(max(0.0, cosine(old, shifted)), 0.99)
-    return (cosine(old, new) - chance) / (1 - chance)
+    return _beyond_chance(cosine(old.float(), new.float()), old, new)
 
 
-def within(old: Tensor, drift: Tensor, update: LowRank) -> tuple[float | None, float | None, float | None]:
-    """The drift as the update meets it: on its two spaces at once, on its inputs alone, on its outputs alone.
+def _beyond_chance(found: float, old: Tensor, new: Tensor) -> float:
+    rows, columns = old.shape
+    runs = max(1, -(-rows * columns // _CHANCE))
+    held = max(1, rows // runs)
+    dot = norm_old = norm_new = 0.0
+    for index in range(runs):
+        # Each run within its share of the rows, so that a sample is spread over all of them.
+        first = index * rows // runs
+        here = range(first, min(first + max(1, held // runs), rows)) if runs > 1 else range(rows)
+        for block in _blocks(here, columns):
+            one = old[block].float()
+            # Rolled by half of the rows and half of the columns.
+            place = (torch.arange(block.start, block.stop) - max(1, rows // 2)) % rows
+            other = new[place.to(new.device)].float().roll(max(1, columns // 2), 1)
+            dot += float(torch.dot(one.reshape(-1), other.reshape(-1)))
+            norm_old += float(one.norm()) ** 2
+            norm_new += float(other.norm()) ** 2
+    scale = sqrt(norm_old * norm_new)
+    chance = min(max(0.0, dot / scale if scale > 0 else 0.0), 0.99)
+    return (found - chance) / (1 - chance)
 
-    ‖Q_Bᵀ D Q_A‖ / ‖Q_Bᵀ W Q_A‖, ‖D Q_A‖ / ‖W Q_A‖ and ‖Q_Bᵀ D‖ / ‖Q_Bᵀ W‖, with Q_B and Q_A orthonormal bases of the
-    update's column and row spaces. None where the old weight is zero there.
+
+def _blocks(rows: range, columns: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(1, columns))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+class _OnUpdate:
+    """A matrix X on an update's spaces, added up over its rows.
+
+    Attributes:
+        read: ‖X Q_A‖².
+        written: Q_Bᵀ X, (r, in).
+        both: Q_Bᵀ X Q_A, (r, r).
+    """
+
+    def __init__(self, q_up: Tensor, q_down: Tensor) -> None:
+        self.q_up, self.q_down, self.read = q_up, q_down, 0.0
+        self.written = q_down.new_zeros(q_up.shape[1], len(q_down))
+        self.both = q_down.new_zeros(q_up.shape[1], q_down.shape[1])
+
+    def add(self, rows: slice, block: Tensor) -> None:
+        up, read = self.q_up[rows].T, block @ self.q_down
+        self.written.addmm_(up, block)
+        self.both.addmm_(up, read)
+        self.read += float(read.norm()) ** 2
+
+
+def measure(old: Tensor, new: Tensor, update: LowRank | None = None) -> Measured:
+    """Both weights side by side, in one pass over their rows.
+
+    With Q_B and Q_A orthonormal bases of the update's column and row spaces, the drift D = W_new − W as the update
+    meets it is ‖Q_Bᵀ D Q_A‖ / ‖Q_Bᵀ W Q_A‖ on both of its spaces, ‖D Q_A‖ / ‖W Q_A‖ on its inputs alone and
+    ‖Q_Bᵀ D‖ / ‖Q_Bᵀ W‖ on its outputs alone; None where the old weight is zero there. The share of the update that the
+    drift already holds is ⟨D, ΔW⟩ / ‖ΔW‖². By chance (a drift of random direction) its mean is 0, its deviation
+    ‖D‖ / (‖ΔW‖ √(out·in)).
 
     Args:
-        old: W, (out, in).
-        drift: D = W_new − W, (out, in).
-        update: the adapter's own.
+        old: W, a matrix (out, in) of any float dtype.
+        new: W_new, (out', in').
+        update: the adapter's own, of the old weight.
     """
-    up, down = update.factors()
-    q_up, q_down = torch.linalg.qr(up)[0], torch.linalg.qr(down.T)[0]
+    if old.shape != new.shape:
+        return Measured(Nearness(), None)
+    rows, columns = old.shape
+    own = update
+    if own is not None and (own.up.shape[0], own.down.load().flatten(1).shape[1]) != (rows, columns):
+        own = None
+    met: tuple[_OnUpdate, _OnUpdate] | None = None
+    if own is not None:
+        up, down = (part.to(old.device) for part in own.factors())
+        (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        met = _OnUpdate(q_up, q_down), _OnUpdate(q_up, q_down)
+    norms, squared_drift = torch.empty(2, rows, device=old.device), 0.0
+    for block in _blocks(range(rows), columns):
+        one, other = old[block].float(), new[block].float()
+        torch.linalg.vector_norm(one, dim=1, out=norms[0, block])
+        torch.linalg.vector_norm(other, dim=1, out=norms[1, block])
+        drift = other - one
+        squared_drift += float(drift.norm()) ** 2
+        if met is not None:
+            for side, part in zip(met, (drift, one), strict=True):
+                side.add(block, part)
+    before, after = (float(part.double().square().sum()) for part in norms.cpu())
+    near = _alike(old, new, before, after, squared_drift)
+    if own is None or met is None:
+        return Measured(near, norms)
+    moved, held = met
+    size, noise, share = own.norm(), None, None
+    if size > 0:
+        # ⟨D, B A⟩ = tr(R_Bᵀ Q_Bᵀ D Q_A R_A) with B = Q_B R_B and Aᵀ = Q_A R_A.
+        share = float(((r_up.T @ moved.both) * r_down.T).sum()) * own.scale / size**2
+        noise = sqrt(squared_drift) / (size * sqrt(old.numel()))
+    near = replace(
+        near,
+        adapter_distance=_ratio(float(moved.both.norm()), float(held.both.norm())),
+        contained=share,
+        contained_noise=noise,
+        strength=_ratio(size, sqrt(before)),
+        input_distance=_ratio(sqrt(moved.read), sqrt(held.read)),
+        output_distance=_ratio(float(moved.written.norm()), float(held.written.norm())),
+    )
+    return Measured(near, norms)
 
-    def ratio(moved: Tensor, base: Tensor) -> float | None:
-        norm = float(base.norm())
-        return float(moved.norm()) / norm if norm > 0 else None
 
-    read, read_old = drift @ q_down, old @ q_down
-    return ratio(q_up.T @ read, q_up.T @ read_old), ratio(read, read_old), ratio(q_up.T @ drift, q_up.T @ old)
+def _alike(old: Tensor, new: Tensor, before: float, after: float, drift: float) -> Nearness:
+    """Similarity and distance, of the squared norms of both and of what lies between them."""
+    if drift == 0:
+        return Nearness(1.0, 0.0)
+    # ⟨W, W_new⟩ by the cosine rule: a pass for it alone would cost as much again.
+    scale = sqrt(before * after)
+    found = _beyond_chance((before + after - drift) / (2 * scale) if scale > 0 else 0.0, old, new)
+    return Nearness(found, sqrt(drift / before) if before > 0 else float("inf"))
 
 
-def contained(drift: Tensor, update: LowRank) -> tuple[float, float] | None:
-    """⟨drift, ΔW⟩ / ‖ΔW‖², the share of the update that the drift already holds, and its standard deviation by chance.
-
-    None for a zero update. By chance (a drift of random direction) the mean is 0, the deviation ‖D‖ / (‖ΔW‖ √(out·in)).
-    """
-    up, down = update.factors()
-    norm = update.norm()
-    if norm == 0:
-        return None
-    share = float((up.T @ drift @ down.T).trace()) * update.scale / norm**2
-    return share, float(drift.norm()) / (norm * drift.numel() ** 0.5)
+def _ratio(moved: float, base: float) -> float | None:
+    return moved / base if base > 0 else None
 
 
 def compare(old: Tensor, new: Tensor, update: LowRank | None = None) -> Nearness:
-    """All of the above for one module; ``old`` and ``new`` are float32 matrices (out, in)."""
-    if old.shape != new.shape:
-        return Nearness()
-    drift, norm = new - old, float(old.norm())
-    relative = float(drift.norm()) / norm if norm > 0 else (0.0 if not drift.any() else float("inf"))
-    if update is None or (update.up.shape[0], update.down.load().flatten(1).shape[1]) != tuple(old.shape):
-        return Nearness(similarity(old, new), relative)
-    both, inputs, outputs = within(old, drift, update)
-    held, noise = contained(drift, update) or (None, None)
-    strength = update.norm() / norm if norm > 0 else None
-    return Nearness(similarity(old, new), relative, both, held, noise, strength, inputs, outputs)
+    """The nearness of two matrices (out, in) alone; see `measure`."""
+    return measure(old, new, update).nearness

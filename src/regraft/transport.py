@@ -108,6 +108,8 @@ IDENTITY = LinearMap()
 
 def projection(basis: Tensor) -> LinearMap:
     """U Uᵀ for orthonormal columns U (m, k)."""
+    if basis.shape[0] == basis.shape[1]:
+        return IDENTITY
     return LinearMap(0.0, basis, basis.T)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from regraft.adapter import ModuleRef
 from regraft.base import Base
+from regraft.methods import Shapes
 from regraft.methods.task import AS_IT_IS, Running
-from regraft.nearness import Nearness, compare
+from regraft.nearness import Nearness, compare, measure
 from regraft.pairing import Pairing
 from regraft.sketch import spread_runs
 from regraft.tensors import InMemory
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
 _ROW_RUNS, _ROWS_OF_RUN = 2, 16
+# Modules that are read ahead of the one at work.
+_AHEAD = 6
 
 
 class PairedWeights:
@@ -38,6 +42,7 @@ class PairedWeights:
         self._nearness: dict[ModuleRef, Nearness] = {}
         self._row_norms: dict[ModuleRef, Tensor] = {}
         self._fetched = False
+        self._places, self._announced = {module: place for place, module in enumerate(self._wanted)}, 0
         self._ahead: dict[ModuleRef, Statistics] = {}
 
     @property
@@ -52,29 +57,51 @@ class PairedWeights:
         return iter(self.targets)
 
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
-        old, new = self.old.weight(module), self.new.weight(self.targets[module])
-        weights = old.float().flatten(1), new.float().flatten(1)
-        # Measured on the way: most modules are read just once.
-        if module not in self._nearness:
-            self._measure(module, *weights)
-        return weights
+        old, new = self._stored(module)
+        return old.float(), new.float()
 
     def nearness(self, module: ModuleRef) -> Nearness:
         if module not in self._nearness and self.sampled:
             self._nearness[module] = self._by_rows(module)
         elif module not in self._nearness:
-            self.load(module)
+            self._stored(module)
         return self._nearness[module]
+
+    def shapes(self, module: ModuleRef) -> Shapes:
+        old, new = self.old.shape(module), self.new.shape(self.targets[module])
+        return (old[0], prod(old[1:])), (new[0], prod(new[1:]))
+
+    def _stored(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
+        """Both weights as matrices, in the dtypes that they are stored in."""
+        self._announce_after(module)
+        old, new = self.old.weight(module).flatten(1), self.new.weight(self.targets[module]).flatten(1)
+        # Measured on the way: most modules are read just once.
+        if module not in self._nearness:
+            found = measure(old, new, self.updates.get(module))
+            self._nearness[module] = found.nearness
+            if found.row_norms is not None:
+                self._row_norms[module] = found.row_norms
+        return old, new
+
+    def _announce_after(self, module: ModuleRef) -> None:
+        """Have the system read what comes next while this module is computed."""
+        here = self._places.get(module)
+        if here is None:
+            return
+        ahead = range(max(self._announced, here + 1), min(here + 1 + _AHEAD, len(self._wanted)))
+        for place in ahead:
+            self.old.announce(self._wanted[place])
+            self.new.announce(self.targets[self._wanted[place]])
+        self._announced = max(self._announced, ahead.stop)
 
     def statistics(self, module: ModuleRef) -> Statistics | None:
         """Of the wanted modules in their order: what has been asked for is not kept."""
-        place = {wanted: i for i, wanted in enumerate(self._wanted)}
         while module not in self._ahead:
             known, found = next(self._recorded, (None, None))
             if known is None or found is None:
                 return None
             self._ahead[known] = found
-            if place[known] > place[module]:
+            if self._places[known] > self._places[module]:
                 return None
         return self._ahead.pop(module)
 
@@ -122,16 +149,6 @@ class PairedWeights:
         self.nearness(module)
         return self._row_norms.get(module)
 
-    def _measure(self, module: ModuleRef, old: Tensor, new: Tensor) -> None:
-        self._nearness[module] = compare(old, new, self.updates.get(module))
-        row_norms = row_norms_of(old, new)
-        if row_norms is not None:
-            self._row_norms[module] = row_norms
-
-
-def row_norms_of(old: Tensor, new: Tensor) -> Tensor | None:
-    return torch.stack([old.norm(dim=1), new.norm(dim=1)]) if old.shape == new.shape else None
-
 
 class ComputedWeights:
     """The same pairs, their weights on the device and in the dtype that the methods compute in."""
@@ -139,7 +156,7 @@ class ComputedWeights:
     def __init__(self, pairs: PairedWeights, device: str, dtype: torch.dtype) -> None:
         self.pairs, self.device, self.dtype = pairs, device, dtype
         self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
-        self.statistics = pairs.statistics
+        self.statistics, self.shapes = pairs.statistics, pairs.shapes
         self.pairing, self.bases = pairs.pairing, (pairs.old, pairs.new)
 
     def __iter__(self) -> Iterator[ModuleRef]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from regraft.methods._subspace import index_matched, phi, subspaces
 from regraft.methods.cross_lora import cross_lora
 from regraft.methods.dart import dart
 from regraft.methods.lora_x import lora_x
+from regraft.transport import rank_for_energy
 from test_pairing import without_layers
 from test_removed import module
 from toys import StateDict, deltas, drifted, llama, lora, permutation, relative_error, rotation, save_base
@@ -173,3 +175,30 @@ def test_another_size_is_refused(method: str, tmp_path: Path) -> None:
 def test_a_threshold_in_words_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--threshold .much."):
         ported(llama(), llama(), tmp_path, "prolora", threshold="much")
+
+
+def _spectrum(rows: int, columns: int) -> Tensor:
+    """A weight whose singular values fall smoothly, without a gap to cut at."""
+    dice = torch.Generator().manual_seed(5)
+    u = torch.linalg.qr(torch.randn(rows, min(rows, columns), generator=dice, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(columns, min(rows, columns), generator=dice, dtype=torch.float64))[0]
+    values = 0.05 + torch.linspace(1.0, 0.0, min(rows, columns), dtype=torch.float64) ** 3
+    return (u * values) @ v.T
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (700, 280), (280, 900)])
+@pytest.mark.parametrize("asked", [{"rank": 90, "energy": None}, {"rank": None, "energy": 0.9}])
+def test_large_weights_subspaces_are_those_of_the_full_decomposition(shape: tuple[int, int], asked: Any) -> None:
+    weight = _spectrum(*shape)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    found_u, found_v = subspaces(weight.float(), **asked)
+    r = found_u.shape[1]
+    assert r == (asked["rank"] or rank_for_energy(s, 0.9))
+    for exact, found in ((u[:, :r], found_u), (vh[:r].T, found_v)):
+        torch.testing.assert_close(found.T @ found, torch.eye(r), rtol=0, atol=2e-4)
+        probe = torch.randn(len(exact), 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        wanted = exact @ (exact.T @ probe)
+        apart = found.double() @ (found.double().T @ probe) - wanted
+        assert float(apart.norm() / wanted.norm()) < 1e-3
+    # Pairs of one index belong together.
+    torch.testing.assert_close(found_u.T @ weight.float() @ found_v, torch.diag(s[:r]).float(), rtol=0, atol=2e-4)

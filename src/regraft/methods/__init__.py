@@ -53,6 +53,10 @@ class Skip:
 Outcome = Transport | Skip
 
 
+#: (out, in) of the old weight and (out', in') of the new one, kernels flattened.
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+
+
 class WeightPairs(Protocol):
     """The weights of every paired module, one pair in memory at a time."""
 
@@ -72,6 +76,10 @@ class WeightPairs(Protocol):
 
     def nearness(self, module: ModuleRef) -> Nearness:
         """How near the module's two weights are."""
+        ...
+
+    def shapes(self, module: ModuleRef) -> Shapes:
+        """Shapes of what `load` gives; nothing is read for it."""
         ...
 
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
-from regraft.methods import Fit, WeightPairs, method
+from regraft.methods import Fit, Shapes, WeightPairs, method
 from regraft.nearness import cosine
 from regraft.spaces import Sides, Space, named_sides, sides_of
 from regraft.transport import IDENTITY, LinearMap, Transport
@@ -23,13 +23,14 @@ _SWEEPS = 3
 class _Alignment:
     """The maps of all spaces, solved in the order in which evidence reaches them from the fixed ones."""
 
-    def __init__(self, load: Load, modules: Iterable[ModuleRef], keep_identity: float) -> None:
+    def __init__(self, load: Load, modules: Mapping[ModuleRef, Shapes], keep_identity: float) -> None:
         self.load, self.keep_identity = load, keep_identity
         self.maps: dict[Space, Tensor | None] = {}
         self.sides: dict[ModuleRef, Sides] = {}
         self.touching: dict[Space, list[ModuleRef]] = {}
-        for module in modules:
-            sides = self.sides[module] = sides_of(module, *(tuple(weight.shape) for weight in load(module)))
+        self._unmoved: dict[ModuleRef, float] = {}
+        for module, shapes in modules.items():
+            sides = self.sides[module] = sides_of(module, *shapes)
             for space in {sides.out, sides.inp} - {None}:
                 assert space is not None
                 self.touching.setdefault(space, []).append(module)
@@ -37,7 +38,7 @@ class _Alignment:
     def solve(self) -> None:
         pending = dict.fromkeys(self.touching)
         while pending:
-            best = max(pending, key=lambda space: sum(1 for _ in self._evidence(space, names_only=True)))
+            best = max(pending, key=lambda space: sum(1 for _ in self._bearing(space)))
             del pending[best]
             self._fit(best)
         if any(map_ is not None for map_ in self.maps.values()):
@@ -48,24 +49,45 @@ class _Alignment:
     def _known(self, space: Space | None) -> bool:
         return space is None or space in self.maps
 
-    def _evidence(self, space: Space, names_only: bool = False) -> Iterator[Tensor]:
-        """Cross-Gram matrices (m', m) of every weight side that touches ``space`` and whose other side is known."""
+    def _bearing(self, space: Space) -> Iterator[tuple[ModuleRef, bool]]:
+        """Modules that touch ``space`` and whose other side is known, and whether they do so with their outputs."""
         for module in self.touching[space]:
             sides = self.sides[module]
-            for here, other in ((sides.out, sides.inp), (sides.inp, sides.out)):
-                if here != space or not self._known(other):
-                    continue
-                if names_only:
-                    yield torch.empty(0)
-                    continue
-                old, new = self.load(module)
-                scale = float(old.norm() * new.norm()) or 1.0
-                if here == sides.out:
-                    old = self._right(other, old)
-                    for a, b in zip(old.chunk(sides.out_copies), new.chunk(sides.out_copies), strict=True):
-                        yield b @ a.T / scale
-                else:
-                    yield new.T @ self._left(other, old, sides.out_copies) / scale
+            for here, other, writes in ((sides.out, sides.inp, True), (sides.inp, sides.out, False)):
+                if here == space and self._known(other):
+                    yield module, writes
+
+    def _other_mapped(self, module: ModuleRef, writes: bool) -> tuple[Tensor, Tensor]:
+        """The old weight with its other side mapped, and the new one."""
+        old, new = self.load(module)
+        sides = self.sides[module]
+        return (self._right(sides.inp, old) if writes else self._left(sides.out, old, sides.out_copies)), new
+
+    def _in_place(self, space: Space) -> float:
+        """Mean cosine of the weights that bear on ``space``, left as it is: the traces of their cross-Gram matrices."""
+        total, count = 0.0, 0
+        for module, writes in self._bearing(space):
+            sides = self.sides[module]
+            other, count = sides.inp if writes else sides.out, count + 1
+            if other is not None and self.maps[other] is not None:
+                total += cosine(*self._other_mapped(module, writes))
+                continue
+            if module not in self._unmoved:
+                self._unmoved[module] = cosine(*self.load(module))
+            total += self._unmoved[module]
+        return total / max(1, count)
+
+    def _gram(self, space: Space) -> Tensor | None:
+        """Sum of the cross-Gram matrices (m', m) of every weight that bears on ``space``; None without one."""
+        total = None
+        for module, writes in self._bearing(space):
+            old, new = self._other_mapped(module, writes)
+            scale = float(old.norm() * new.norm()) or 1.0
+            copies = self.sides[module].out_copies if writes else 1
+            for a, b in zip(old.chunk(copies), new.chunk(copies), strict=True):
+                part = (b @ a.T if writes else b.T @ a) / scale
+                total = part if total is None else total + part
+        return total
 
     def _left(self, space: Space | None, x: Tensor, copies: int) -> Tensor:
         map_ = self.maps.get(space) if space is not None else None
@@ -77,13 +99,14 @@ class _Alignment:
 
     def _fit(self, space: Space) -> None:
         _, _, m, m_new = space
-        gram, like = None, self.load(self.touching[space][0])[0]
-        for part in self._evidence(space):
-            gram = part if gram is None else gram + part
-        if gram is None:
-            self.maps[space] = None if m == m_new else torch.eye(m_new, m, dtype=like.dtype, device=like.device)
-        elif m == m_new and float(gram.trace()) / len(self.touching[space]) >= self.keep_identity:
+        # A trace takes one pass over the weights, and settles a space that is still in place.
+        if m == m_new and self._in_place(space) >= self.keep_identity:
             self.maps[space] = None
+            return
+        gram = self._gram(space)
+        if gram is None:
+            like = self.load(self.touching[space][0])[0]
+            self.maps[space] = None if m == m_new else torch.eye(m_new, m, dtype=like.dtype, device=like.device)
         else:
             u, _, vh = torch.linalg.svd(gram, full_matrices=False)
             self.maps[space] = u @ vh
@@ -111,7 +134,7 @@ class _Alignment:
         return cosine(self._left(sides.out, self._right(sides.inp, old), sides.out_copies), new)
 
 
-def _connected(pairs: WeightPairs) -> list[ModuleRef]:
+def _connected(pairs: WeightPairs) -> dict[ModuleRef, Shapes]:
     """The modules whose weights bear on the wanted ones' spaces, over any chain of spaces; by names alone."""
     spaces: dict[ModuleRef, set[tuple[str, str]]] = {}
     for module in pairs:
@@ -121,7 +144,7 @@ def _connected(pairs: WeightPairs) -> list[ModuleRef]:
     reached = {space for module in wanted for space in spaces[module]}
     while grown := {space for held in spaces.values() if held & reached for space in held} - reached:
         reached |= grown
-    return [module for module, held in spaces.items() if module in wanted or held & reached]
+    return {module: pairs.shapes(module) for module, held in spaces.items() if module in wanted or held & reached}
 
 
 def _by_chance(load: Load) -> Load:
