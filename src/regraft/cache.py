@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from regraft.base import Base
 from regraft.errors import OutputError, RegraftError, first_line
 from regraft.migration import Migration, summarise
 from regraft.migration_file import load_migration, save_migration
+from regraft.migrations.maps import in_memory
 from regraft.migrations.model import VERSION
+
+#: Bytes of the largest fit for one adapter that is worth a file. The one whole pair that `regraft.batch` keeps may be
+#: larger.
+MOST_KEPT = 512 << 20
 
 
 def cache_folder() -> Path:
@@ -79,16 +85,28 @@ def _place(old: Base, new: Base, method: str, options: Mapping[str, Any]) -> Pat
 def find_cached(
     old: Base, new: Base, method: str, options: Mapping[str, Any], wanted: Iterable[ModuleRef]
 ) -> Migration | None:
-    """A cached migration that covers every wanted module, or None. A damaged file counts as none."""
+    """A cached migration that covers every wanted module, or None. A damaged file counts as none.
+
+    Up to `MOST_KEPT` bytes of it come whole into memory; the maps of a larger one are read as they are used.
+    """
     file = _place(old, new, method, options)
     if not file.is_file():
         return None
     with suppress(RegraftError):
         migration = load_migration(file)
+        if file.stat().st_size <= MOST_KEPT:
+            # Another run may replace a file that this one still reads from; and damage shows now.
+            migration = in_memory(migration)
         if all(module in migration.entries for module in wanted):
             # A port tells the same whether its migration was fitted now or before: of the bases, not of the cache.
             return replace(migration, source=summarise(old), target=summarise(new), file_hash=None)
     return None
+
+
+def size_at_most(base: Base, modules: Iterable[ModuleRef]) -> int:
+    """Bytes of a migration of these modules by their shapes: two full sets of singular vectors each, in float32."""
+    shapes = [(shape[0], prod(shape[1:])) for shape in map(base.shape, modules)]
+    return sum(4 * (out + inp) * min(out, inp) for out, inp in shapes)
 
 
 def keep(migration: Migration, old: Base, new: Base, method: str, options: Mapping[str, Any]) -> None:

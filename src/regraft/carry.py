@@ -176,6 +176,8 @@ class Carrier:
     def _transport(
         self, ref: ModuleRef, update: Update, entry: Entry, transport: Transport, strength: float
     ) -> tuple[Update, float, float]:
+        # Maps that lie in a file are read once, for the factors and all that goes with them.
+        transport = transport.held()
         rank = self._rank(transport)
         carried, kept, cut = update, 1.0, 0.0
         if isinstance(update, LowRank) and not (transport.is_identity and rank in (None, update.rank)):

@@ -85,6 +85,8 @@ class Migration:
         composed: hashes of the files that it was composed of, in order.
         via: the bases between them.
         measured: figures of ports through it, as a lineage's ``fidelity`` has them.
+        narrowed: its maps are folded onto the adapter that it was fitted for (see `regraft.narrowing`): any other
+            comes out wrong, and it can be neither saved nor composed.
     """
 
     source: BaseSummary | None
@@ -102,6 +104,7 @@ class Migration:
     composed: tuple[str, ...] = ()
     via: tuple[BaseSummary, ...] = ()
     measured: tuple[Mapping[str, Any], ...] = ()
+    narrowed: bool = False
 
     @property
     def components(self) -> Mapping[str, Collection[str]]:
@@ -136,12 +139,16 @@ class Migration:
         return save_migration(self, Path(path), overwrite=overwrite)
 
 
-def check_one_to_one(migration: Migration) -> None:
-    """A reader of the format puts each module's update in one place, and overwrites what lies there.
+def check_general(migration: Migration) -> None:
+    """Whether it can be saved and composed: it is of every adapter, and puts each module's update in one place.
 
     Raises:
-        UsageError: modules share a target, or have several.
+        UsageError: it is narrowed, or modules share a target or have several.
     """
+    if migration.narrowed:
+        what = "this migration is narrowed to the adapter that it was fitted for"
+        raise UsageError(what, remedy="Fit it without narrow=True: it is then for every adapter of these modules.")
+    # A reader of the format overwrites what lies there.
     taken: set[ModuleRef] = set()
     for module, entry in migration.entries.items():
         if entry.copies or entry.target in taken:
@@ -179,6 +186,7 @@ def fit_migration(
     running: Running = AS_IT_IS,
     tick: Ticker | None = None,
     removed: Policy = "drop",
+    narrow: bool = False,
     **options: Any,
 ) -> Migration:
     """Fit the transports from ``old`` to ``new``, one module in memory at a time.
@@ -193,18 +201,23 @@ def fit_migration(
         running: how both models are run, by a method that does that.
         tick: called with (modules done, modules in all, module's name).
         removed: what becomes of the updates of blocks that the new base lacks, see `regraft.removed`.
+        narrow: keep of each map only what it does to ``adapter``, where that is less: the migration carries this one
+            adapter alone, and holds about as much as it does. See `regraft.narrowing`.
         **options: of the method.
 
     Raises:
-        UsageError: no such method, option or policy, or the method depends on the adapter.
+        UsageError: no such method, option or policy, the method depends on the adapter, or there is none to narrow to.
         InputError: a base is damaged.
     """
+    from regraft.narrowing import Narrowing
     from regraft.plan import source_modules
     from regraft.tokens import tables_in
 
     chosen = get_method(method)
     if chosen.scope != "pair" and adapter is None:
         raise UsageError(f"method {method!r} depends on the adapter: it has no migration", remedy="Port with it.")
+    if narrow and adapter is None:
+        raise UsageError("there is no adapter to narrow the migration to", remedy="Give adapter=.")
     settings = chosen.check_options(options)
     check_policy(removed)
     pairing = _paired(old, new)
@@ -218,6 +231,9 @@ def fit_migration(
     pairs = PairedWeights(old, new, pairing, paired, running)
     if touched is not None:
         pairs.updates = {module: update for module, update in touched.items() if isinstance(update, LowRank)}
+    if narrow and adapter is not None:
+        # Through a survivor's maps go the updates of removed blocks, too.
+        pairs.narrowing = Narrowing.to(adapter, old, without={pairing.survivors[module] for module in gone})
     computing = ComputedWeights(pairs, device, dtype)
     fit = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
     entries: dict[ModuleRef, Entry] = {}
@@ -246,6 +262,7 @@ def fit_migration(
         entries,
         parameters_of(old),
         base_bytes=size_of(new),
+        narrowed=pairs.narrowing is not None and pairs.narrowing.folded,
     )
 
 
@@ -285,7 +302,7 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: ComputedWeights, ti
     outcomes: dict[ModuleRef, Outcome] = {}
     for done, module in enumerate(pairs.wanted):
         tick(done, total, str(module))
-        outcomes[module] = _fitted(method, pairs, module, settings)
+        outcomes[module] = pairs.for_adapter(module, _fitted(method, pairs, module, settings))
     tick(total, total, "")
     return Fit(outcomes, method.name)
 

@@ -25,15 +25,16 @@ from regraft.lineage import check_major, dumped, told
 from regraft.lineage.model import BaseId
 from regraft.lineage.name_sets import compact, expand
 from regraft.lineage.strict_json import parse_object
-from regraft.migration import Entry, Migration, check_one_to_one
+from regraft.migration import Entry, Migration, check_general
 from regraft.migrations.base_id import base_id, from_summary, to_summary
+from regraft.migrations.maps import FileMaps, FromFile
 from regraft.migrations.model import VERSION, Header, Map, Row
 from regraft.migrations.recognise import recognise
 from regraft.nearness import Nearness
 from regraft.output import check_writable, readable, whole
 from regraft.tensor_files import read_safetensors
 from regraft.tensors import Shape, TensorRef
-from regraft.transport import IDENTITY, LinearMap, Transport
+from regraft.transport import LinearMap, Transport
 
 KEY = "regraft_migration"
 #: Bytes of the longest header text that is read; 100,000 modules take a third of it.
@@ -46,9 +47,10 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
 
     Raises:
         OutputError: ``path`` exists or can't be written.
-        UsageError: modules share a target, or have several, which the format can't say.
+        UsageError: modules share a target, or have several, which the format can't say; or it is narrowed.
+        InputError: one that was read lazily lies in a file that has changed.
     """
-    check_one_to_one(migration)
+    check_general(migration)
     check_writable(path, overwrite=overwrite)
     tensors, header = _Encoder().encode(migration)
     # An identity costs nothing, but safetensors wants a tensor: an empty one marks the file.
@@ -85,7 +87,10 @@ def read_header(path: Path) -> tuple[Header, Mapping[str, TensorRef]]:
 
 
 def load_migration(path: str | Path) -> Migration:
-    """Read a migration; the maps are read with it. One on the hub is downloaded (``org/name:file``).
+    """Read a migration. One on the hub is downloaded (``org/name:file``).
+
+    Names and sizes are checked here, by the header. A map is read when its module's transport is used, and not kept
+    (see `regraft.migrations.maps`): the file has to stay as it is meanwhile, and what a map holds is checked then.
 
     Raises:
         InputError: it is no migration, damaged, or of another major version.
@@ -225,6 +230,7 @@ class _Encoder:
 
     def _row(self, module: ModuleRef, entry: Entry) -> dict[str, Any]:
         near, transport = entry.nearness, entry.transport
+        transport = None if transport is None else transport.held()
         row: dict[str, Any] = {
             "module": list(module),
             "shape": list(entry.shape_old),
@@ -313,12 +319,11 @@ def outlook(migration: Migration) -> dict[str, Any]:
 
 
 class _Decoder:
-    """A migration out of a checked header; each tensor is read once."""
+    """A migration out of a checked header, its maps left in the file."""
 
     def __init__(self, path: Path, header: Header, tensors: Mapping[str, TensorRef]) -> None:
-        self.path, self.header, self.tensors = path, header, tensors
-        self._loaded: dict[str, Tensor] = {}
-        self._maps: dict[int, LinearMap] = {}
+        self.path, self.header = path, header
+        self.maps = FileMaps(path, header.maps, tensors, [row.terms or () for row in header.modules])
 
     def decode(self) -> Migration:
         header = self.header
@@ -343,7 +348,7 @@ class _Decoder:
         )
 
     def _entry(self, row: Row) -> Entry:
-        norms = self._tensor(row.row_norms)
+        norms = None if row.row_norms is None else self.maps.tensor(row.row_norms)
         return Entry(
             target=ModuleRef(*row.target) if row.target is not None else None,
             transport=self._transport(row),
@@ -361,28 +366,6 @@ class _Decoder:
             return None
         if row.terms is None:
             return Transport(rotates=row.rotates)
-        return Transport(tuple((self._map(left), self._map(right)) for left, right in row.terms), row.rotates)
-
-    def _map(self, index: int) -> LinearMap:
-        if index not in self._maps:
-            map_ = self.header.maps[index]
-            plain = map_.identity == 1.0 and map_.left is None and map_.diagonal is None
-            self._maps[index] = (
-                IDENTITY
-                if plain
-                else LinearMap(
-                    map_.identity, self._tensor(map_.left), self._tensor(map_.right), self._tensor(map_.diagonal)
-                )
-            )
-        return self._maps[index]
-
-    def _tensor(self, name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        stem = name.removesuffix(".T")
-        if stem not in self._loaded:
-            tensor = self.tensors[stem].load()
-            if not bool(tensor.isfinite().all()):
-                raise InputError("holds NaN or Inf", file=self.path, key=stem, remedy="It is damaged: get it again.")
-            self._loaded[stem] = tensor
-        return self._loaded[stem].T if name.endswith(".T") else self._loaded[stem]
+        if not any(self.maps.has_tensors(index) for term in row.terms for index in term):
+            return Transport(self.maps.terms(row.terms), row.rotates)
+        return FromFile(self.maps, row.terms, row.rotates)

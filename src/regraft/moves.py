@@ -18,6 +18,24 @@ from regraft.transport import LinearMap, Transport
 
 
 @dataclass(frozen=True, eq=False)
+class Units:
+    """The space on one side of a module, whose map from old units to new ones its transport has.
+
+    Attributes:
+        transport: of the module.
+        inputs: the space of its inputs; else of its outputs.
+    """
+
+    transport: Transport
+    inputs: bool = False
+
+    def map(self) -> LinearMap:
+        """Old units → new units. It may have to be read, so that who plans many moves keeps none."""
+        left, right = self.transport.terms[0]
+        return right.T if self.inputs else left
+
+
+@dataclass(frozen=True, eq=False)
 class Move:
     """What takes a change from the old base's coordinates to the new one's.
 
@@ -25,20 +43,20 @@ class Move:
         reason: in plain words.
         target: the new base's parameter; None where names and blocks alone tell it.
         transport: of a weight.
-        units: of a vector, old units → new units.
+        units: of a vector, the space that it lives in.
         gain: the vector multiplies its units (a norm's weight) and is not added to them.
     """
 
     reason: str
     target: ModuleRef | None = None
     transport: Transport | None = None
-    units: LinearMap | None = None
+    units: Units | None = None
     gain: bool = False
 
     def shape(self, old: Shape) -> Shape:
         """Shape of the moved change of a parameter of shape ``old``."""
         if self.units is not None:
-            return (self.units.out_features or old[0],)
+            return (self.units.map().out_features or old[0],)
         if self.transport is None:
             return old
         left, right = self.transport.terms[0]
@@ -53,9 +71,9 @@ class Move:
         change = change.float()
         if self.units is not None and self.gain:
             # diag(Q diag(γ) Qᵀ): what the gain is along the new units; a sign that turns leaves it.
-            return self.units.squared(len(change)) @ change
+            return self.units.map().squared(len(change)) @ change
         if self.units is not None:
-            return (self.units @ change[:, None])[:, 0]
+            return (self.units.map() @ change[:, None])[:, 0]
         if self.transport is None:
             return change
         return self.transport.dense(change.flatten(1)).reshape(self.shape(tuple(change.shape)))
@@ -86,31 +104,31 @@ def move_of(home: ModuleRef, shape: Shape, migration: Migration) -> Move | None:
     units = _units(home, shape[0], entry, here) if shape else None
     if units is None:
         return Move("its change, as it is: none of the rotated spaces is known to be its own")
-    if units.is_identity:
+    if units.map().is_identity:
         return None
     return Move("its change, moved along with its hidden units", units=units, gain=last == "weight")
 
 
-def _units(home: ModuleRef, size: int, own: Entry | None, entries: dict[ModuleRef, Entry]) -> LinearMap | None:
-    """The map of the space that a vector lives in: its module's outputs, or the stream that its block reads."""
+def _units(home: ModuleRef, size: int, own: Entry | None, entries: dict[ModuleRef, Entry]) -> Units | None:
+    """The space that a vector lives in: its module's outputs, or the stream that its block reads."""
     if own is not None and own.transport is not None:
-        return own.transport.terms[0][0] if own.shape_old[0] == size else None
+        return Units(own.transport) if own.shape_old[0] == size else None
     parts = home.path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     block = ".".join(parts[: numbers[-1] + 1]) + "." if numbers else ""
-    near: dict[str, LinearMap] = {}
-    far: dict[str, LinearMap] = {}
+    near: dict[str, Units] = {}
+    far: dict[str, Units] = {}
     for ref, entry in entries.items():
         assert entry.transport is not None
-        left, right = entry.transport.terms[0]
+        out, inp = Units(entry.transport), Units(entry.transport, inputs=True)
         sides = named_sides(ref.path)
-        for name, length, map_ in ((sides.out, entry.shape_old[0], left), (sides.inp, entry.shape_old[1], right.T)):
+        for name, length, space in ((sides.out, entry.shape_old[0], out), (sides.inp, entry.shape_old[1], inp)):
             if name is None or length != size or (name == sides.out and sides.out_copies > 1):
                 continue
             if block and ref.path.startswith(block) and not name.startswith(block):
-                near.setdefault(name, map_)
+                near.setdefault(name, space)
             # A space without a block's number in its name runs through the whole model.
             if not any(part.isdigit() for part in name.split(".")):
-                far.setdefault(name, map_)
+                far.setdefault(name, space)
     found = near or far
     return next(iter(found.values())) if len(found) == 1 else None

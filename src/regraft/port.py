@@ -26,6 +26,7 @@ from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Carried, Skip, get_method
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
+from regraft.narrowing import Narrowing
 from regraft.plan import Selection, check_families, locate, weights_of_wholes, with_shapes_of
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
@@ -60,9 +61,12 @@ def fit_for(
     dtype: torch.dtype = torch.float32,
     running: Running = AS_IT_IS,
     tick: Ticker | None = None,
+    narrow: bool = False,
     **options: Any,
 ) -> Migration:
     """The migration for what is selected of one adapter, without an old base where the method allows that.
+
+    With ``narrow``, it is of that adapter alone, see `regraft.migration.fit_migration`.
 
     Raises:
         Refused: the adapter is for another family.
@@ -73,9 +77,8 @@ def fit_for(
     # With nothing selected, the whole adapter is fitted: it is the carrying that says that nothing is left.
     adapter = chosen_part if chosen_part.updates else adapter
     if old is not None:
-        return fit_migration(
-            old, new, method, adapter=adapter, device=device, dtype=dtype, running=running, tick=tick, **options
-        )
+        computing: dict[str, Any] = {"device": device, "dtype": dtype, "running": running, "tick": tick}
+        return fit_migration(old, new, method, adapter=adapter, narrow=narrow, **computing, **options)
     # Nothing tells what was removed.
     options.pop("removed", None)
     chosen, reason = get_method(method), ""
@@ -87,7 +90,7 @@ def fit_for(
         )
     settings = chosen.check_options(options)
     entries: dict[ModuleRef, Entry] = {}
-    moved: dict[int, torch.Tensor] = {}
+    narrowing = Narrowing.to(adapter, new) if narrow else Narrowing({})
     named = {**weights_of_wholes(adapter, new), **locate(adapter, new, "new").modules}
     modules = sorted(set(named.values()))
     weights = [module for module in modules if f"{module.path}.weight" in new.components[module.component]]
@@ -100,9 +103,12 @@ def fit_for(
         if isinstance(outcome, Skip):
             entries[module] = Entry(None, None, outcome.reason, shape, uncovered=not outcome.planned)
         else:
-            entries[module] = Entry(module, outcome.to_cpu(moved), "same name", shape, shape)
+            # Of this module alone: the memory of one that was dropped comes back as another's.
+            kept = narrowing(module, outcome, shape, shape).to_cpu({})
+            entries[module] = Entry(module, kept, "same name", shape, shape)
     names = parameters_of(new)
-    return Migration(None, summarise(new), method, chosen.name, reason, settings, entries, names)
+    told = (method, chosen.name, reason, settings)
+    return Migration(None, summarise(new), *told, entries, names, narrowed=narrowing.folded)
 
 
 def apply_migration(
@@ -273,8 +279,8 @@ def port(
 ) -> PortResult:
     """Fit and carry in one call; see `fit_for` and `apply_migration`."""
     started = time.perf_counter()
-    running = settings.running
-    migration = fit_for(adapter, old, new, method, selection=settings.selection, running=running, tick=tick, **options)
+    computing: dict[str, Any] = {"selection": settings.selection, "running": settings.running, "tick": tick}
+    migration = fit_for(adapter, old, new, method, narrow=True, **computing, **options)
     return apply_migration(adapter, migration, settings, old=old, new=new, started=started)
 
 

@@ -104,6 +104,8 @@ class LinearMap:
 
 
 IDENTITY = LinearMap()
+#: (L, R) of each part of a transport.
+Terms = tuple[tuple[LinearMap, LinearMap], ...]
 
 
 def projection(basis: Tensor) -> LinearMap:
@@ -140,12 +142,16 @@ class Transport:
             (a bias, DoRA's magnitude) moves along. A projection does not: its units stay what they are.
     """
 
-    terms: tuple[tuple[LinearMap, LinearMap], ...] = ((IDENTITY, IDENTITY),)
+    terms: Terms = ((IDENTITY, IDENTITY),)
     rotates: bool = False
 
     @property
     def is_identity(self) -> bool:
         return len(self.terms) == 1 and all(map_.is_identity for map_ in self.terms[0])
+
+    def held(self) -> Transport:
+        """The same transport, its maps in memory."""
+        return self
 
     def to_cpu(self, seen: dict[int, Tensor]) -> Transport:
         """The transport in float32 on the CPU, as adapters' factors are; see `LinearMap.to_cpu`."""
@@ -173,9 +179,9 @@ class Transport:
             down: (r, in), a kernel flattened.
             rank: of the result: a number, a share of ‖ΔW‖² to keep (a float up to 1), or None for the rank of ``up``.
         """
-        before = _squared_norm(up, down)
-        new_up = torch.cat([left @ up for left, _ in self.terms], dim=1)
-        new_down = torch.cat([_on_inputs(down, right) for _, right in self.terms], dim=0)
+        before, terms = _squared_norm(up, down), self.terms
+        new_up = torch.cat([left @ up for left, _ in terms], dim=1)
+        new_down = torch.cat([_on_inputs(down, right) for _, right in terms], dim=0)
         carried = _squared_norm(new_up, new_down)
         wanted = up.shape[1] if rank is None else rank
         if isinstance(wanted, float) or wanted < new_up.shape[1]:
@@ -191,6 +197,30 @@ class Transport:
             energy_kept=after / before if before > 0 else 1.0,
             cut_loss=max(0.0, 1.0 - after / carried) if carried > 0 else 0.0,
         )
+
+
+class Deferred(Transport):
+    """A transport whose maps are made whenever they are asked for, and not kept; it is never the identity.
+
+    Ask for ``terms`` once, or take `held`: every look at them makes them anew.
+    """
+
+    def __init__(self, rotates: bool) -> None:
+        object.__setattr__(self, "rotates", rotates)
+
+    @property
+    def terms(self) -> Terms:
+        raise NotImplementedError
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+    def held(self) -> Transport:
+        return Transport(self.terms, self.rotates)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rotates={self.rotates})"
 
 
 def _on_inputs(x: Tensor, right: LinearMap) -> Tensor:

@@ -19,9 +19,12 @@ from regraft.nearness import Nearness, compare, measure
 from regraft.pairing import Pairing
 from regraft.sketch import spread_runs
 from regraft.tensors import InMemory
+from regraft.transport import Transport
 from regraft.updates import LowRank
 
 if TYPE_CHECKING:
+    from regraft.methods import Outcome
+    from regraft.narrowing import Narrowing
     from regraft.runtime.record import Statistics
 
 # Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
@@ -39,6 +42,7 @@ class PairedWeights:
         self.old, self.new, self._wanted, self.running, self.pairing = old, new, list(wanted), running, pairing
         self.targets = {old: answer.module for old, answer in pairing.counterparts.items() if answer.module is not None}
         self.updates: dict[ModuleRef, LowRank] = {}
+        self.narrowing: Narrowing | None = None
         self._nearness: dict[ModuleRef, Nearness] = {}
         self._row_norms: dict[ModuleRef, Tensor] = {}
         self._fetched = False
@@ -165,6 +169,13 @@ class ComputedWeights:
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
         old, new = self.pairs.load(module)
         return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
+
+    def for_adapter(self, module: ModuleRef, outcome: Outcome, target: ModuleRef | None = None) -> Outcome:
+        narrowing = self.pairs.narrowing
+        if narrowing is None or not isinstance(outcome, Transport):
+            return outcome
+        shape_new = self.pairs.new.shape(self.pairs.targets[module] if target is None else target)
+        return narrowing(module, outcome, self.pairs.old.shape(module), shape_new)
 
     def weight(self, which: Literal["old", "new"], module: ModuleRef) -> Tensor:
         base = self.pairs.old if which == "old" else self.pairs.new

@@ -22,6 +22,7 @@ from regraft.formats import formats, load_adapter, open_adapter_file
 from regraft.formats._common import check_values
 from regraft.inspection import describe
 from regraft.migration_file import load_migration
+from regraft.migrations.maps import in_memory
 from regraft.patterns import TooComplex, compiled, matches
 
 # A memory file system where there is one: an input is written and read a thousand times a second.
@@ -294,7 +295,7 @@ def migration_seeds() -> list[bytes]:
 
 def read_migration(data: bytes) -> None:
     """A migration file."""
-    load_migration(_written("migration.safetensors", data))
+    in_memory(load_migration(_written("migration.safetensors", data)))
 
 
 def _gguf(name: str, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:

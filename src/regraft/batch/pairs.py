@@ -18,6 +18,7 @@ from regraft.forecast import Survey
 from regraft.forecast.survey import survey
 from regraft.methods import get_method
 from regraft.migration import Migration, fit_migration, remeasure, summarise
+from regraft.migrations.maps import in_memory
 from regraft.pairing import Pairing, pair_bases
 from regraft.plan import Selection, check_families
 from regraft.port import fit_for
@@ -110,7 +111,8 @@ def _fit(spec: PairSpec, old: Base, new: Base) -> Migration | None:
     found = find_cached(old, new, method.name, options, everything) if kept else None
     if found is not None:
         # One that was fitted just now has no file; it lets methods that look at the adapter do so.
-        return replace(found, file=None)
+        # In memory: a worker may be on a machine that has no such cache.
+        return replace(in_memory(found), file=None)
     fitted = fit_migration(old, new, method.name, running=running, **options)
     if kept:
         keep(fitted, old, new, method.name, options)
@@ -160,6 +162,7 @@ class OpenPair:
         if self.fitted.migration is None or new is not self.new:
             given: dict[str, Any] = {**_COMPUTING, **options.method_options()}
             running = options.running()
-            return fit_for(adapter, self.old, new, options.method, selection=selection, running=running, **given)
+            given |= {"selection": selection, "running": running, "narrow": True}
+            return fit_for(adapter, self.old, new, options.method, **given)
         check_families(adapter, self.old, self.new)
         return remeasure(self.fitted.migration, self.old, self.new, selection.of(adapter))

@@ -24,6 +24,7 @@ from regraft.migration_file import load_migration, read_header, save_migration
 from regraft.migrations.base_id import called
 from regraft.migrations.compose import compose_all
 from regraft.migrations.graph import cycles, read_graph
+from regraft.migrations.maps import in_memory
 from regraft.migrations.model import Header
 from regraft.migrations.precision import halved
 from regraft.output import check_writable
@@ -167,7 +168,7 @@ def validate(
     rows = []
     for path in migrations:
         try:
-            load_migration(path)
+            in_memory(load_migration(path))
             rows.append(Checked(file=str(path), valid=True))
         except InputError as error:
             rows.append(Checked(file=str(path), valid=False, fault=str(error)))

@@ -12,7 +12,7 @@ import typer
 
 from regraft.adapter import Adapter
 from regraft.base import Base, open_base
-from regraft.cache import find_cached, keep
+from regraft.cache import MOST_KEPT, find_cached, keep, size_at_most
 from regraft.carry import Settings
 from regraft.check import check_migration
 from regraft.cli import _options as o
@@ -265,7 +265,10 @@ class _Job:
     options: dict[str, Any]
 
     def fit(self, tick: Ticker, *, whole: bool, cached: bool) -> Migration:
-        """The migration: for every module of the pair (``whole``), from the cache, or for this adapter alone."""
+        """The migration: for every module of the pair (``whole``), from the cache, or for this adapter alone.
+
+        What is not kept is narrowed to the adapter: it holds no more than that, however large the bases are.
+        """
         source, target, selection = self.source, self.target, self.settings.selection
         if source is not None and whole:
             check_families(self.adapter, source, target)
@@ -278,17 +281,19 @@ class _Job:
         chosen_method = get_method(self.method)
         once = self.method == "auto" or not chosen_method.needs or chosen_method.per == "adapter" or chosen_method.runs
         if source is None or not cached or once:
-            return self._fit(tick)
+            return self._fit(tick, narrow=True)
         check_families(self.adapter, source, target)
         chosen = selection.of(self.adapter)
-        found = find_cached(source, target, self.method, self.options, source_modules(chosen, source))
+        modules = source_modules(chosen, source)
+        found = find_cached(source, target, self.method, self.options, modules)
         if found is not None and chosen.updates:
             return remeasure(found, source, target, chosen)
-        fitted = self._fit(tick)
-        keep(fitted, source, target, self.method, self.options)
+        fitted = self._fit(tick, narrow=size_at_most(source, modules) > MOST_KEPT)
+        if not fitted.narrowed:
+            keep(fitted, source, target, self.method, self.options)
         return fitted
 
-    def _fit(self, tick: Ticker) -> Migration:
+    def _fit(self, tick: Ticker, *, narrow: bool) -> Migration:
         return fit_for(
             self.adapter,
             self.source,
@@ -297,5 +302,6 @@ class _Job:
             selection=self.settings.selection,
             running=self.settings.running,
             tick=tick,
+            narrow=narrow,
             **self.options,
         )

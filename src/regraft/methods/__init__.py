@@ -93,6 +93,19 @@ class WeightPairs(Protocol):
         """
         ...
 
+    def for_adapter(self, module: ModuleRef, outcome: Outcome, target: ModuleRef | None = None) -> Outcome:
+        """What to keep of a module's transport: of a fit for one adapter alone, what it does to that one.
+
+        A method passes each transport that has maps of its own through this before it makes the next; else it holds
+        as much as both bases.
+
+        Args:
+            module: of the old base.
+            outcome: what was found for it.
+            target: the module of the new base that it leads to; by default the paired one.
+        """
+        ...
+
     @property
     def pairing(self) -> Pairing:
         """What answers to what, with the modules that were removed and added."""

@@ -47,7 +47,7 @@ def lora_x_atc(pairs: WeightPairs, *, subspace_rank: int | float | None = None, 
                 best = int((plan[i] + 1e-6 * grid.similarity[i].clamp_min(-1) + 1e-6 * own).argmax())
                 new = grid.news[best]
                 outcome = lora_x(None, pairs.weight("new", new), subspace_rank=subspace_rank, energy=energy)
-                placed[old] = {new: outcome}
+                placed[old] = {new: pairs.for_adapter(old, outcome, new)}
                 likeness[old] = float(grid.similarity[i, best])
     nowhere = Skip("no module of its role has its shape in the new base", planned=False)
     transports: dict[ModuleRef, Outcome] = {}

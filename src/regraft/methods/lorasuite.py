@@ -97,7 +97,8 @@ def lorasuite(pairs: WeightPairs, *, heads: Literal["product", "rotation"] = "pr
                 placed[module] = {module: Skip("left out with --no-mlp")}
             else:
                 target = suite.depth[layer]
-                placed[module] = {new.ref(target, role): suite.transport(layer, target, role)}
+                there = new.ref(target, role)
+                placed[module] = {there: pairs.for_adapter(module, suite.transport(layer, target, role), there)}
     transports = {module: next(iter(placed[module].values())) for module in pairs.wanted}
     return Fit(transports, "lorasuite", "; ".join(reasons), placed=placed)
 

@@ -50,7 +50,7 @@ def prolora(
     transports: dict[ModuleRef, Outcome] = {}
     for module in pairs.wanted:
         old, new = pairs.load(module)
-        transports[module] = _carried(old, new, subspace_rank, energy, threshold)
+        transports[module] = pairs.for_adapter(module, _carried(old, new, subspace_rank, energy, threshold))
     if layers == "paired":
         return Fit(transports, "prolora")
     placed: dict[ModuleRef, dict[ModuleRef, Outcome]] = {module: {} for module in pairs.wanted}
@@ -63,7 +63,8 @@ def prolora(
             source = grid.olds[best]
             if source in placed:
                 weights = pairs.weight("old", source), pairs.weight("new", target)
-                placed[source][target] = _carried(*weights, subspace_rank, energy, threshold)
+                outcome = _carried(*weights, subspace_rank, energy, threshold)
+                placed[source][target] = pairs.for_adapter(source, outcome, target)
                 likeness[source] = max(likeness.get(source, -1.0), float(grid.similarity[best, j]))
     return Fit(transports, "prolora", "each new layer takes the update of the old one most like it", likeness, placed)
 

@@ -50,5 +50,6 @@ def ridge(pairs: WeightPairs, *, ridge: float = 0.3) -> Fit:
             prior = torch.zeros_like(prior)
         metric = inputs + size * torch.eye(len(inputs), dtype=torch.float64)
         moved = LinearMap(0.0, torch.linalg.solve(metric, cross + prior, left=False).float())
-        outcomes[module] = Transport(((moved.T, IDENTITY) if seen.transposed else (IDENTITY, moved),))
+        found = Transport(((moved.T, IDENTITY) if seen.transposed else (IDENTITY, moved),))
+        outcomes[module] = pairs.for_adapter(module, found)
     return Fit(outcomes, "ridge")

@@ -40,7 +40,8 @@ def theseus(pairs: WeightPairs) -> Fit:
         t_in, t_out = _orthogonal(seen.in_cross), _orthogonal(seen.out_cross)
         if seen.transposed:
             t_in, t_out = t_out, t_in
-        outcomes[module] = Transport(((LinearMap(0.0, t_out.T.contiguous()), LinearMap(0.0, t_in)),), rotates=True)
+        turn = Transport(((LinearMap(0.0, t_out.T.contiguous()), LinearMap(0.0, t_in)),), rotates=True)
+        outcomes[module] = pairs.for_adapter(module, turn)
         old, new = pairs.load(module)
         similarity[module] = cosine(t_out.T @ old.float().cpu() @ t_in, new.float().cpu())
     found = f"after the rotation, weights have a cosine of {mean(similarity.values()):.2f}" if similarity else ""

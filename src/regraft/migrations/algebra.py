@@ -37,11 +37,8 @@ class Products:
 
     def transport(self, second: Transport, first: Transport) -> Transport:
         """ΔW ↦ second(first(ΔW))."""
-        terms = tuple(
-            (self(left2, left1), self(right1, right2))
-            for left1, right1 in first.terms
-            for left2, right2 in second.terms
-        )
+        before, after = first.terms, second.terms
+        terms = tuple((self(left2, left1), self(right1, right2)) for left1, right1 in before for left2, right2 in after)
         return Transport(terms, first.rotates or second.rotates)
 
 

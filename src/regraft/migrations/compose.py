@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputError, Refused, UsageError
-from regraft.migration import Entry, Migration, check_one_to_one
+from regraft.migration import Entry, Migration, check_general
 from regraft.migrations.algebra import Products
 from regraft.migrations.base_id import public_name
+from regraft.migrations.maps import in_memory
 from regraft.migrations.model import MOST_TERMS
 from regraft.nearness import Nearness
 from regraft.report.schema import BaseSummary
@@ -24,7 +25,7 @@ def compose_all(migrations: Sequence[Migration]) -> Migration:
     Raises:
         Refused: one does not begin where the one before it ends.
         InputError: a transport would have too many terms.
-        UsageError: there are none, or one has modules that share a target or have several.
+        UsageError: there are none, or one is narrowed or has modules that share a target or have several.
     """
     if not migrations:
         raise UsageError("there is no migration to compose", remedy="Name two or more.")
@@ -42,11 +43,13 @@ def compose(first: Migration, second: Migration) -> Migration:
     """
     _check_meet(first, second)
     for migration in (first, second):
-        check_one_to_one(migration)
+        check_general(migration)
     if _is_identity(first) and set(second.entries) <= _targets(first):
         return second
     if _is_identity(second) and _targets(first) <= set(second.entries):
         return first
+    # Products know a shared map by its place in memory.
+    first, second = in_memory(first), in_memory(second)
     products = Products()
     entries = {module: _entry(entry, second, products) for module, entry in first.entries.items()}
     used = first.used if first.used == second.used else f"{first.used} + {second.used}"

@@ -28,7 +28,7 @@ def halved(migration: Migration) -> Migration:
         return replace(map_, left=_shared(map_.left, seen), right=_shared(map_.right, seen))
 
     def of(transport: Transport) -> Transport:
-        return replace(transport, terms=tuple((of_map(left), of_map(right)) for left, right in transport.terms))
+        return Transport(tuple((of_map(left), of_map(right)) for left, right in transport.terms), transport.rotates)
 
     def of_entry(entry: Entry) -> Entry:
         if entry.transport is None:

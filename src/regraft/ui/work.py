@@ -96,7 +96,8 @@ def port(asked: Asked, *, tick: Tick) -> Made:
         check_understood(adapter, old, "old", settings.selection)
     carried: list[tuple[str, PortResult, CheckReport]] = []
     for label, target in (experts(adapter, old, new) or {"": new}).items():
-        migration = fit_for(adapter, old, target, asked.method, running=settings.running, tick=tick, **computing)
+        running = settings.running
+        migration = fit_for(adapter, old, target, asked.method, running=running, tick=tick, narrow=True, **computing)
         result = apply_migration(adapter, migration, settings, old=old, new=target, tick=tick)
         carried.append((label, result, check_migration(adapter, migration, settings.selection, old, target)))
     # Nothing is written before all of it is there, and the name is chosen last: another page may write here, too.
