@@ -10,6 +10,8 @@ import torch
 
 from regraft import InputError, Refused, Settings, check, load_adapter, open_base, port
 from regraft.base import Base
+from regraft.demo import data_folder
+from regraft.pairing import names_of
 from toys import WIDTH, drifted, llama, lora, save_base
 
 
@@ -37,6 +39,14 @@ def test_a_target_of_random_weights_is_refused_by_every_method(tmp_path: Path) -
             continue
         with pytest.raises(Refused):
             port(lora(llama()), *bases, name)
+
+
+@pytest.mark.parametrize("method", ["copy", "casa", "effect", "procrustes", "lora-x"])
+def test_a_base_trained_apart_is_refused_by_methods_that_nothing_came_over_by(method: str) -> None:
+    # docs/benchmark.md, sd-other: none of these carried more than a tenth between the two.
+    old, new = (open_base(data_folder() / name) for name in ("v1", "v3"))
+    adapter = load_adapter(data_folder() / "loras" / "style-v1.safetensors", names=names_of(old))
+    assert check(adapter, old, new, method).verdict == "refused"
 
 
 def test_an_untrained_target_is_refused_even_where_weights_need_not_be_related(tmp_path: Path) -> None:

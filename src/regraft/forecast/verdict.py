@@ -24,6 +24,8 @@ FLOOR = 0.2
 SURVIVES = 0.7
 # Below this similarity, old and new weights have no more to do with each other than by chance or a distant start.
 _RELATED = 0.5
+# A forecast of less than this is one of nothing.
+_NOTHING = 0.05
 # From this share on, the drift from old to new is (or holds) the adapter itself.
 _CONTAINED = 0.5
 # Modules that drifted by more than this are named.
@@ -158,7 +160,9 @@ def _hopeless(
             "correspondence of its hidden units to the old one's was found in the weights"
         )
         return
-    if port.high >= FLOOR:
+    # Between unrelated weights, a forecast of nothing is no small sample's: however wide, its interval does not help.
+    nothing = similarity < _RELATED and port.recovery < _NOTHING
+    if port.high >= FLOOR and not nothing:
         return
     top = f"at best {max(0.0, port.high):.0%} of a native adapter's gain would come over"
     if similarity < _RELATED:
