@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -122,6 +124,67 @@ def make(pairs: Pairs = None, adapters: Adapters = None, seeds: Seeds = None, ca
     folder = _folder(cache)
     wanted = targets(folder, _split(pairs), _split(adapters), _numbers(seeds))
     make_missing(folder, wanted, lambda line: err.print(line, markup=False, soft_wrap=True))
+
+
+@app.command("speed")
+def speed(
+    family: Annotated[
+        str,
+        typer.Option("--family", metavar="NAME", help="sd15, sdxl, ssd1b (from SDXL) or flux, at their true sizes."),
+    ] = "sdxl",
+    methods: Annotated[
+        list[str] | None, typer.Option("--methods", metavar="METHOD", help="By default those that need no models.")
+    ] = None,
+    curves: Annotated[
+        bool, typer.Option("--curves", help="Also how a copy's time and memory grow: modules, width, rank, adapters.")
+    ] = False,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Of which the median is taken.")] = 1,
+    threads: o.Threads = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", metavar="DIR", help="For the checkpoints, which stay there; else a temporary one."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Write the record.")] = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure seconds and memory at a real family's true size, beside the disk and the plain way."""
+    from regraft.bench.speed.curves import curves as measure_curves
+    from regraft.bench.speed.making import FAMILIES, geometry
+    from regraft.bench.speed.measure import METHODS, measure
+    from regraft.bench.speed.table import print_speed
+    from regraft.hardware import free_processors
+    from regraft.methods import get_method
+
+    if family not in FAMILIES:
+        raise UsageError(f"--family {family!r} is not known", remedy=f"Known: {', '.join(FAMILIES)}.")
+    wanted = _split(methods) or list(METHODS)
+    for name in wanted:
+        if get_method(name).runs:
+            raise UsageError(f"{name} runs both models, which are no more than weights here", remedy="Leave it out.")
+    if out is not None:
+        check_writable(out, overwrite=True)
+    threads = threads or free_processors()
+
+    def tell(line: str) -> None:
+        if not quiet:
+            err.print(line, markup=False, soft_wrap=True)
+
+    words = ["regraft", "bench", "speed", "--family", family, *(f"--methods={name}" for name in methods or ())]
+    words += [*(["--curves"] if curves else []), "--runs", str(runs), "--threads", str(threads)]
+    command = shlex.join([*words, *(["--out", out.name if out.is_absolute() else str(out)] if out else [])])
+    today = datetime.now(timezone.utc).date().isoformat()
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-speed-")))
+        record = measure(
+            geometry(family), place, wanted, threads=threads, runs=runs, command=command, date=today, tick=tell
+        )
+        if curves:
+            grown = list(measure_curves(place, method="copy", threads=threads, runs=runs, tick=tell))
+            record = record.model_copy(update={"curves": grown})
+    if out is not None:
+        write_text(record.to_json() + "\n", out, overwrite=True)
+    emit(record, json=json, quiet=quiet, table=lambda console: print_speed(record, console))
 
 
 @app.command("table")

@@ -33,6 +33,7 @@ from regraft.report.schema import (
     VersionedRecord,
 )
 from regraft.report.serving_schema import ServingReport
+from regraft.report.speed_schema import SpeedReport
 from regraft.report.train_schema import TrainReport
 
 #: What each verb prints with ``--json``; ``serving`` is the index of ``regraft batch --serve``.
@@ -55,6 +56,7 @@ RECORDS: dict[str, Any] = {
     "extract": ExtractReport,
     "diff": DiffReport,
     "bench": BenchReport,
+    "bench-speed": SpeedReport,
     "train": TrainReport,
     "bridge": BridgeReport,
     "bridge-train": BridgeTrainReport,

@@ -1,0 +1,227 @@
+"""One family at its true size: what each job takes, beside the disk and the plain way."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+
+import psutil
+
+from regraft.bench.speed.making import Geometry, write_lora, write_pair
+from regraft.bench.speed.plain import WAYS
+from regraft.bench.speed.timing import Spent, reading, spent, writing
+from regraft.errors import RegraftError, first_line
+from regraft.report.speed_schema import MethodSpeed, ShapeCount, SpeedReport
+
+#: Measured by default. Those that run both models have a cost of another kind: see `bench`.
+METHODS = ("copy", "auto", "lora-x", "prolora", "procrustes")
+_START = ("-c", "import torch, regraft.cli.port, regraft.cli.check")
+RANK = 16
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A pair on disk, and how it is measured.
+
+    Attributes:
+        pair: its geometry.
+        folder: where its files lie.
+        threads: that torch may use.
+        runs: of which the median is taken.
+    """
+
+    pair: Geometry
+    folder: Path
+    threads: int
+    runs: int
+
+    @property
+    def bases(self) -> list[Path]:
+        return [self.folder / "old.safetensors", self.folder / "new.safetensors"]
+
+    @property
+    def lora(self) -> Path:
+        return self.folder / "lora.safetensors"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "ported.safetensors"
+
+    def write(self) -> None:
+        """The bases and the adapter, where they are not there yet.
+
+        Raises:
+            OutputError: there is no room for them.
+        """
+        write_pair(self.pair, self.folder)
+        write_lora(self.lora, self.pair.touched(), self.pair.component, RANK)
+
+    def command(self, verb: str, *arguments: str, lora: Path | None = None, ends: bool = True) -> list[str]:
+        """Arguments of the interpreter for one verb on the pair."""
+        from_to = ["--from", str(self.bases[0]), "--to", str(self.bases[1])] if ends else []
+        threads = ["--threads", str(self.threads)] if ends else []
+        return ["-m", "regraft", verb, str(lora or self.lora), *from_to, *threads, "--quiet", *arguments]
+
+    def port(self, method: str, *arguments: str, out: Path | None = None, lora: Path | None = None) -> list[str]:
+        """A cold port: from the checkpoints alone, running no model."""
+        own = ["-m", method, "--no-cache", *(["--weights-only"] if method == "auto" else []), "--force", "--overwrite"]
+        return self.command("port", *own, "-o", str(out or self.out), *arguments, lora=lora)
+
+    def over(self, start: Spent, arguments: Sequence[str], cold: Sequence[Path] = ()) -> Spent:
+        """The median run of a command, beyond the interpreter's start."""
+        found = [spent(arguments, threads=self.threads, cold=cold) for _ in range(self.runs)]
+        found.sort(key=lambda one: one.seconds)
+        return found[len(found) // 2].beyond(start)
+
+
+def start_of(threads: int) -> Spent:
+    """The interpreter with torch and all that a port imports; the least of three, since a first one fills caches."""
+    return min((spent(_START, threads=threads) for _ in range(3)), key=lambda one: one.seconds)
+
+
+def measure(
+    pair: Geometry,
+    folder: Path,
+    methods: Sequence[str],
+    *,
+    threads: int,
+    runs: int,
+    command: str,
+    date: str,
+    tick: Tick,
+) -> SpeedReport:
+    """All figures of one family but the curves.
+
+    Args:
+        pair: its names and shapes.
+        folder: for the checkpoints; what is there already is used again.
+        methods: names of registered methods.
+        threads: that torch may use.
+        runs: of which the median is taken; the plain way is measured once.
+        command: as it was given.
+        date: of today.
+        tick: called with what is at work.
+
+    Raises:
+        RegraftError: a command failed, or there is no room for the files.
+    """
+    bench = Bench(pair, folder, threads, runs)
+    tick("writing both checkpoints")
+    bench.write()
+    touched = pair.touched()
+    start = start_of(threads)
+    tick("reading both checkpoints")
+    began = process_time()
+    read_s = statistics.median(reading(bench.bases) for _ in range(runs))
+    read_processor_s = (process_time() - began) / runs
+    adapter_s = reading([bench.lora]) + writing(bench.lora, bench.folder / "copied.tmp")
+    tick("check")
+    check = bench.over(start, bench.command("check"), bench.bases)
+    found: dict[str, MethodSpeed] = {}
+    sizes: dict[str, float] = {}
+    migration_read: dict[str, float] = {}
+    for method in methods:
+        tick(method)
+        cold = bench.over(start, bench.port(method), bench.bases)
+        reference, apart = _plain(bench, method, tick)
+        warm = _warm(bench, method, start, tick)
+        found[method] = MethodSpeed(
+            cold_s=cold.seconds,
+            cold_processor_s=cold.processor_s,
+            peak_mb=cold.peak_mb,
+            reference_s=reference,
+            apart=apart,
+            warm_s=warm[0].seconds if warm else None,
+            warm_peak_mb=warm[0].peak_mb if warm else None,
+        )
+        if warm is not None:
+            sizes[method], migration_read[method] = warm[1:]
+    counts = Counter(touched.values())
+    return SpeedReport(
+        command=command,
+        date=date,
+        machine={"processor": platform.machine(), "cores": os.cpu_count() or 1, "system": platform.system()},
+        threads=threads,
+        runs=runs,
+        family=pair.name,
+        title=pair.title,
+        modules=len(touched),
+        rank=RANK,
+        shapes=[ShapeCount(shape=list(shape), modules=count) for shape, count in counts.items()],
+        checkpoints_mb=sum(file.stat().st_size for file in bench.bases) / 1e6,
+        adapter_mb=bench.lora.stat().st_size / 1e6,
+        start_s=start.seconds,
+        start_mb=start.peak_mb,
+        read_s=read_s,
+        read_processor_s=read_processor_s,
+        adapter_s=adapter_s,
+        check_s=check.seconds,
+        check_peak_mb=check.peak_mb,
+        methods=found,
+        migration_mb=sizes,
+        migration_read_s=migration_read,
+    )
+
+
+def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float | None]:
+    """Seconds of the plain way, and how far our result is from its own; None where there is none."""
+    if method not in WAYS:
+        return None, None
+    tick(f"{method}, the plain way")
+    arguments = ["-m", "regraft.bench.speed.plain", method, *map(str, [*bench.bases, bench.lora, bench.out])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(bench.threads)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        raise RegraftError(f"the plain way of {method} failed: {lines[-1]}")
+    said = json.loads(done.stdout)
+    seconds = said["load_s"] + sum(row["modules"] * row["seconds"] for row in said["shapes"])
+    return seconds, said["apart"]
+
+
+def _warm(bench: Bench, method: str, start: Spent, tick: Tick) -> tuple[Spent, float, float] | None:
+    """A port by a saved migration, the migration's MB and the seconds to read it; None where none can be made."""
+    migration = bench.folder / f"{method}.migration.safetensors"
+    if _needed(bench, method) > psutil.virtual_memory().available:
+        tick(f"{method}: no room in memory to make a migration of the whole pair")
+        return None
+    tick(f"{method}, a migration")
+    try:
+        making = bench.port(method, "--save-migration", str(migration))
+        spent(making, threads=bench.threads)
+        tick(f"{method}, by the migration")
+        by_it = ["--migration", str(migration), "-o", str(bench.out), "--overwrite", "--force"]
+        found = bench.over(start, bench.command("port", *by_it, ends=False), [migration, bench.lora])
+        return found, migration.stat().st_size / 1e6, reading([migration])
+    except RegraftError as error:
+        tick(f"{method}: no migration ({first_line(error)})")
+        return None
+    finally:
+        migration.unlink(missing_ok=True)
+
+
+def _needed(bench: Bench, method: str) -> float:
+    """Bytes that making a migration of the whole pair may take, by what the projecting methods hold."""
+    if method not in ("lora-x", "prolora", "cross-lora", "dart"):
+        return 1e9
+    sides = {"lora-x": 1.0}.get(method, 2.0)
+    total = 0.0
+    for name, shape in bench.pair.new.items():
+        if name.endswith(".weight") and len(shape) >= 2:
+            size = 1
+            for n in shape[1:]:
+                size *= n
+            total += (shape[0] + size) * min(shape[0], size)
+    # In float32, and rounded beside it, of about two thirds of the directions.
+    return 6 * sides * total * 0.67

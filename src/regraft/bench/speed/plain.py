@@ -1,0 +1,136 @@
+"""The straightforward way, to hold ours against: both models whole in memory, `torch.linalg.svd` of each module.
+
+``python -m regraft.bench.speed.plain METHOD OLD NEW ADAPTER PORTED`` prints a JSON object: seconds to load, seconds of
+one module by shape, and how far the ported file is from what this came to.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from regraft.bench.speed.making import of_each_shape
+from regraft.tensors import Shape
+from regraft.transport import rank_for_energy
+
+Factors = tuple[Tensor, Tensor]
+_ENERGY = 0.9
+
+
+def lora_x(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
+    """`regraft.methods.lora_x` of one size, by a full decomposition; all float32."""
+    u, s, vh = torch.linalg.svd(new, full_matrices=False)
+    r = rank_for_energy(s, _ENERGY)
+    return u[:, :r] @ (u[:, :r].T @ up), (down @ vh[:r].T) @ vh[:r]
+
+
+def prolora(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
+    """`regraft.methods.prolora`, by full decompositions; twice the rank, not cut back."""
+    u_s, s, vh_s = torch.linalg.svd(old, full_matrices=False)
+    u_t, _, vh_t = torch.linalg.svd(new, full_matrices=False)
+    r = rank_for_energy(s, _ENERGY)
+    p_s, p_t, q_s, q_t = u_s[:, :r], u_t[:, :r], vh_s[:r].T, vh_t[:r].T
+    inside = p_t @ (p_t.T @ (p_s @ (p_s.T @ up))), ((down @ q_s) @ q_s.T @ q_t) @ q_t.T
+    outer_up, outer_down = up - p_s @ (p_s.T @ up), down - (down @ q_s) @ q_s.T
+    outside = outer_up - p_t @ (p_t.T @ outer_up), outer_down - (outer_down @ q_t) @ q_t.T
+    return torch.cat([inside[0], outside[0]], dim=1), torch.cat([inside[1], outside[1]])
+
+
+def procrustes(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
+    """Schönemann's rotations of one module's rows and columns, each from a full decomposition of its cross-Gram."""
+    u, _, vh = torch.linalg.svd(new @ old.T)
+    a, _, bh = torch.linalg.svd(new.T @ old)
+    return u @ (vh @ up), (down @ bh.T) @ a.T
+
+
+def copied(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
+    """A copy."""
+    return up, down
+
+
+#: Method → one module's factors on the new base.
+WAYS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Factors]] = {
+    "copy": copied,
+    "lora-x": lora_x,
+    "prolora": prolora,
+    "procrustes": procrustes,
+}
+#: Methods whose plain form says what ours does, so that the results are held against each other.
+EQUAL = ("copy", "lora-x", "prolora")
+
+
+def _updates(state: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Module → (B, A), float32, of a file in diffusers' or PEFT's format."""
+    found: dict[str, Factors] = {}
+    for key, down in state.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            module = name.removeprefix("base_model.model.").removeprefix("unet.").removeprefix("transformer.")
+            found[module] = state[f"{name}.lora_B.weight"].float(), down.float()
+    return found
+
+
+def _apart(one: Factors, other: Factors, rank: int) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW'‖, the second cut back to ``rank`` first."""
+    from regraft.transport import cut
+
+    if other[0].shape[1] > rank:
+        other = cut(*other, rank)
+    delta = other[0].double() @ other[1].double()
+    return float((one[0].double() @ one[1].double() - delta).norm() / delta.norm().clamp_min(1e-30))
+
+
+def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path, samples: int = 1) -> dict[str, Any]:
+    """Port a sample of the modules and time it.
+
+    Args:
+        method: of `WAYS`.
+        old: weights file of the old base.
+        new: of the new one.
+        adapter: diffusers' or PEFT's file.
+        ported: what regraft made of it by the same method.
+        samples: how many modules of each shape.
+
+    Returns:
+        ``load_s``; ``shapes``, for each ``{shape, modules, seconds}``, the seconds of one module; ``apart``, the
+        largest relative distance to ``ported`` (null where the plain form means something else).
+    """
+    started = time.perf_counter()
+    before, after, state = load_file(old), load_file(new), load_file(adapter)
+    updates, theirs = _updates(state), _updates(load_file(ported))
+    # A mapped file is read when it is touched.
+    for weights in (before, after):
+        for weight in weights.values():
+            weight.sum()
+    loaded = time.perf_counter() - started
+    shapes: dict[str, Shape] = {module: tuple(before[f"{module}.weight"].shape) for module in updates}
+    rows, apart = [], 0.0
+    for shape, sample in of_each_shape(shapes, samples).items():
+        alike = sum(other == shape for other in shapes.values())
+        seconds = 0.0
+        for module in sample:
+            if f"{module}.weight" not in after:
+                continue
+            begun = time.perf_counter()
+            one, other = before[f"{module}.weight"].float(), after[f"{module}.weight"].float()
+            result = WAYS[method](one, other, *updates[module])
+            seconds += (time.perf_counter() - begun) / len(sample)
+            if module in theirs:
+                rank = updates[module][1].shape[0]
+                apart = max(apart, _apart(theirs[module], result, rank))
+        rows.append({"shape": list(shape), "modules": alike, "seconds": seconds})
+    return {"load_s": loaded, "shapes": rows, "apart": apart if method in EQUAL else None}
+
+
+if __name__ == "__main__":
+    name, old_file, new_file, lora_file, ported_file = sys.argv[1:]
+    found = measure(name, Path(old_file), Path(new_file), Path(lora_file), Path(ported_file))
+    sys.stdout.write(json.dumps(found) + "\n")

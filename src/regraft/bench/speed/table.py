@@ -1,0 +1,77 @@
+"""The record of a family's speed as tables: for the terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from regraft.report.speed_schema import MethodSpeed, SpeedReport
+
+HEADS = ("", "cold s", "× reading", "warm s", "memory MB", "plain way s", "faster", "apart")
+
+
+def rows(report: SpeedReport) -> Iterator[tuple[str, ...]]:
+    """One row for each job: its name and the columns of `HEADS`."""
+    yield "reading both once", _seconds(report.read_s), "1.0", "–", "–", "–", "–", "–"
+    ratio = f"{report.check_s / report.read_s:.1f}"
+    yield "check", _seconds(report.check_s), ratio, "–", f"{report.check_peak_mb:.0f}", "–", "–", "–"
+    for name, found in report.methods.items():
+        yield name, *_row(found, report.read_s)
+
+
+def _row(found: MethodSpeed, read_s: float) -> tuple[str, ...]:
+    plain = found.reference_s
+    return (
+        _seconds(found.cold_s),
+        f"{found.cold_s / read_s:.1f}",
+        "–" if found.warm_s is None else _seconds(found.warm_s),
+        f"{found.peak_mb:.0f}",
+        "–" if plain is None else _seconds(plain),
+        "–" if plain is None else f"{plain / found.cold_s:.1f} ×",
+        "–" if found.apart is None else f"{found.apart:.0e}",
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def headline(report: SpeedReport) -> str:
+    """What was measured, in a sentence."""
+    size = f"{report.checkpoints_mb / 1000:.1f} GB of checkpoints"
+    return f"{report.title}: {size}, a LoRA of rank {report.rank} on {report.modules} modules, {report.threads} threads"
+
+
+def legend(report: SpeedReport) -> str:
+    """What the columns are."""
+    return (
+        f"Seconds and memory over the interpreter with torch ({report.start_s:.1f} s, {report.start_mb:.0f} MB), "
+        f"checkpoints not in the page cache; median of {report.runs}. Plain way: both models in memory, "
+        "torch.linalg.svd of each module; timed on one module of each shape and multiplied. Apart: largest relative "
+        "distance between our ΔW and the plain way's, on those modules."
+    )
+
+
+def print_speed(report: SpeedReport, console: Console) -> None:
+    """On a terminal."""
+    console.print(headline(report), highlight=False)
+    shown = Table(box=None)
+    for head in HEADS:
+        shown.add_column(head, justify="left" if not head else "right")
+    for row in rows(report):
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(legend(report), style="dim", highlight=False)
+    for curve in report.curves:
+        points = zip(curve.values, curve.seconds, curve.peak_mb, strict=True)
+        grown = ", ".join(f"{value:g}: {seconds:.1f} s, {peak:.0f} MB" for value, seconds, peak in points)
+        console.print(f"{curve.along} {grown}; {curve.seconds_per_gigabyte:.2f} s a GB (R² {curve.fit:.3f})")
+
+
+def markdown(report: SpeedReport) -> str:
+    """As Markdown."""
+    lines = [f"| {' | '.join(HEADS)} |", f"|---|{'--:|' * (len(HEADS) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(report)]
+    return "\n".join(lines)

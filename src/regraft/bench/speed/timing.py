@@ -1,0 +1,113 @@
+"""Seconds and peak memory of a command of its own, with its files out of the page cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.errors import RegraftError, shortened
+
+_BUFFER = 16 << 20
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+code = os.waitstatus_to_exitcode(status)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one process took.
+
+    Attributes:
+        seconds: on the clock.
+        processor_s: of the processor, all threads together.
+        peak_mb: resident memory at its peak, 10⁶ bytes.
+    """
+
+    seconds: float
+    processor_s: float
+    peak_mb: float
+
+    def beyond(self, start: Spent) -> Spent:
+        """What it took over another, such as the start of the interpreter."""
+        return Spent(
+            max(0.0, self.seconds - start.seconds),
+            max(0.0, self.processor_s - start.processor_s),
+            max(0.0, self.peak_mb - start.peak_mb),
+        )
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Have the system drop files from its page cache, so that reading them is reading the disk; no-op off Linux."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in files:
+        with suppress(OSError), file.open("rb") as stream:
+            # What is not on the disk yet can't be dropped.
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def spent(arguments: Sequence[str], *, threads: int, cold: Iterable[Path] = ()) -> Spent:
+    """Run ``python ARGUMENTS`` once and wait for it.
+
+    Args:
+        arguments: of the interpreter.
+        threads: that torch may use.
+        cold: files to drop from the page cache first.
+
+    Raises:
+        RegraftError: the command failed; says its last line.
+    """
+    forget(cold)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as said:
+        # A process begins with the peak of the one that it was split off from, which a small one in between keeps low.
+        launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, sys.executable, *arguments]
+        done = subprocess.run(launched, stdout=subprocess.PIPE, stderr=said, env=environment, check=False)
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines() or ["nothing was said"]
+    if done.returncode:
+        raise RegraftError(f"`{shortened(' '.join(arguments), 200)}` ended with {done.returncode}: {lines[-1]}")
+    seconds, processor_s, peak = json.loads(done.stdout)
+    return Spent(seconds, processor_s, (peak if sys.platform == "darwin" else peak * 1024) / 1e6)
+
+
+def reading(files: Sequence[Path], *, cold: bool = True) -> float:
+    """Seconds to read files from beginning to end, once, into one small buffer: no program can read them in less."""
+    if cold:
+        forget(files)
+    buffer = memoryview(bytearray(_BUFFER))
+    started = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def writing(source: Path, target: Path) -> float:
+    """Seconds to write a file's bytes to another and see them on the disk."""
+    content = source.read_bytes()
+    started = time.perf_counter()
+    with target.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
