@@ -38,7 +38,7 @@ def test_figures_of_a_small_pair(tmp_path: Path) -> None:
     assert report.migration_mb["lora-x"] > report.migration_mb["copy"]
     assert report.read_s > 0
     assert not list(tmp_path.glob("*.migration.*"))
-    assert markdown(report).count("\n") == 5
+    assert markdown(report).count("\n") == 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

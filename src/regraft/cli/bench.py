@@ -138,6 +138,9 @@ def speed(
     curves: Annotated[
         bool, typer.Option("--curves", help="Also how a copy's time and memory grow: modules, width, rank, adapters.")
     ] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Also what effect and stream take, beside a pass through both models.")
+    ] = False,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Of which the median is taken.")] = 1,
     threads: o.Threads = None,
     folder: Annotated[
@@ -151,7 +154,7 @@ def speed(
     """Measure seconds and memory at a real family's true size, beside the disk and the plain way."""
     from regraft.bench.speed.curves import curves as measure_curves
     from regraft.bench.speed.making import FAMILIES, geometry
-    from regraft.bench.speed.measure import METHODS, measure
+    from regraft.bench.speed.measure import METHODS, measure, running
     from regraft.bench.speed.table import print_speed
     from regraft.hardware import free_processors
     from regraft.methods import get_method
@@ -170,8 +173,10 @@ def speed(
         if not quiet:
             err.print(line, markup=False, soft_wrap=True)
 
+    flags = {"--curves": curves, "--models": models}
     words = ["regraft", "bench", "speed", "--family", family, *(f"--methods={name}" for name in methods or ())]
-    words += [*(["--curves"] if curves else []), "--runs", str(runs), "--threads", str(threads)]
+    words += [flag for flag, given in flags.items() if given]
+    words += ["--runs", str(runs), "--threads", str(threads)]
     command = shlex.join([*words, *(["--out", out.name if out.is_absolute() else str(out)] if out else [])])
     today = datetime.now(timezone.utc).date().isoformat()
     with ExitStack() as stack:
@@ -179,6 +184,9 @@ def speed(
         record = measure(
             geometry(family), place, wanted, threads=threads, runs=runs, command=command, date=today, tick=tell
         )
+        if models:
+            tell("effect and stream")
+            record = record.model_copy(update={"running": running(threads=threads)})
         if curves:
             grown = list(measure_curves(place, method="copy", threads=threads, runs=runs, tick=tell))
             record = record.model_copy(update={"curves": grown})

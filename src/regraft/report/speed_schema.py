@@ -44,6 +44,14 @@ class SpeedCurve(Record):
     fit: float = Field(description="R² of that line")
 
 
+class RunningSpeed(Record):
+    """What methods that run both models take, on the embedded demo's v1 → v2 and its LoRA."""
+
+    n_inputs: int
+    floor_s: float = Field(description="one forward pass of these inputs through both models")
+    seconds: dict[str, float] = Field(description="`effect` once its inputs are made; `stream` with the drawing of its")
+
+
 class SpeedReport(VersionedRecord):
     """Seconds and memory at one family's true size."""
 
@@ -64,9 +72,11 @@ class SpeedReport(VersionedRecord):
     read_s: float = Field(description="reading both checkpoints once, neither of them in the page cache")
     read_processor_s: float = Field(description="processor time of the same: the system's own")
     adapter_s: float = Field(description="reading the adapter and writing it, through to the disk")
+    inspect_s: float = Field(description="`inspect` of a LoRA for the same modules, of about 200 MB")
     check_s: float
     check_peak_mb: float
     methods: dict[str, MethodSpeed]
     migration_mb: dict[str, float]
     migration_read_s: dict[str, float] = Field(description="reading each migration once, not in the page cache")
+    running: RunningSpeed | None = None
     curves: list[SpeedCurve] = Field(default_factory=list)

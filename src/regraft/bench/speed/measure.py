@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import psutil
 
@@ -20,12 +21,15 @@ from regraft.bench.speed.making import Geometry, write_lora, write_pair
 from regraft.bench.speed.plain import WAYS
 from regraft.bench.speed.timing import Spent, reading, spent, writing
 from regraft.errors import RegraftError, first_line
-from regraft.report.speed_schema import MethodSpeed, ShapeCount, SpeedReport
+from regraft.report.speed_schema import MethodSpeed, RunningSpeed, ShapeCount, SpeedReport
 
 #: Measured by default. Those that run both models have a cost of another kind: see `bench`.
 METHODS = ("copy", "auto", "lora-x", "prolora", "procrustes")
-_START = ("-c", "import torch, regraft.cli.port, regraft.cli.check")
+_START = ("-c", "import torch, regraft.cli.port, regraft.cli.check; from regraft.formats import formats; formats()")
 RANK = 16
+# Of the adapter that `inspect` is measured on.
+_INSPECTED_MB = 200
+_N_INPUTS = 192
 
 Tick = Callable[[str], None]
 
@@ -128,6 +132,12 @@ def measure(
     adapter_s = reading([bench.lora]) + writing(bench.lora, bench.folder / "copied.tmp")
     tick("check")
     check = bench.over(start, bench.command("check"), bench.bases)
+    tick("inspect")
+    large = folder / "large.safetensors"
+    adapter_mb = bench.lora.stat().st_size / 1e6
+    write_lora(large, touched, pair.component, max(1, round(RANK * _INSPECTED_MB / adapter_mb)))
+    inspect = bench.over(start, ["-m", "regraft", "inspect", str(large), "--quiet"], [large])
+    large.unlink()
     found: dict[str, MethodSpeed] = {}
     sizes: dict[str, float] = {}
     migration_read: dict[str, float] = {}
@@ -160,12 +170,13 @@ def measure(
         rank=RANK,
         shapes=[ShapeCount(shape=list(shape), modules=count) for shape, count in counts.items()],
         checkpoints_mb=sum(file.stat().st_size for file in bench.bases) / 1e6,
-        adapter_mb=bench.lora.stat().st_size / 1e6,
+        adapter_mb=adapter_mb,
         start_s=start.seconds,
         start_mb=start.peak_mb,
         read_s=read_s,
         read_processor_s=read_processor_s,
         adapter_s=adapter_s,
+        inspect_s=inspect.seconds,
         check_s=check.seconds,
         check_peak_mb=check.peak_mb,
         methods=found,
@@ -180,12 +191,7 @@ def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float |
         return None, None
     tick(f"{method}, the plain way")
     arguments = ["-m", "regraft.bench.speed.plain", method, *map(str, [*bench.bases, bench.lora, bench.out])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(bench.threads)}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        raise RegraftError(f"the plain way of {method} failed: {lines[-1]}")
-    said = json.loads(done.stdout)
+    said = _said(arguments, bench.threads, f"the plain way of {method}")
     seconds = said["load_s"] + sum(row["modules"] * row["seconds"] for row in said["shapes"])
     return seconds, said["apart"]
 
@@ -193,7 +199,8 @@ def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float |
 def _warm(bench: Bench, method: str, start: Spent, tick: Tick) -> tuple[Spent, float, float] | None:
     """A port by a saved migration, the migration's MB and the seconds to read it; None where none can be made."""
     migration = bench.folder / f"{method}.migration.safetensors"
-    if _needed(bench, method) > psutil.virtual_memory().available:
+    # Half: a bench is not to drive other programs out.
+    if _needed(bench, method) > psutil.virtual_memory().available / 2:
         tick(f"{method}: no room in memory to make a migration of the whole pair")
         return None
     tick(f"{method}, a migration")
@@ -209,6 +216,27 @@ def _warm(bench: Bench, method: str, start: Spent, tick: Tick) -> tuple[Spent, f
         return None
     finally:
         migration.unlink(missing_ok=True)
+
+
+def running(*, threads: int) -> RunningSpeed:
+    """What the methods take that run both models, beside one pass through both.
+
+    Raises:
+        RegraftError: they can't be run here.
+    """
+    said = _said(["-m", "regraft.bench.speed.running", str(_N_INPUTS)], threads, "running both models")
+    return RunningSpeed(n_inputs=_N_INPUTS, floor_s=said.pop("floor_s"), seconds=said)
+
+
+def _said(arguments: Sequence[str], threads: int, what: str) -> dict[str, Any]:
+    """What a module of this package prints, as JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        raise RegraftError(f"{what} failed: {lines[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def _needed(bench: Bench, method: str) -> float:

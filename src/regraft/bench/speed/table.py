@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from regraft.report.speed_schema import MethodSpeed, SpeedReport
+from regraft.report.speed_schema import MethodSpeed, RunningSpeed, SpeedReport
 
 HEADS = ("", "cold s", "× reading", "warm s", "memory MB", "plain way s", "faster", "apart")
 
@@ -16,6 +16,7 @@ def rows(report: SpeedReport) -> Iterator[tuple[str, ...]]:
     """One row for each job: its name and the columns of `HEADS`."""
     yield "reading both once", _seconds(report.read_s), "1.0", "–", "–", "–", "–", "–"
     ratio = f"{report.check_s / report.read_s:.1f}"
+    yield "inspect, 200 MB", _seconds(report.inspect_s), "–", "–", "–", "–", "–", "–"
     yield "check", _seconds(report.check_s), ratio, "–", f"{report.check_peak_mb:.0f}", "–", "–", "–"
     for name, found in report.methods.items():
         yield name, *_row(found, report.read_s)
@@ -54,6 +55,12 @@ def legend(report: SpeedReport) -> str:
     )
 
 
+def running_line(found: RunningSpeed) -> str:
+    """What methods take that run both models."""
+    told = ", ".join(f"{name} {value:.1f} s ({value / found.floor_s:.1f} ×)" for name, value in found.seconds.items())
+    return f"{found.n_inputs} inputs through both models of the demo: {found.floor_s:.1f} s; {told}"
+
+
 def print_speed(report: SpeedReport, console: Console) -> None:
     """On a terminal."""
     console.print(headline(report), highlight=False)
@@ -64,6 +71,8 @@ def print_speed(report: SpeedReport, console: Console) -> None:
         shown.add_row(*row)
     console.print(shown)
     console.print(legend(report), style="dim", highlight=False)
+    if report.running is not None:
+        console.print(running_line(report.running), highlight=False)
     for curve in report.curves:
         points = zip(curve.values, curve.seconds, curve.peak_mb, strict=True)
         grown = ", ".join(f"{value:g}: {seconds:.1f} s, {peak:.0f} MB" for value, seconds, peak in points)

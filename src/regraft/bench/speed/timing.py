@@ -75,6 +75,8 @@ def spent(arguments: Sequence[str], *, threads: int, cold: Iterable[Path] = ()) 
     """
     forget(cold)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    # An installed package has its bytecode; to compile it at each start is no part of a port.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as said:
         # A process begins with the peak of the one that it was split off from, which a small one in between keeps low.
         launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, sys.executable, *arguments]
