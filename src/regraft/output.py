@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from regraft.errors import OutputError, first_line
 from regraft.tensor_files import TORCH_SUFFIXES, WEIGHTS_SUFFIXES
+from regraft.tensors import all_finite
 
 if TYPE_CHECKING:
     from regraft.formats import Written
@@ -239,9 +240,7 @@ def write_whole(content: Written, path: Path, *, overwrite: bool, source: Path |
 
 def _check_finite(content: Written, path: Path) -> None:
     for key, tensor in content.tensors.items():
-        # torch.isfinite knows no 8-bit floats.
-        known = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-        if tensor.is_floating_point() and not bool(known.isfinite().all()):
+        if not all_finite(tensor):
             dtype = str(tensor.dtype).removeprefix("torch.")
             remedy = "Choose a lower strength, or a wider --save-dtype."
             raise OutputError(f"would hold NaN or Inf in {dtype}", file=path, key=key, remedy=remedy)

@@ -14,7 +14,7 @@ from torch import Tensor
 from regraft.errors import InputError
 from regraft.migration import Entry, Migration
 from regraft.migrations.model import Map
-from regraft.tensors import TensorRef
+from regraft.tensors import TensorRef, all_finite
 from regraft.transport import IDENTITY, Deferred, LinearMap, Terms, Transport
 
 #: Most bytes of shared maps that one file's reader keeps for the modules that follow.
@@ -100,7 +100,7 @@ class FileMaps:
 
     def _read(self, stem: str) -> Tensor:
         tensor = self.tensors[stem].load()
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise InputError("holds NaN or Inf", file=self.path, key=stem, remedy="It is damaged: get it again.")
         return tensor
 

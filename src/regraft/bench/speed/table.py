@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from regraft.bench.table import markdown as markdown_table
 from regraft.report.speed_schema import MethodSpeed, RunningSpeed, SpeedReport
 
 HEADS = ("", "cold s", "× reading", "warm s", "memory MB", "plain way s", "faster", "apart")
@@ -81,6 +82,4 @@ def print_speed(report: SpeedReport, console: Console) -> None:
 
 def markdown(report: SpeedReport) -> str:
     """As Markdown."""
-    lines = [f"| {' | '.join(HEADS)} |", f"|---|{'--:|' * (len(HEADS) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(report)]
-    return "\n".join(lines)
+    return markdown_table(HEADS, rows(report))
