@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -290,19 +291,22 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: ComputedWeights, ti
     total = len(pairs.wanted)
     if method.per == "adapter":
         # Planned and judged as a copy; what it makes of the adapter comes once that is not refused.
-        copies = {module: _copied(pairs, module) for module in pairs.wanted}
+        copies = dict(zip(pairs.wanted, pairs.side_by_side(partial(_copied, pairs)), strict=True))
         return Fit(copies, method.name)
     if method.per == "pair":
         # The measurements are the long part, and the method reads them too: take them where progress can be told.
-        for done, module in enumerate(pairs.wanted):
-            tick(done, total, str(module))
-            pairs.nearness(module)
+        for done, _ in enumerate(pairs.side_by_side(pairs.nearness)):
+            tick(done, total, str(pairs.wanted[done]))
         fit: Fit = method.function(pairs, **settings)
         return fit
+
+    def fitted(module: ModuleRef) -> Outcome:
+        return pairs.for_adapter(module, _fitted(method, pairs, module, settings))
+
     outcomes: dict[ModuleRef, Outcome] = {}
-    for done, module in enumerate(pairs.wanted):
+    for done, (module, outcome) in enumerate(zip(pairs.wanted, pairs.side_by_side(fitted), strict=True)):
         tick(done, total, str(module))
-        outcomes[module] = pairs.for_adapter(module, _fitted(method, pairs, module, settings))
+        outcomes[module] = outcome
     tick(total, total, "")
     return Fit(outcomes, method.name)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from regraft.methods import Shapes
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.nearness import Nearness, compare, measure
 from regraft.pairing import Pairing
+from regraft.parallel import side_by_side
 from regraft.sketch import spread_runs
 from regraft.tensors import InMemory
 from regraft.transport import Transport
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from regraft.methods import Outcome
     from regraft.narrowing import Narrowing
     from regraft.runtime.record import Statistics
+
+T = TypeVar("T")
 
 # Of a weight that lies on the hub, so many runs of so many rows tell how near it is to another.
 _ROW_RUNS, _ROWS_OF_RUN = 2, 16
@@ -169,6 +172,12 @@ class ComputedWeights:
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
         old, new = self.pairs.load(module)
         return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
+
+    def side_by_side(self, function: Callable[[ModuleRef], T]) -> Iterator[T]:
+        """See `regraft.methods.WeightPairs`."""
+        # A device works at one thing at a time, and what is fetched from the hub is fetched in one go.
+        alone = torch.device(self.device).type != "cpu" or self.sampled
+        return side_by_side(function, self.wanted, 1 if alone else None)
 
     def for_adapter(self, module: ModuleRef, outcome: Outcome, target: ModuleRef | None = None) -> Outcome:
         narrowing = self.pairs.narrowing

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 #: learns from adapters that exist on both bases.
 Need = Literal["old", "new", "models", "adapters"]
 Per = Literal["module", "pair", "adapter"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class WeightPairs(Protocol):
 
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
         """Old and new weight, float32 matrices (out, in) and (out', in')."""
+        ...
+
+    def side_by_side(self, function: Callable[[ModuleRef], T]) -> Iterator[T]:
+        """What a function of one module gives for each of the wanted ones, in their order; several at once on a CPU."""
         ...
 
     def statistics(self, module: ModuleRef) -> Statistics | None:

@@ -47,10 +47,11 @@ def prolora(
             Φ ≥ 0.8 on both sides, as published.
         layers: ``paired``: each module with its counterpart; ``all``: with the one of its role that is most like it.
     """
-    transports: dict[ModuleRef, Outcome] = {}
-    for module in pairs.wanted:
-        old, new = pairs.load(module)
-        transports[module] = pairs.for_adapter(module, _carried(old, new, subspace_rank, energy, threshold))
+
+    def carried(module: ModuleRef) -> Outcome:
+        return pairs.for_adapter(module, _carried(*pairs.load(module), subspace_rank, energy, threshold))
+
+    transports = dict(zip(pairs.wanted, pairs.side_by_side(carried), strict=True))
     if layers == "paired":
         return Fit(transports, "prolora")
     placed: dict[ModuleRef, dict[ModuleRef, Outcome]] = {module: {} for module in pairs.wanted}
