@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    from tools.bench_port.sd15_size import make_pair
+    from tools.bench_batch.sd15_size import make_pair
 
     folder = tmp_path_factory.mktemp("sd15")
     yield make_pair(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tools.bench_port.sd15_size import make_pair
+from tools.bench_batch.sd15_size import make_pair
 from torch import Tensor
 
 from regraft.adapter import Adapter, ModuleRef
@@ -37,7 +37,7 @@ def make_small(place: Path, count: int) -> Library:
 
 
 def make_full_size(place: Path, count: int) -> Library:
-    """The pair of `tools.bench_port`, and ``count`` adapters of rank 8 on the U-Net's attention."""
+    """The pair of `sd15_size`, and ``count`` adapters of rank 8 on the U-Net's attention."""
     old, new = place / "sd15" / "old", place / "sd15" / "new"
     if not (new / "model_index.json").exists():
         make_pair(place / "sd15")
