@@ -133,10 +133,12 @@ def test_a_place_is_read_and_changed_where_it_is(tmp_path: Path) -> None:
         assert before.shape == (1, place.channels, place.cells, place.cells)
         with changed(model.main, {place.module: lambda hidden: hidden}, (8, 8)):
             assert torch.equal(probe(), plain)
-        with changed(model.main, {place.module: lambda hidden: hidden + 1}, (8, 8)):
+        # A slope: what is added everywhere alike, the next norm takes away again.
+        slope = torch.linspace(0, 1, place.cells)
+        with changed(model.main, {place.module: lambda hidden, slope=slope: hidden + slope}, (8, 8)):
             with heard(model.main, [place.module], (8, 8)) as maps:
                 moved = probe()
-            assert torch.allclose(maps[0], before + 1, atol=1e-5)
+            assert torch.allclose(maps[0], before + slope, atol=1e-5)
         assert not torch.allclose(moved, plain)
         assert torch.equal(probe(), plain)
 
