@@ -150,6 +150,15 @@ def test_a_narrowed_migration_is_neither_saved_nor_composed(tmp_path: Path, base
         fit_migration(old, new, "lora-x", narrow=True)
 
 
+def test_a_narrowed_migration_carries_no_other_adapter(bases: tuple[Base, Base]) -> None:
+    old, new = bases
+    own, other = lora(state_of(), seed=7), lora(state_of(), seed=11)
+    migration = fit_migration(old, new, "lora-x", adapter=own, narrow=True)
+    assert migration.port(own, Settings(force=True), old=old, new=new).adapter.updates
+    with pytest.raises(UsageError, match="narrowed to another adapter"):
+        migration.port(other, Settings(force=True), old=old, new=new)
+
+
 def test_maps_that_carry_more_than_factors_are_left_whole(tmp_path: Path, bases: tuple[Base, Base]) -> None:
     first, second = (ModuleRef(MODEL, f"model.layers.{i}.self_attn.k_proj") for i in (0, 1))
     biased = {first.path: LowRank(factor(24, 2), factor(2, 24), 1.0, bias=factor(24))}

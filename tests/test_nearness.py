@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regraft import InputError
 from regraft.nearness import measure, similarity
 from regraft.tensors import InMemory, check_finite
 from regraft.updates import LowRank
@@ -70,10 +71,26 @@ def test_one_bad_number_is_found_in_any_precision(dtype: torch.dtype) -> None:
             continue
         broken = tensor.clone()
         broken[20, 3] = value
-        with pytest.raises(Exception, match="NaN or Inf"):
+        with pytest.raises(InputError, match="NaN or Inf"):
             check_finite(broken, None, "key")
 
 
 def test_what_has_no_numbers_or_no_fractions_is_finite() -> None:
     for tensor in (torch.zeros(0, 3), torch.zeros(3, dtype=torch.int64), torch.tensor(1.5)):
         assert check_finite(tensor, None, "key") is tensor
+
+
+def test_a_few_heavy_rows_are_no_likeness_of_a_large_weight() -> None:
+    one, other = 0.02 * numbers(5000, 700), 0.02 * numbers(5000, 700, seed=1)
+    for weight in (one, other):
+        weight[[300, 2800]] += 5
+    # The whole weights' cosine without the shift is 0.9.
+    assert abs(similarity(one, other)) < 0.1
+    assert abs(float(measure(one, other).nearness.similarity or 1.0)) < 0.1
+
+
+@pytest.mark.parametrize("scale", [1e-23, 1e-25, 1e-40])
+def test_weights_too_small_to_square_are_not_taken_for_equal(scale: float) -> None:
+    one, other = numbers(30, 30) * scale, numbers(30, 30, seed=1) * scale
+    assert measure(one, one.clone()).nearness.similarity == 1.0
+    assert -1 <= float(measure(one, other).nearness.similarity or 0.0) < 0.5

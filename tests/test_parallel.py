@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from regraft import Settings, open_base, port
-from regraft.parallel import side_by_side
-from toys import deltas, drifted, llama, lora, save_base
+from regraft.parallel import MOST, side_by_side
+from toys import deltas, drifted, lora, relative_error, save_base
 
 
 @pytest.fixture
@@ -37,6 +37,21 @@ def test_results_come_in_order_and_two_are_at_work_at_once(two_threads: None) ->
     assert torch.get_num_threads() == 2
 
 
+def test_what_is_switched_off_here_is_off_there(two_threads: None) -> None:
+    with torch.inference_mode():
+        assert all(side_by_side(lambda item: torch.is_inference_mode_enabled(), range(3)))
+    with torch.no_grad():
+        assert not any(side_by_side(lambda item: torch.is_grad_enabled(), range(3)))
+    assert all(side_by_side(lambda item: torch.is_grad_enabled(), range(3)))
+
+
+def test_many_threads_are_no_more_at_once_than_a_few(two_threads: None) -> None:
+    torch.set_num_threads(4 * MOST)
+    shares = list(side_by_side(lambda item: (torch.get_num_threads(), threading.active_count()), range(40)))
+    assert {share for share, _ in shares} == {4}
+    assert max(alive for _, alive in shares) <= threading.active_count() + MOST
+
+
 def test_no_item_is_begun_long_before_its_turn(two_threads: None) -> None:
     begun: list[int] = []
     results = side_by_side(begun.append, range(100))
@@ -60,7 +75,9 @@ def test_an_error_is_the_callers(two_threads: None) -> None:
 
 @pytest.mark.parametrize("method", ["copy", "lora-x", "prolora", "auto"])
 def test_a_port_by_two_threads_is_that_by_one(tmp_path: Path, method: str) -> None:
-    old, new = llama(), drifted(llama(), 0.05)
+    # As large as what goes by Gram matrices.
+    old = {f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(300, 280) for i in range(4)}
+    new = drifted(old, 0.05)
     bases = [open_base(save_base(state, tmp_path / f"{i}.safetensors")) for i, state in enumerate((old, new))]
     results = []
     before = torch.get_num_threads()
@@ -73,6 +90,6 @@ def test_a_port_by_two_threads_is_that_by_one(tmp_path: Path, method: str) -> No
     one, two = (deltas(result.adapter) for result in results)
     assert one.keys() == two.keys()
     for ref, delta in one.items():
-        torch.testing.assert_close(two[ref], delta, rtol=1e-4, atol=1e-6)
+        assert relative_error(two[ref], delta) < 1e-3
     rows = [[row.name for row in result.report.modules] for result in results]
     assert rows[0] == rows[1]

@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
+from regraft.errors import UsageError
 from regraft.plan import locate
 from regraft.tensors import Shape
 from regraft.tokens import tables_in
 from regraft.transport import Deferred, LinearMap, Terms, Transport
 from regraft.updates import ByShape, LowRank, Slice, Update
 from regraft.updates.exact import as_lowrank, is_factored
+
+if TYPE_CHECKING:
+    from regraft.migration import Migration
 
 
 class Folded(Deferred):
@@ -121,6 +126,40 @@ class Narrowing:
         )
         self.folded = True
         return Folded(update, parts, transport.rotates)
+
+
+def check_own(adapter: Adapter, migration: Migration, modules: Mapping[ModuleRef, ModuleRef]) -> None:
+    """Whether a narrowed migration is carrying the adapter that it was fitted for.
+
+    Args:
+        adapter: about to be carried.
+        migration: narrowed or not.
+        modules: module of the adapter → of the old base.
+
+    Raises:
+        UsageError: it is another adapter, which would come out wrong.
+    """
+    for ref, home in modules.items():
+        entry, update = migration.entries.get(home), adapter.updates.get(ref)
+        transport = entry.transport if entry is not None else None
+        if isinstance(transport, Folded) and update is not None and not _same(transport.update, update):
+            raise UsageError(
+                "the migration is narrowed to another adapter",
+                file=adapter.path,
+                key=str(ref),
+                remedy="Fit it without narrow=True: it is then for every adapter of these modules.",
+            )
+
+
+def _same(one: Update, other: Update) -> bool:
+    if one is other or (
+        isinstance(one, LowRank) and isinstance(other, LowRank) and one.up is other.up and one.down is other.down
+    ):
+        return True
+    first, second = as_lowrank(one), as_lowrank(other)
+    if first is None or second is None:
+        return False
+    return all(torch.equal(a, b) for a, b in zip(first.factors(), second.factors(), strict=True))
 
 
 def _is_low(update: Update) -> bool:

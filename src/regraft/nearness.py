@@ -69,18 +69,33 @@ def similarity(old: Tensor, new: Tensor) -> float:
     """
     if torch.equal(old, new):
         return 1.0
-    return _beyond_chance(cosine(old.float(), new.float()), old, new)
+    one, other = old.float(), new.float()
+    return _beyond_chance(cosine(one, other), old, new, float(one.norm()) ** 2, float(other.norm()) ** 2)
 
 
-def _beyond_chance(found: float, old: Tensor, new: Tensor) -> float:
+def _beyond_chance(found: float, old: Tensor, new: Tensor, before: float, after: float) -> float:
+    """What a cosine is above that of the shifted weights; ``before`` and ``after`` are the squared norms of both."""
     rows, columns = old.shape
     runs = max(1, -(-rows * columns // _CHANCE))
+    chance, seen = _chance(old, new, runs)
+    # A sample that holds another share of the norms than of the rows has missed the rows that count, or met only them.
+    expected = before * seen[2], after * seen[2]
+    if runs > 1 and any(abs(part - whole) > 0.2 * whole for part, whole in zip(seen[:2], expected, strict=True)):
+        chance, _ = _chance(old, new, 1)
+    return (found - chance) / (1 - chance)
+
+
+def _chance(old: Tensor, new: Tensor, runs: int) -> tuple[float, tuple[float, float, float]]:
+    """The shifted weights' cosine on so many runs of rows, and what share of both norms and of the rows they hold."""
+    rows, columns = old.shape
     held = max(1, rows // runs)
+    count = 0
     dot = norm_old = norm_new = 0.0
     for index in range(runs):
         # Each run within its share of the rows, so that a sample is spread over all of them.
         first = index * rows // runs
         here = range(first, min(first + max(1, held // runs), rows)) if runs > 1 else range(rows)
+        count += len(here)
         for block in _blocks(here, columns):
             one = old[block].float()
             # Rolled by half of the rows and half of the columns.
@@ -90,8 +105,7 @@ def _beyond_chance(found: float, old: Tensor, new: Tensor) -> float:
             norm_old += float(one.norm()) ** 2
             norm_new += float(other.norm()) ** 2
     scale = sqrt(norm_old * norm_new)
-    chance = min(max(0.0, dot / scale if scale > 0 else 0.0), 0.99)
-    return (found - chance) / (1 - chance)
+    return min(max(0.0, dot / scale if scale > 0 else 0.0), 0.99), (norm_old, norm_new, count / rows)
 
 
 def _blocks(rows: range, columns: int) -> Iterator[slice]:
@@ -180,11 +194,12 @@ def measure(old: Tensor, new: Tensor, update: LowRank | None = None) -> Measured
 
 def _alike(old: Tensor, new: Tensor, before: float, after: float, drift: float) -> Nearness:
     """Similarity and distance, of the squared norms of both and of what lies between them."""
-    if drift == 0:
+    if drift == 0 and torch.equal(old, new):
         return Nearness(1.0, 0.0)
     # ⟨W, W_new⟩ by the cosine rule: a pass for it alone would cost as much again.
     scale = sqrt(before * after)
-    found = _beyond_chance((before + after - drift) / (2 * scale) if scale > 0 else 0.0, old, new)
+    cos = (before + after - drift) / (2 * scale) if scale > 0 else 0.0
+    found = _beyond_chance(max(-1.0, min(1.0, cos)), old, new, before, after)
     return Nearness(found, sqrt(drift / before) if before > 0 else float("inf"))
 
 

@@ -26,7 +26,7 @@ from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Carried, Skip, get_method
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
-from regraft.narrowing import Narrowing
+from regraft.narrowing import Narrowing, check_own
 from regraft.plan import Selection, check_families, locate, weights_of_wholes, with_shapes_of
 from regraft.prepare import Preparation, not_understood, prepare
 from regraft.report.schema import Counts, PortedModule, PortReport
@@ -137,6 +137,7 @@ def apply_migration(
     Raises:
         Refused: the verdict is a refusal, and it is not forced.
         InputError: a key or shape is not understood, and ``allow_partial`` is off; a tensor holds NaN or Inf.
+        UsageError: the migration is narrowed to another adapter.
     """
     started = time.perf_counter() if started is None else started
     recut = settings.rank not in (None, "full")
@@ -153,6 +154,8 @@ def apply_migration(
         weights_only=settings.running.weights_only,
         surveyor=surveyor,
     )
+    if migration.narrowed:
+        check_own(adapter, migration, ready.located.modules)
     judgement = ready.judgement
     if judgement.verdict == "refused" and not settings.force:
         raise Refused(judgement.reasons[0], file=adapter.path, remedy="--force overrides, and is recorded in the file.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-from regraft.bench.speed.table import headline, legend, markdown, running_line
+from regraft.bench.speed.table import headline, legend, line_of, markdown, running_line
 from regraft.bench.table import replaced
 from regraft.report.json_schema import parse
 from regraft.report.speed_schema import SpeedCurve, SpeedReport
@@ -36,11 +36,9 @@ def section(reports: Sequence[SpeedReport], picture: str) -> str:
 
 
 def _told(curve: SpeedCurve) -> str:
+    seconds = f"{curve.seconds[0]:.1f} to {curve.seconds[-1]:.1f} s"
     memory = f"{min(curve.peak_mb):.0f} to {max(curve.peak_mb):.0f} MB"
-    return (
-        f"- **{curve.along}** {curve.values[0]:g} to {curve.values[-1]:g}: {curve.seconds_per_gigabyte:.2f} s a GB "
-        f"read (R² of the line {curve.fit:.3f}), {memory}"
-    )
+    return f"- **{curve.along}** {curve.values[0]:g} to {curve.values[-1]:g}: {seconds}, {memory}{line_of(curve)}"
 
 
 def draw(curves: Sequence[SpeedCurve], path: Path) -> None:
@@ -51,12 +49,14 @@ def draw(curves: Sequence[SpeedCurve], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "speed"
     figure, axes = pyplot.subplots(1, len(curves), figsize=(3 * len(curves), 2.8), layout="constrained")
     for axis, curve in zip(axes, curves, strict=True):
-        axis.plot(curve.gigabytes, curve.seconds, "o-", color=_COLOURS[0])
+        rank = curve.along == "rank"
+        x = curve.values if rank else curve.gigabytes
+        axis.plot(x, curve.seconds, "o-", color=_COLOURS[0])
         axis.set_title(f"{curve.along} {curve.values[0]:g} to {curve.values[-1]:g}", fontsize=9)
-        axis.set_xlabel("GB read", fontsize=8)
+        axis.set_xlabel("rank" if rank else "GB read", fontsize=8)
         axis.set_ylim(bottom=0)
         memory = axis.twinx()
-        memory.plot(curve.gigabytes, curve.peak_mb, "s--", color=_COLOURS[1])
+        memory.plot(x, curve.peak_mb, "s--", color=_COLOURS[1])
         memory.set_ylim(0, 1000)
         for one, name, colour in ((axis, "seconds", _COLOURS[0]), (memory, "MB", _COLOURS[1])):
             one.set_ylabel(name, fontsize=8, color=colour)

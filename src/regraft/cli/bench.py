@@ -16,6 +16,7 @@ from regraft.cli._sink import emit, err, progress
 from regraft.errors import RegraftError, UsageError
 from regraft.output import check_writable, write_text
 from regraft.report.bench_schema import BenchReport
+from regraft.report.speed_schema import SpeedReport
 
 app = typer.Typer(
     help="Measure every method on pairs of bases, beside controls: recovery, retention, time.",
@@ -184,15 +185,22 @@ def speed(
         record = measure(
             geometry(family), place, wanted, threads=threads, runs=runs, command=command, date=today, tick=tell
         )
+        _keep(record, out)
         if models:
             tell("effect and stream")
             record = record.model_copy(update={"running": running(threads=threads)})
+            _keep(record, out)
         if curves:
             grown = list(measure_curves(place, method="copy", threads=threads, runs=runs, tick=tell))
             record = record.model_copy(update={"curves": grown})
+            _keep(record, out)
+    emit(record, json=json, quiet=quiet, table=lambda console: print_speed(record, console))
+
+
+def _keep(record: SpeedReport, out: Path | None) -> None:
+    """Write what is measured so far: what comes after may not get through."""
     if out is not None:
         write_text(record.to_json() + "\n", out, overwrite=True)
-    emit(record, json=json, quiet=quiet, table=lambda console: print_speed(record, console))
 
 
 @app.command("table")

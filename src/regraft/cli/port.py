@@ -288,8 +288,9 @@ class _Job:
         found = find_cached(source, target, self.method, self.options, modules)
         if found is not None and chosen.updates:
             return remeasure(found, source, target, chosen)
-        fitted = self._fit(tick, narrow=size_at_most(source, modules) > MOST_KEPT)
-        if not fitted.narrowed:
+        large = size_at_most(source, modules) > MOST_KEPT
+        fitted = self._fit(tick, narrow=large)
+        if not large:
             keep(fitted, source, target, self.method, self.options)
         return fitted
 

@@ -18,7 +18,8 @@ from regraft.lineage.fit import other_base
 from regraft.migration import Migration
 from regraft.report.schema import BaseSummary, Forecast, Forecasts, Verdict
 
-#: A port is refused where not even the top of the forecast's interval reaches this share of a native adapter's gain.
+#: A port is refused where not even the top of the forecast's interval reaches this share of a native adapter's gain,
+#: or where weights are unrelated and nothing is forecast.
 FLOOR = 0.2
 #: From this forecast on, an adapter survives; below it, part of it does, and a refine is advised.
 SURVIVES = 0.7

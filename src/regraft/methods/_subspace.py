@@ -10,8 +10,8 @@ from regraft.transport import LinearMap, Transport, rank_for_energy
 
 # From this size on, an eigendecomposition of the Gram matrix is worth its care.
 _LARGE = 256
-# Of the largest singular value: what float32 still tells apart after squaring.
-_SMALL = 0.02
+# Of the largest singular value: what float32 still tells apart after squaring, and sizes whose squares it holds.
+_SMALL, _TINY, _HUGE = 0.03, 1e-15, 1e15
 # Directions on either side of the cut.
 _AROUND = 32
 
@@ -27,7 +27,9 @@ def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) ->
     Raises:
         UsageError: a rank or energy out of range.
     """
-    found = _by_gram(weight, rank, energy) if min(weight.shape) >= _LARGE else None
+    # There is no float64 on MPS.
+    large = min(weight.shape) >= _LARGE and weight.device.type != "mps"
+    found = _by_gram(weight, rank, energy) if large else None
     if found is not None:
         return found
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -51,14 +53,16 @@ def _held(singular_values: Tensor, rank: int | float | None, energy: float | Non
 def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor] | None:
     """The same by the smaller side's Gram matrix, whose eigenvectors cost a third of the decomposition.
 
-    Squaring costs half of the digits: they are enough for directions that are not small (None where the subspace holds
-    smaller ones), but for the cut. There, neighbours lie so close that their order is settled in double precision.
+    Squaring costs half of the digits. They are enough for directions that are not small: the longer side's vectors are
+    orthonormal to 2e-3 at worst, and where the subspace holds smaller ones, the result is None. At the cut, neighbours
+    lie so close that their order is settled in double precision.
     """
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     squares, vectors = torch.linalg.eigh(tall.T @ tall)
     values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     r = _held(values, rank, energy)
-    if not float(values[r - 1]) > _SMALL * float(values[0]):
+    largest = float(values[0])
+    if not _TINY < largest < _HUGE or not float(values[r - 1]) > _SMALL * largest:
         return None
     near = slice(max(0, r - _AROUND), min(len(values), r + _AROUND))
     block = vectors[:, near].double()

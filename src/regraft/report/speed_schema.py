@@ -17,8 +17,8 @@ class MethodSpeed(Record):
     warm_peak_mb: float | None = None
     reference_s: float | None = Field(
         default=None,
-        description="the plain way: both models in memory, torch.linalg.svd of each module; measured on a sample of "
-        "the modules of each shape, and multiplied; null where there is none",
+        description="the plain way: both models in memory, torch.linalg.svd of each module; measured on one module of "
+        "each shape, and multiplied by their number; null where there is none",
     )
     apart: float | None = Field(
         default=None, description="largest ‖ΔW − ΔW'‖ / ‖ΔW'‖ between ours and the plain way's, over that sample"
@@ -40,8 +40,10 @@ class SpeedCurve(Record):
     gigabytes: list[float] = Field(description="of weights and adapters that have to be read, 10⁹ bytes")
     seconds: list[float] = Field(description="over the start, on the clock")
     peak_mb: list[float] = Field(description="over the interpreter with torch")
-    seconds_per_gigabyte: float = Field(description="slope of the line through (gigabytes, seconds)")
-    fit: float = Field(description="R² of that line")
+    seconds_per_gigabyte: float | None = Field(
+        description="slope of the line through (gigabytes, seconds); null along ranks, which change hardly any bytes"
+    )
+    fit: float | None = Field(description="R² of that line")
 
 
 class RunningSpeed(Record):
@@ -58,6 +60,10 @@ class SpeedReport(VersionedRecord):
     command: str
     date: str
     machine: dict[str, str | int]
+    cold: bool = Field(
+        description="whether checkpoints could be dropped from the page cache before each port; the plain way, the "
+        "making of migrations and a library of adapters read them from there"
+    )
     threads: int
     runs: int = Field(description="the median of so many is given")
     family: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regraft.errors import OutputError
 from regraft.families._tables import table
 from regraft.output import whole
 from regraft.tensors import Shape
@@ -24,9 +25,8 @@ Shapes = Mapping[str, Shape]
 _SPIKES, _SPIKE_ENERGY, _FALL = 32, 0.4, 0.7
 # Numbers that all tensors are cut from, each at a place of its own: to draw billions would take longer than to port.
 _POOL = 1 << 25
-_DRIFT_SEED = 1_000_003
 _BLOCK = re.compile(r"(?<=transformer_blocks\.)\d+")
-#: What a LoRA of the bench changes: attention and feed-forward, as kohya's and diffusers' trainers do by default.
+#: What a LoRA of the bench changes: attention and feed-forward.
 _TOUCHED = re.compile(
     r"\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2"
     r"|add_q_proj|add_k_proj|add_v_proj|to_add_out|proj_mlp|proj_out|q_proj|k_proj|v_proj|o_proj|up_proj|down_proj"
@@ -39,12 +39,11 @@ class Geometry:
     """The parameters of a pair of bases.
 
     Attributes:
-        name: what `bench speed --families` calls it.
+        name: what `bench speed --family` calls it.
         title: for people.
         component: of a pipeline that both are.
         old: parameter → shape.
         new: likewise.
-        config: of the model.
         drift: ‖W_new − W_old‖ / ‖W_old‖ of what both have.
     """
 
@@ -173,9 +172,12 @@ def write_pair(pair: Geometry, folder: Path, *, dtype: torch.dtype = torch.float
         The old base's file and the new one's.
 
     Raises:
-        OutputError: there is no room for them.
+        OutputError: there is no room for them, or the folder can't be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't be made ({error.strerror})", file=folder) from None
     old, new = folder / "old.safetensors", folder / "new.safetensors"
     if not (old.exists() and new.exists()):
         numbers = _Numbers()
@@ -234,9 +236,9 @@ def write_lora(
     return path
 
 
-def of_each_shape(modules: Mapping[str, Shape], count: int = 1) -> dict[Shape, Sequence[str]]:
-    """Shape → a fixed sample of the modules that have it: the first, and others evenly after it."""
+def by_shape(modules: Mapping[str, Shape]) -> dict[Shape, list[str]]:
+    """Shape → the modules that have it."""
     groups: dict[Shape, list[str]] = {}
     for module, shape in modules.items():
         groups.setdefault(shape, []).append(module)
-    return {shape: names[:: max(1, len(names) // count)][:count] for shape, names in groups.items()}
+    return groups

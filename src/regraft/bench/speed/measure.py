@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -19,7 +20,7 @@ import psutil
 
 from regraft.bench.speed.making import Geometry, write_lora, write_pair
 from regraft.bench.speed.plain import WAYS
-from regraft.bench.speed.timing import Spent, reading, spent, writing
+from regraft.bench.speed.timing import Spent, can_forget, reading, spent, writing
 from regraft.errors import RegraftError, first_line
 from regraft.report.speed_schema import MethodSpeed, RunningSpeed, ShapeCount, SpeedReport
 
@@ -61,6 +62,14 @@ class Bench:
     @property
     def out(self) -> Path:
         return self.folder / "ported.safetensors"
+
+    @property
+    def large(self) -> Path:
+        return self.folder / "large.safetensors"
+
+    @property
+    def copied(self) -> Path:
+        return self.folder / "copied.tmp"
 
     def write(self) -> None:
         """The bases and the adapter, where they are not there yet.
@@ -120,7 +129,19 @@ def measure(
     Raises:
         RegraftError: a command failed, or there is no room for the files.
     """
-    bench = Bench(pair, folder, threads, runs)
+    if not hasattr(os, "wait4"):
+        raise RegraftError("the memory of a process can't be measured on this system", remedy="Measure on Linux.")
+    bench = Bench(pair, folder / pair.name, threads, runs)
+    try:
+        return _measured(bench, methods, command=command, date=date, tick=tick)
+    finally:
+        # The checkpoints alone stay, where the folder does.
+        for file in (bench.lora, bench.out, bench.large, bench.copied):
+            file.unlink(missing_ok=True)
+
+
+def _measured(bench: Bench, methods: Sequence[str], *, command: str, date: str, tick: Tick) -> SpeedReport:
+    pair, threads, runs = bench.pair, bench.threads, bench.runs
     tick("writing both checkpoints")
     bench.write()
     touched = pair.touched()
@@ -129,21 +150,24 @@ def measure(
     began = process_time()
     read_s = statistics.median(reading(bench.bases) for _ in range(runs))
     read_processor_s = (process_time() - began) / runs
-    adapter_s = reading([bench.lora]) + writing(bench.lora, bench.folder / "copied.tmp")
+    adapter_s = reading([bench.lora]) + writing(bench.lora, bench.copied)
     tick("check")
     check = bench.over(start, bench.command("check"), bench.bases)
     tick("inspect")
-    large = folder / "large.safetensors"
     adapter_mb = bench.lora.stat().st_size / 1e6
-    write_lora(large, touched, pair.component, max(1, round(RANK * _INSPECTED_MB / adapter_mb)))
-    inspect = bench.over(start, ["-m", "regraft", "inspect", str(large), "--quiet"], [large])
-    large.unlink()
+    write_lora(bench.large, touched, pair.component, max(1, round(RANK * _INSPECTED_MB / adapter_mb)))
+    inspect = bench.over(start, ["-m", "regraft", "inspect", str(bench.large), "--quiet"], [bench.large])
     found: dict[str, MethodSpeed] = {}
     sizes: dict[str, float] = {}
     migration_read: dict[str, float] = {}
     for method in methods:
         tick(method)
-        cold = bench.over(start, bench.port(method), bench.bases)
+        try:
+            cold = bench.over(start, bench.port(method), bench.bases)
+        except RegraftError as error:
+            # It can't carry this pair; what was measured of others is not lost with it.
+            tick(f"{method}: not measured ({first_line(error)})")
+            continue
         reference, apart = _plain(bench, method, tick)
         warm = _warm(bench, method, start, tick)
         found[method] = MethodSpeed(
@@ -164,6 +188,7 @@ def measure(
         machine={"processor": platform.machine(), "cores": os.cpu_count() or 1, "system": platform.system()},
         threads=threads,
         runs=runs,
+        cold=can_forget(bench.folder),
         family=pair.name,
         title=pair.title,
         modules=len(touched),
@@ -243,13 +268,11 @@ def _needed(bench: Bench, method: str) -> float:
     """Bytes that making a migration of the whole pair may take, by what the projecting methods hold."""
     if method not in ("lora-x", "prolora", "cross-lora", "dart"):
         return 1e9
-    sides = {"lora-x": 1.0}.get(method, 2.0)
-    total = 0.0
-    for name, shape in bench.pair.new.items():
-        if name.endswith(".weight") and len(shape) >= 2:
-            size = 1
-            for n in shape[1:]:
-                size *= n
-            total += (shape[0] + size) * min(shape[0], size)
-    # In float32, and rounded beside it, of about two thirds of the directions.
-    return 6 * sides * total * 0.67
+    sides = 1 if method == "lora-x" else 2
+    matrices = [
+        (shape[0], prod(shape[1:]))
+        for name, shape in bench.pair.new.items()
+        if name.endswith(".weight") and len(shape) >= 2
+    ]
+    # Of about two thirds of the directions, in float32 and rounded to half precision beside it.
+    return sides * sum((out + inp) * min(out, inp) for out, inp in matrices) * 2 / 3 * (4 + 2)

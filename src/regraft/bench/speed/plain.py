@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from regraft.bench.speed.making import of_each_shape
+from regraft.bench.speed.making import by_shape
 from regraft.tensors import Shape
 from regraft.transport import rank_for_energy
 
@@ -51,20 +51,14 @@ def procrustes(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
     return u @ (vh @ up), (down @ bh.T) @ a.T
 
 
-def copied(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
-    """A copy."""
-    return up, down
-
-
 #: Method → one module's factors on the new base.
 WAYS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Factors]] = {
-    "copy": copied,
     "lora-x": lora_x,
     "prolora": prolora,
     "procrustes": procrustes,
 }
 #: Methods whose plain form says what ours does, so that the results are held against each other.
-EQUAL = ("copy", "lora-x", "prolora")
+EQUAL = ("lora-x", "prolora")
 
 
 def _updates(state: Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -88,8 +82,8 @@ def _apart(one: Factors, other: Factors, rank: int) -> float:
     return float((one[0].double() @ one[1].double() - delta).norm() / delta.norm().clamp_min(1e-30))
 
 
-def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path, samples: int = 1) -> dict[str, Any]:
-    """Port a sample of the modules and time it.
+def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path) -> dict[str, Any]:
+    """Port one module of each shape and time it.
 
     Args:
         method: of `WAYS`.
@@ -97,11 +91,14 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path, samp
         new: of the new one.
         adapter: diffusers' or PEFT's file.
         ported: what regraft made of it by the same method.
-        samples: how many modules of each shape.
 
     Returns:
-        ``load_s``; ``shapes``, for each ``{shape, modules, seconds}``, the seconds of one module; ``apart``, the
-        largest relative distance to ``ported`` (null where the plain form means something else).
+        ``load_s``; ``shapes``, for each ``{shape, modules, seconds}``, how many modules both bases have of it and the
+        seconds of one; ``apart``, the largest relative distance to ``ported`` (null where the plain form means
+        something else).
+
+    Raises:
+        ValueError: ``ported`` lacks a module that was compared.
     """
     started = time.perf_counter()
     before, after, state = load_file(old), load_file(new), load_file(adapter)
@@ -111,23 +108,18 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path, samp
         for weight in weights.values():
             weight.sum()
     loaded = time.perf_counter() - started
-    shapes: dict[str, Shape] = {module: tuple(before[f"{module}.weight"].shape) for module in updates}
-    rows, apart = [], 0.0
-    for shape, sample in of_each_shape(shapes, samples).items():
-        alike = sum(other == shape for other in shapes.values())
-        seconds = 0.0
-        for module in sample:
-            if f"{module}.weight" not in after:
-                continue
-            begun = time.perf_counter()
-            one, other = before[f"{module}.weight"].float(), after[f"{module}.weight"].float()
-            result = WAYS[method](one, other, *updates[module])
-            seconds += (time.perf_counter() - begun) / len(sample)
-            if module in theirs:
-                rank = updates[module][1].shape[0]
-                apart = max(apart, _apart(theirs[module], result, rank))
-        rows.append({"shape": list(shape), "modules": alike, "seconds": seconds})
-    return {"load_s": loaded, "shapes": rows, "apart": apart if method in EQUAL else None}
+    both = [module for module in updates if f"{module}.weight" in after]
+    shapes: dict[str, Shape] = {module: tuple(before[f"{module}.weight"].shape) for module in both}
+    rows, apart = [], []
+    for shape, alike in by_shape(shapes).items():
+        module, begun = alike[0], time.perf_counter()
+        one, other = before[f"{module}.weight"].float(), after[f"{module}.weight"].float()
+        result = WAYS[method](one, other, *updates[module])
+        rows.append({"shape": list(shape), "modules": len(alike), "seconds": time.perf_counter() - begun})
+        if module not in theirs:
+            raise ValueError(f"{ported} has no {module}")
+        apart.append(_apart(theirs[module], result, updates[module][1].shape[0]))
+    return {"load_s": loaded, "shapes": rows, "apart": max(apart) if method in EQUAL else None}
 
 
 if __name__ == "__main__":

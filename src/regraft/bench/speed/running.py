@@ -32,7 +32,9 @@ def floor(n_inputs: int) -> float:
     with quiet_libraries():
         models = BothModels.load(old, new)
         batches = make_batches(models, adapter, n_inputs, held_out=0).fit
+        # The first run of each takes longer.
         batches[0].run(models.old, "old")
+        batches[0].run(models.new, "new")
         started = perf_counter()
         for batch in batches:
             batch.run(models.old, "old")

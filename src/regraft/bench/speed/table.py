@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.bench.table import markdown as markdown_table
-from regraft.report.speed_schema import MethodSpeed, RunningSpeed, SpeedReport
+from regraft.report.speed_schema import MethodSpeed, RunningSpeed, SpeedCurve, SpeedReport
 
 HEADS = ("", "cold s", "× reading", "warm s", "memory MB", "plain way s", "faster", "apart")
 
@@ -50,16 +50,18 @@ def legend(report: SpeedReport) -> str:
     """What the columns are."""
     return (
         f"Seconds and memory over the interpreter with torch ({report.start_s:.1f} s, {report.start_mb:.0f} MB), "
-        f"checkpoints not in the page cache; median of {report.runs}. Plain way: both models in memory, "
-        "torch.linalg.svd of each module; timed on one module of each shape and multiplied. Apart: largest relative "
-        "distance between our ΔW and the plain way's, on those modules."
+        f"checkpoints {'not in' if report.cold else 'where they were, often in'} the page cache; median of "
+        f"{report.runs}. Plain way: both models in memory, torch.linalg.svd of each module; timed on one module of "
+        "each shape and multiplied. Of procrustes, that is a rotation of each module's own; ours finds between near "
+        "bases that there is nothing to rotate. Apart: largest relative distance between our ΔW and the plain way's."
     )
 
 
 def running_line(found: RunningSpeed) -> str:
     """What methods take that run both models."""
     told = ", ".join(f"{name} {value:.1f} s ({value / found.floor_s:.1f} ×)" for name, value in found.seconds.items())
-    return f"{found.n_inputs} inputs through both models of the demo: {found.floor_s:.1f} s; {told}"
+    made = "effect once its inputs are made, stream with the drawing of its"
+    return f"{found.n_inputs} inputs through both models of the demo: {found.floor_s:.1f} s; {told}; {made}"
 
 
 def print_speed(report: SpeedReport, console: Console) -> None:
@@ -77,7 +79,14 @@ def print_speed(report: SpeedReport, console: Console) -> None:
     for curve in report.curves:
         points = zip(curve.values, curve.seconds, curve.peak_mb, strict=True)
         grown = ", ".join(f"{value:g}: {seconds:.1f} s, {peak:.0f} MB" for value, seconds, peak in points)
-        console.print(f"{curve.along} {grown}; {curve.seconds_per_gigabyte:.2f} s a GB (R² {curve.fit:.3f})")
+        console.print(f"{curve.along} {grown}{line_of(curve)}")
+
+
+def line_of(curve: SpeedCurve) -> str:
+    """What its line says, where there is one."""
+    if curve.seconds_per_gigabyte is None or curve.fit is None:
+        return ""
+    return f"; {curve.seconds_per_gigabyte:.2f} s a GB read (R² of the line {curve.fit:.3f})"
 
 
 def markdown(report: SpeedReport) -> str:

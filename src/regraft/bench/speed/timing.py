@@ -17,10 +17,15 @@ from regraft.errors import RegraftError, shortened
 
 _BUFFER = 16 << 20
 _LAUNCHER = """
-import json, os, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 started = time.perf_counter()
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
+try:
+    _, status, usage = os.wait4(process.pid, 0)
+except BaseException:
+    process.kill()
+    raise
 seconds = time.perf_counter() - started
 print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
 code = os.waitstatus_to_exitcode(status)
@@ -51,8 +56,18 @@ class Spent:
         )
 
 
+def can_forget(folder: Path) -> bool:
+    """Whether files of a folder can be dropped from the page cache: on Linux, where they don't lie in memory."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    place = folder.resolve()
+    over = [(len(words[1]), words[2]) for words in mounts if place.is_relative_to(words[1])]
+    return not over or max(over)[1] not in ("tmpfs", "ramfs")
+
+
 def forget(files: Iterable[Path]) -> None:
-    """Have the system drop files from its page cache, so that reading them is reading the disk; no-op off Linux."""
+    """Have the system drop files from its page cache, so that reading them is reading the disk, where it can."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in files:
@@ -80,12 +95,19 @@ def spent(arguments: Sequence[str], *, threads: int, cold: Iterable[Path] = ()) 
     with tempfile.TemporaryFile() as said:
         # A process begins with the peak of the one that it was split off from, which a small one in between keeps low.
         launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, sys.executable, *arguments]
-        done = subprocess.run(launched, stdout=subprocess.PIPE, stderr=said, env=environment, check=False)
+        launcher = subprocess.Popen(launched, stdout=subprocess.PIPE, stderr=said, env=environment)
+        try:
+            told = launcher.communicate()[0]
+        except BaseException:
+            # It takes what it has begun with it.
+            launcher.terminate()
+            launcher.wait()
+            raise
         said.seek(0)
         lines = said.read().decode(errors="replace").strip().splitlines() or ["nothing was said"]
-    if done.returncode:
-        raise RegraftError(f"`{shortened(' '.join(arguments), 200)}` ended with {done.returncode}: {lines[-1]}")
-    seconds, processor_s, peak = json.loads(done.stdout)
+    if launcher.returncode:
+        raise RegraftError(f"`{shortened(' '.join(arguments), 200)}` ended with {launcher.returncode}: {lines[-1]}")
+    seconds, processor_s, peak = json.loads(told)
     return Spent(seconds, processor_s, (peak if sys.platform == "darwin" else peak * 1024) / 1e6)
 
 
