@@ -183,9 +183,16 @@ def speed(
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-speed-")))
         record = measure(
-            geometry(family), place, wanted, threads=threads, runs=runs, command=command, date=today, tick=tell
+            geometry(family),
+            place,
+            wanted,
+            threads=threads,
+            runs=runs,
+            command=command,
+            date=today,
+            tick=tell,
+            keep=lambda report: _keep(report, out),
         )
-        _keep(record, out)
         if models:
             tell("effect and stream")
             record = record.model_copy(update={"running": running(threads=threads)})

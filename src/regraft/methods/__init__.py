@@ -192,7 +192,7 @@ class Method:
         name: as ``--method`` takes it.
         reference: paper and equation, or tool.
         summary: one line for people.
-        needs: which weights it reads; empty for those that need shapes only.
+        needs: which weights it reads; empty for those that need shapes only, and get None and an empty tensor.
         scope: ``pair`` (fits once per base pair, may be saved as a migration) or ``adapter``.
         tier: ``port``, ``refine`` or ``bridge``.
         per: whether ``function`` is called per module, once per pair, or once per adapter.

@@ -113,6 +113,7 @@ def measure(
     command: str,
     date: str,
     tick: Tick,
+    keep: Callable[[SpeedReport], None] = lambda report: None,
 ) -> SpeedReport:
     """All figures of one family but the curves.
 
@@ -125,6 +126,7 @@ def measure(
         command: as it was given.
         date: of today.
         tick: called with what is at work.
+        keep: called with what is measured so far, after each method.
 
     Raises:
         RegraftError: a command failed, or there is no room for the files.
@@ -133,14 +135,22 @@ def measure(
         raise RegraftError("the memory of a process can't be measured on this system", remedy="Measure on Linux.")
     bench = Bench(pair, folder / pair.name, threads, runs)
     try:
-        return _measured(bench, methods, command=command, date=date, tick=tick)
+        return _measured(bench, methods, command=command, date=date, tick=tick, keep=keep)
     finally:
         # The checkpoints alone stay, where the folder does.
         for file in (bench.lora, bench.out, bench.large, bench.copied):
             file.unlink(missing_ok=True)
 
 
-def _measured(bench: Bench, methods: Sequence[str], *, command: str, date: str, tick: Tick) -> SpeedReport:
+def _measured(
+    bench: Bench,
+    methods: Sequence[str],
+    *,
+    command: str,
+    date: str,
+    tick: Tick,
+    keep: Callable[[SpeedReport], None],
+) -> SpeedReport:
     pair, threads, runs = bench.pair, bench.threads, bench.runs
     tick("writing both checkpoints")
     bench.write()
@@ -160,6 +170,36 @@ def _measured(bench: Bench, methods: Sequence[str], *, command: str, date: str, 
     found: dict[str, MethodSpeed] = {}
     sizes: dict[str, float] = {}
     migration_read: dict[str, float] = {}
+    counts = Counter(touched.values())
+
+    def report() -> SpeedReport:
+        return SpeedReport(
+            command=command,
+            date=date,
+            machine={"processor": platform.machine(), "cores": os.cpu_count() or 1, "system": platform.system()},
+            threads=threads,
+            runs=runs,
+            cold=can_forget(bench.folder),
+            family=pair.name,
+            title=pair.title,
+            modules=len(touched),
+            rank=RANK,
+            shapes=[ShapeCount(shape=list(shape), modules=count) for shape, count in counts.items()],
+            checkpoints_mb=sum(file.stat().st_size for file in bench.bases) / 1e6,
+            adapter_mb=adapter_mb,
+            start_s=start.seconds,
+            start_mb=start.peak_mb,
+            read_s=read_s,
+            read_processor_s=read_processor_s,
+            adapter_s=adapter_s,
+            inspect_s=inspect.seconds,
+            check_s=check.seconds,
+            check_peak_mb=check.peak_mb,
+            methods=found,
+            migration_mb=sizes,
+            migration_read_s=migration_read,
+        )
+
     for method in methods:
         tick(method)
         try:
@@ -181,33 +221,8 @@ def _measured(bench: Bench, methods: Sequence[str], *, command: str, date: str, 
         )
         if warm is not None:
             sizes[method], migration_read[method] = warm[1:]
-    counts = Counter(touched.values())
-    return SpeedReport(
-        command=command,
-        date=date,
-        machine={"processor": platform.machine(), "cores": os.cpu_count() or 1, "system": platform.system()},
-        threads=threads,
-        runs=runs,
-        cold=can_forget(bench.folder),
-        family=pair.name,
-        title=pair.title,
-        modules=len(touched),
-        rank=RANK,
-        shapes=[ShapeCount(shape=list(shape), modules=count) for shape, count in counts.items()],
-        checkpoints_mb=sum(file.stat().st_size for file in bench.bases) / 1e6,
-        adapter_mb=adapter_mb,
-        start_s=start.seconds,
-        start_mb=start.peak_mb,
-        read_s=read_s,
-        read_processor_s=read_processor_s,
-        adapter_s=adapter_s,
-        inspect_s=inspect.seconds,
-        check_s=check.seconds,
-        check_peak_mb=check.peak_mb,
-        methods=found,
-        migration_mb=sizes,
-        migration_read_s=migration_read,
-    )
+        keep(report())
+    return report()
 
 
 def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float | None]:

@@ -45,10 +45,12 @@ def prolora(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
 
 
 def procrustes(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
-    """Schönemann's rotations of one module's rows and columns, each from a full decomposition of its cross-Gram."""
-    u, _, vh = torch.linalg.svd(new @ old.T)
-    a, _, bh = torch.linalg.svd(new.T @ old)
-    return u @ (vh @ up), (down @ bh.T) @ a.T
+    """Schönemann's rotation of the smaller of one module's two sides, from a full decomposition of its cross-Gram."""
+    if new.shape[0] <= new.shape[1]:
+        u, _, vh = torch.linalg.svd(new @ old.T)
+        return u @ (vh @ up), down
+    u, _, vh = torch.linalg.svd(new.T @ old)
+    return up, (down @ vh.T) @ u.T
 
 
 #: Method → one module's factors on the new base.
