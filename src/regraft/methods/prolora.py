@@ -91,18 +91,17 @@ def _carried(
         similarity = (overlap(u_old, u_new) + overlap(v_old, v_new)) / 2
         if similarity < threshold:
             return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")
-    inside = (_both_inside(u_new, u_old), _both_inside(v_old, v_new))
-    outside = (_both_outside(u_new, u_old), _both_outside(v_old, v_new))
-    return Transport((inside, outside))
+    (left_in, left_out), (right_in, right_out) = _both(u_new, u_old), _both(v_old, v_new)
+    return Transport(((left_in, right_in), (left_out, right_out)))
 
 
-def _both_inside(a: Tensor, b: Tensor) -> LinearMap:
-    """A Aᵀ B Bᵀ."""
-    return LinearMap(0.0, a @ (a.T @ b), b.T)
+def _both(a: Tensor, b: Tensor) -> tuple[LinearMap, LinearMap]:
+    """A Aᵀ B Bᵀ, and (I − A Aᵀ)(I − B Bᵀ) = I − A Aᵀ − B Bᵀ + A AᵀB Bᵀ as one thin product.
 
-
-def _both_outside(a: Tensor, b: Tensor) -> LinearMap:
-    """(I − A Aᵀ)(I − B Bᵀ) = I − A Aᵀ − B Bᵀ + A AᵀB Bᵀ, as one thin product."""
-    left = torch.cat([a, b], dim=1)
-    right = torch.cat([(a.T @ b) @ b.T - a.T, -b.T], dim=0)
-    return LinearMap(1.0, left, right)
+    Args:
+        a: (m, r), orthonormal columns.
+        b: likewise.
+    """
+    product = (a.T @ b) @ b.T
+    outside = LinearMap(1.0, torch.cat([a, b], dim=1), torch.cat([product - a.T, -b.T]))
+    return LinearMap(0.0, a, product), outside
