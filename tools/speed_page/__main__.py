@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-from regraft.bench.speed.table import headline, legend, line_of, markdown, running_line
+from regraft.bench.speed.table import legend, line_of, markdown, running_line, sized
 from regraft.bench.table import replaced
 from regraft.report.json_schema import parse
 from regraft.report.speed_schema import SpeedCurve, SpeedReport
@@ -25,7 +25,7 @@ def section(reports: Sequence[SpeedReport], picture: str) -> str:
     parts: list[str] = []
     for report in reports:
         sizes = ", ".join(f"{name} {size / 1000:.1f} GB" for name, size in report.migration_mb.items() if size > 100)
-        parts += [f"### {report.title}", f"{headline(report)}.", markdown(report), legend(report)]
+        parts += [f"### {report.title}", f"{sized(report)}.", markdown(report), legend(report)]
         parts += [f"Migrations: {sizes}."] if sizes else []
         parts += [f"{running_line(report.running)}."] if report.running is not None else []
         if report.curves:

@@ -40,10 +40,10 @@ def _seconds(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def headline(report: SpeedReport) -> str:
-    """What was measured, in a sentence."""
+def sized(report: SpeedReport) -> str:
+    """How much was ported how, in a sentence."""
     size = f"{report.checkpoints_mb / 1000:.1f} GB of checkpoints"
-    return f"{report.title}: {size}, a LoRA of rank {report.rank} on {report.modules} modules, {report.threads} threads"
+    return f"{size}, a LoRA of rank {report.rank} on {report.modules} modules of the old base, {report.threads} threads"
 
 
 def legend(report: SpeedReport) -> str:
@@ -67,7 +67,7 @@ def running_line(found: RunningSpeed) -> str:
 
 def print_speed(report: SpeedReport, console: Console) -> None:
     """On a terminal."""
-    console.print(headline(report), highlight=False)
+    console.print(f"{report.title}: {sized(report)}", highlight=False)
     shown = Table(box=None)
     for head in HEADS:
         shown.add_column(head, justify="left" if not head else "right")
