@@ -16,7 +16,7 @@ HEADS = ("", "cold s", "× reading", "warm s", "memory MB", "plain way s", "fast
 def rows(report: SpeedReport) -> Iterator[tuple[str, ...]]:
     """One row for each job: its name and the columns of `HEADS`."""
     yield "reading both once", _seconds(report.read_s), "1.0", "–", "–", "–", "–", "–"
-    ratio = f"{report.check_s / report.read_s:.1f}"
+    ratio = _times(report.check_s, report.read_s)
     yield "inspect, 200 MB", _seconds(report.inspect_s), "–", "–", "–", "–", "–", "–"
     yield "check", _seconds(report.check_s), ratio, "–", f"{report.check_peak_mb:.0f}", "–", "–", "–"
     for name, found in report.methods.items():
@@ -27,13 +27,18 @@ def _row(found: MethodSpeed, read_s: float) -> tuple[str, ...]:
     plain = found.reference_s
     return (
         _seconds(found.cold_s),
-        f"{found.cold_s / read_s:.1f}",
+        _times(found.cold_s, read_s),
         "–" if found.warm_s is None else _seconds(found.warm_s),
         f"{found.peak_mb:.0f}",
         "–" if plain is None else _seconds(plain),
-        "–" if plain is None else f"{plain / found.cold_s:.1f} ×",
+        "–" if plain is None else f"{_times(plain, found.cold_s)} ×",
         "–" if found.apart is None else f"{found.apart:.0e}",
     )
+
+
+def _times(value: float, of: float) -> str:
+    # What takes no longer than the start of the interpreter has no share.
+    return f"{value / of:.1f}" if of > 0 else "–"
 
 
 def _seconds(value: float) -> str:
@@ -60,7 +65,9 @@ def legend(report: SpeedReport) -> str:
 
 def running_line(found: RunningSpeed) -> str:
     """What methods take that run both models."""
-    told = ", ".join(f"{name} {value:.1f} s ({value / found.floor_s:.1f} ×)" for name, value in found.seconds.items())
+    told = ", ".join(
+        f"{name} {value:.1f} s ({_times(value, found.floor_s)} ×)" for name, value in found.seconds.items()
+    )
     made = "effect once its inputs are made, stream with the drawing of its"
     return f"{found.n_inputs} inputs through both models of the demo: {found.floor_s:.1f} s; {told}; {made}"
 
