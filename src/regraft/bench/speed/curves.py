@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from shutil import rmtree
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from regraft.bench.speed.making import grid_geometry, write_lora
 from regraft.bench.speed.measure import RANK, Bench, start_of
-from regraft.bench.speed.timing import Spent, spent
+from regraft.bench.speed.timing import Spent, median_of, spent
 from regraft.report.speed_schema import SpeedCurve
+from regraft.tensors import Shape
 
 #: What grows, in which steps.
 MODULES, WIDTHS = (100, 200, 400, 800), (320, 640, 1280, 2048, 3072)
@@ -46,8 +48,7 @@ def curves(folder: Path, *, threads: int, runs: int, method: str, tick: Callable
         names = dict(list(bench.pair.touched().items())[:modules])
         write_lora(bench.lora, names, bench.pair.component, rank)
         found = bench.over(start, bench.port(method), bench.bases)
-        weights = sum(2 * 2 * rows * columns for rows, columns in names.values())
-        return _Point(value, (weights + bench.lora.stat().st_size) / 1e9, found)
+        return _Point(value, (_weights(names) + bench.lora.stat().st_size) / 1e9, found)
 
     def over(along: str, steps: Sequence[int], point: Callable[[int], _Point]) -> SpeedCurve:
         points = []
@@ -79,6 +80,11 @@ def curves(folder: Path, *, threads: int, runs: int, method: str, tick: Callable
         rmtree(place, ignore_errors=True)
 
 
+def _weights(modules: Mapping[str, Shape]) -> int:
+    """Bytes of these modules' weights in both bases, in half precision."""
+    return sum(2 * 2 * prod(shape) for shape in modules.values())
+
+
 def _library(bench: Bench, start: Spent, count: int, method: str) -> _Point:
     """Many adapters on one pair, by `regraft batch` with one worker; the memory is the larger process's."""
     loras, out = bench.folder / "loras", bench.folder / "out"
@@ -95,9 +101,7 @@ def _library(bench: Bench, start: Spent, count: int, method: str) -> _Point:
         # A second run would find all done.
         rmtree(out)
     rmtree(loras)
-    found.sort(key=lambda one: one.seconds)
-    weights = sum(2 * 2 * rows * columns for rows, columns in names.values())
-    return _Point(count, (weights + size) / 1e9, found[len(found) // 2].beyond(start))
+    return _Point(count, (_weights(names) + size) / 1e9, median_of(found).beyond(start))
 
 
 def _curve(along: str, points: Sequence[_Point]) -> SpeedCurve:

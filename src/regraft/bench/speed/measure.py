@@ -20,7 +20,7 @@ import psutil
 
 from regraft.bench.speed.making import Geometry, write_lora, write_pair
 from regraft.bench.speed.plain import WAYS
-from regraft.bench.speed.timing import Spent, can_forget, reading, spent, writing
+from regraft.bench.speed.timing import Spent, can_forget, environment, median_of, reading, spent, writing
 from regraft.errors import RegraftError, first_line
 from regraft.report.speed_schema import MethodSpeed, RunningSpeed, ShapeCount, SpeedReport
 
@@ -80,22 +80,21 @@ class Bench:
         write_pair(self.pair, self.folder)
         write_lora(self.lora, self.pair.touched(), self.pair.component, RANK)
 
-    def command(self, verb: str, *arguments: str, lora: Path | None = None, ends: bool = True) -> list[str]:
+    def command(self, verb: str, *arguments: str, ends: bool = True) -> list[str]:
         """Arguments of the interpreter for one verb on the pair."""
         from_to = ["--from", str(self.bases[0]), "--to", str(self.bases[1])] if ends else []
         threads = ["--threads", str(self.threads)] if ends else []
-        return ["-m", "regraft", verb, str(lora or self.lora), *from_to, *threads, "--quiet", *arguments]
+        return ["-m", "regraft", verb, str(self.lora), *from_to, *threads, "--quiet", *arguments]
 
-    def port(self, method: str, *arguments: str, out: Path | None = None, lora: Path | None = None) -> list[str]:
+    def port(self, method: str, *arguments: str) -> list[str]:
         """A cold port: from the checkpoints alone, running no model."""
         own = ["-m", method, "--no-cache", *(["--weights-only"] if method == "auto" else []), "--force", "--overwrite"]
-        return self.command("port", *own, "-o", str(out or self.out), *arguments, lora=lora)
+        return self.command("port", *own, "-o", str(self.out), *arguments)
 
     def over(self, start: Spent, arguments: Sequence[str], cold: Sequence[Path] = ()) -> Spent:
         """The median run of a command, beyond the interpreter's start."""
         found = [spent(arguments, threads=self.threads, cold=cold) for _ in range(self.runs)]
-        found.sort(key=lambda one: one.seconds)
-        return found[len(found) // 2].beyond(start)
+        return median_of(found).beyond(start)
 
 
 def start_of(threads: int) -> Spent:
@@ -270,8 +269,8 @@ def running(*, threads: int) -> RunningSpeed:
 
 def _said(arguments: Sequence[str], threads: int, what: str) -> dict[str, Any]:
     """What a module of this package prints, as JSON."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(threads), check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
         raise RegraftError(f"{what} failed: {lines[-1]}")

@@ -77,6 +77,19 @@ def forget(files: Iterable[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Of a process that is measured: with so many threads, and no network."""
+    found = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    # An installed package has its bytecode; to compile it at each start is no part of a port.
+    found.pop("PYTHONDONTWRITEBYTECODE", None)
+    return found
+
+
+def median_of(found: Sequence[Spent]) -> Spent:
+    """The one with the median of the seconds, the upper one of two."""
+    return sorted(found, key=lambda one: one.seconds)[len(found) // 2]
+
+
 def spent(arguments: Sequence[str], *, threads: int, cold: Iterable[Path] = ()) -> Spent:
     """Run ``python ARGUMENTS`` once and wait for it.
 
@@ -89,13 +102,10 @@ def spent(arguments: Sequence[str], *, threads: int, cold: Iterable[Path] = ()) 
         RegraftError: the command failed; says its last line.
     """
     forget(cold)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    # An installed package has its bytecode; to compile it at each start is no part of a port.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as said:
         # A process begins with the peak of the one that it was split off from, which a small one in between keeps low.
         launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, sys.executable, *arguments]
-        launcher = subprocess.Popen(launched, stdout=subprocess.PIPE, stderr=said, env=environment)
+        launcher = subprocess.Popen(launched, stdout=subprocess.PIPE, stderr=said, env=environment(threads))
         try:
             told = launcher.communicate()[0]
         except BaseException:
