@@ -11,9 +11,9 @@ from torch import Tensor
 
 from regraft import InputError, UsageError, open_base, port
 from regraft.carry import Settings
-from regraft.methods import get_method
+from regraft.methods import Skip, get_method
 from regraft.methods._layers import role_of, transport_plan
-from regraft.methods._subspace import index_matched, phi, subspaces
+from regraft.methods._subspace import filters, index_matched, phi, subspaces
 from regraft.methods.cross_lora import cross_lora
 from regraft.methods.dart import dart
 from regraft.methods.lora_x import lora_x
@@ -42,6 +42,45 @@ def test_between_weights_of_another_size_lora_x_moves_deltas_from_one_singular_p
     left, right = subspaces(new, 6, None)
     # Each pair gets its own, whatever the signs: the deltas of one pair have no sign of their own.
     torch.testing.assert_close((left.T @ moved @ right).diagonal().abs(), torch.arange(1.0, 7.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (20, 20), (300, 270)])
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+def test_a_soft_edge_keeps_of_each_direction_what_its_singular_value_says(shape: tuple[int, int], scale: float) -> None:
+    new, delta = weight(*shape), weight(*shape, 2)
+    u, s, vh = torch.linalg.svd(new.double(), full_matrices=False)
+    kept = s**2 / (s**2 + 0.7**2 * (s**2).mean())
+    wanted = (u * kept) @ (u.T @ delta.double() @ vh.T) @ (vh.T * kept).T
+    found = lora_x(None, new * scale, edge=0.7)
+    assert relative_error(found.dense(delta), wanted.float()) < 1e-5
+    up, down = weight(shape[0], 3, 4), weight(3, shape[1], 5)
+    moved = found.factors(up, down)
+    assert relative_error(moved.up @ moved.down, found.dense(up @ down)) < 1e-4
+
+
+def test_a_soft_edge_at_a_gap_is_the_projection_and_far_below_all_values_a_copy() -> None:
+    turn, other, delta = rotation(24, 1), rotation(24, 2), weight(24, 24, 3)
+    gap = turn @ torch.diag(torch.tensor([1e3] * 9 + [1e-3] * 15)) @ other
+    sharp = lora_x(None, gap, subspace_rank=9).dense(delta)
+    assert relative_error(lora_x(None, gap, edge=1e-2).dense(delta), sharp) < 2e-3
+    assert relative_error(lora_x(None, turn, edge=1e-3).dense(delta), delta) < 1e-3
+    assert torch.equal(lora_x(None, torch.zeros(24, 24), edge=1.0).dense(delta), delta)
+
+
+@pytest.mark.parametrize("edge", [0.0, -1.0, float("nan")])
+def test_a_soft_edge_is_above_nothing(edge: float) -> None:
+    with pytest.raises(UsageError, match="--edge"):
+        filters(weight(8, 8), edge)
+
+
+def test_a_soft_edge_has_no_cut_and_carries_one_size(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--edge excludes"):
+        lora_x(None, weight(8, 8), edge=1.0, energy=0.5)
+    assert isinstance(lora_x(weight(8, 8), weight(9, 8), edge=1.0), Skip)
+    result = ported(llama(), drifted(llama(), 0.1), tmp_path, "lora-x", edge=0.5)
+    kept = [row.energy_kept for row in result.report.modules if row.status == "ported"]
+    assert kept
+    assert all(share is not None and 0 < share < 1 for share in kept)
 
 
 def test_the_signs_of_singular_pairs_are_flipped_jointly() -> None:

@@ -26,6 +26,7 @@ class RowOptions(BaseModel):
     subspace_rank: str | None = None
     energy: float | None = None
     threshold: str | None = None
+    edge: float | None = None
     pull: str | None = None
     ridge: float | None = None
     removed: str | None = None
@@ -59,6 +60,7 @@ class RowOptions(BaseModel):
             subspace_rank=o.number_or_share(self.subspace_rank, "--subspace-rank"),
             energy=self.energy,
             threshold=o.number_or_word(self.threshold, "--threshold", "paper"),
+            edge=self.edge,
             pull=o.pull(self.pull),
             ridge=self.ridge,
             removed=self.removed,

@@ -25,7 +25,7 @@ from regraft.port import fit_for
 from regraft.report.schema import BaseSummary
 
 #: What decides a fit; the other options are each adapter's own.
-_FITTED_BY = ("method", "subspace_rank", "energy", "threshold", "pull", "ridge", "removed", "n_inputs", "seed")
+_FITTED_BY = ("method", "subspace_rank", "energy", "threshold", "edge", "pull", "ridge", "removed", "n_inputs", "seed")
 _COMPUTING = {"device": "cpu", "dtype": torch.float32}
 # Adapters of one trainer change the same modules; a library has few such sets.
 _MOST_SURVEYS = 64

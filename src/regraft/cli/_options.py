@@ -81,6 +81,10 @@ SubspaceRank = Annotated[
     str | None, typer.Option("--subspace-rank", metavar="N|SHARE", help="lora-x, prolora: rank of the subspaces.")
 ]
 Energy = Annotated[float | None, typer.Option("--energy", help="lora-x, prolora: share of ‖W‖² in the subspaces.")]
+Edge = Annotated[
+    float | None,
+    typer.Option("--edge", metavar="τ", help="lora-x: a soft edge at τ root mean squares of the singular values."),
+]
 Threshold = Annotated[
     str | None,
     typer.Option(

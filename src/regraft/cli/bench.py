@@ -157,15 +157,18 @@ def speed(
     from regraft.bench.speed.making import FAMILIES, geometry
     from regraft.bench.speed.measure import METHODS, measure, running
     from regraft.bench.speed.table import print_speed
+    from regraft.bench.variants import parse_variants
     from regraft.hardware import free_processors
     from regraft.methods import get_method
 
     if family not in FAMILIES:
         raise UsageError(f"--family {family!r} is not known", remedy=f"Known: {', '.join(FAMILIES)}.")
     wanted = _split(methods) or list(METHODS)
-    for name in wanted:
-        if get_method(name).runs:
-            raise UsageError(f"{name} runs both models, which are no more than weights here", remedy="Leave it out.")
+    for variant in parse_variants(wanted):
+        if get_method(variant.method).runs:
+            raise UsageError(
+                f"{variant.name} runs both models, which are no more than weights here", remedy="Leave it out."
+            )
     if out is not None:
         check_writable(out, overwrite=True)
     threads = threads or free_processors()

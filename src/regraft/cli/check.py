@@ -31,6 +31,7 @@ def check(
     subspace_rank: o.SubspaceRank = None,
     energy: o.Energy = None,
     threshold: o.Threshold = None,
+    edge: o.Edge = None,
     removed: o.Removed = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
@@ -77,6 +78,7 @@ def check(
         subspace_rank=rank,
         energy=energy,
         threshold=o.number_or_word(threshold, "--threshold", "paper"),
+        edge=edge,
         removed=removed,
     )
     chosen = o.selection(include, exclude, components)

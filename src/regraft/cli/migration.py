@@ -73,6 +73,7 @@ def make(
     subspace_rank: o.SubspaceRank = None,
     energy: o.Energy = None,
     threshold: o.Threshold = None,
+    edge: o.Edge = None,
     precision: Annotated[
         str, typer.Option("--precision", help="half: maps in float16 where the error allows it; or full.")
     ] = "half",
@@ -98,7 +99,11 @@ def make(
     computing = o.use_hardware(device, dtype, threads)
     rank = o.number_or_share(subspace_rank, "--subspace-rank")
     options = o.method_options(
-        method, subspace_rank=rank, energy=energy, threshold=o.number_or_word(threshold, "--threshold", "paper")
+        method,
+        subspace_rank=rank,
+        energy=energy,
+        threshold=o.number_or_word(threshold, "--threshold", "paper"),
+        edge=edge,
     )
     figures = tuple(figure for record in measured or () for figure in figures_of(record))
     source, target = open_base(old), open_base(new)

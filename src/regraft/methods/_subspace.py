@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
-from regraft.transport import LinearMap, Transport, rank_for_energy
+from regraft.transport import IDENTITY, LinearMap, Transport, rank_for_energy
 
 # From this size on, an eigendecomposition of the Gram matrix is worth its care.
 _LARGE = 256
@@ -14,6 +14,10 @@ _LARGE = 256
 _SMALL, _TINY, _HUGE = 0.03, 1e-15, 1e15
 # Directions on either side of the cut.
 _AROUND = 32
+# Least τ² by the sum of σ², which the largest σ² can't exceed: keeps the Cholesky factor sound in float32.
+_LEAST = 1e-6
+# Column blocks of the Gram matrix; only those on and below the diagonal are made.
+_BLOCKS = 4
 
 
 def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor]:
@@ -73,6 +77,50 @@ def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> 
     outer = tall @ inner
     outer /= outer.norm(dim=0)
     return (outer, inner) if tall is weight else (inner, outer)
+
+
+def filters(weight: Tensor, edge: float) -> tuple[LinearMap, LinearMap]:
+    """The projections on a weight's left and right singular subspaces with a soft edge, without a decomposition.
+
+    Along the singular pair i they keep the share σᵢ² / (σᵢ² + τ²) (Tikhonov's filter factors): near 1 above τ, near 0
+    below. With the Cholesky factor of the smaller side's Gram matrix, WᵀW + τ² I = L Lᵀ for W (m, n) tall, the one of
+    the side n is I − τ² (L Lᵀ)⁻¹, and that of the side m is X Xᵀ, X = W L⁻ᵀ. A weight of zeros has no directions to
+    tell apart: it filters nothing.
+
+    Args:
+        weight: float32 matrix W (out, in).
+        edge: τ, in root mean squares of the singular values, ‖W‖ / √min(out, in).
+
+    Raises:
+        UsageError: ``edge`` is not above 0.
+    """
+    if not edge > 0:
+        raise UsageError(f"--edge {edge} is out of range", remedy="Give a number above 0.")
+    largest = float(weight.abs().max())
+    if largest == 0:
+        return IDENTITY, IDENTITY
+    is_tall = weight.shape[0] >= weight.shape[1]
+    # The filter is the same for any multiple of W; squares of very large or small numbers would leave float32.
+    tall = (weight if is_tall else weight.T) / largest
+    gram = _lower_gram(tall)
+    total = float(gram.diagonal().sum())
+    squared = max(edge**2 / len(gram), _LEAST) * total
+    gram.diagonal().add_(squared)
+    factor = torch.linalg.cholesky(gram)
+    short = LinearMap(1.0, torch.cholesky_inverse(factor).mul_(-squared))
+    x = torch.linalg.solve_triangular(factor, tall.T, upper=False).T
+    long = LinearMap(0.0, x, x.T)
+    return (long, short) if is_tall else (short, long)
+
+
+def _lower_gram(tall: Tensor) -> Tensor:
+    """TᵀT of T (m, n), right on and below the diagonal; what lies above is not told."""
+    n = tall.shape[1]
+    gram = tall.new_zeros(n, n)
+    step = -(-n // _BLOCKS)
+    for start in range(0, n, step):
+        gram[start:, start : start + step] = tall[:, start:].T @ tall[:, start : start + step]
+    return gram
 
 
 def _own(part: Tensor) -> Tensor:

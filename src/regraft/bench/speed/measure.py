@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from time import process_time
@@ -21,11 +22,12 @@ import psutil
 from regraft.bench.speed.making import Geometry, write_lora, write_pair
 from regraft.bench.speed.plain import WAYS
 from regraft.bench.speed.timing import Spent, can_forget, environment, median_of, reading, spent, writing
+from regraft.bench.variants import parse_variants
 from regraft.errors import RegraftError, first_line
 from regraft.report.speed_schema import MethodSpeed, RunningSpeed, ShapeCount, SpeedReport
 
 #: Measured by default. Those that run both models have a cost of another kind: see `bench`.
-METHODS = ("copy", "auto", "lora-x", "prolora", "procrustes")
+METHODS = ("copy", "auto", "lora-x", "lora-x edge=0.5", "prolora", "procrustes")
 _START = ("-c", "import torch, regraft.cli.port, regraft.cli.check; from regraft.formats import formats; formats()")
 RANK = 16
 # Of the adapter that `inspect` is measured on.
@@ -88,7 +90,10 @@ class Bench:
 
     def port(self, method: str, *arguments: str) -> list[str]:
         """A cold port: from the checkpoints alone, running no model."""
-        own = ["-m", method, "--no-cache", *(["--weights-only"] if method == "auto" else []), "--force", "--overwrite"]
+        variant = parse_variants([method])[0]
+        given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in variant.asked.items()]
+        weights_only = ["--weights-only"] if variant.method == "auto" else []
+        own = ["-m", variant.method, *chain.from_iterable(given), *weights_only, "--no-cache", "--force", "--overwrite"]
         return self.command("port", *own, "-o", str(self.out), *arguments)
 
     def over(self, start: Spent, arguments: Sequence[str], cold: Sequence[Path] = ()) -> Spent:
@@ -119,7 +124,7 @@ def measure(
     Args:
         pair: its names and shapes.
         folder: for the checkpoints; what is there already is used again.
-        methods: names of registered methods.
+        methods: names of registered methods, with options where wanted (``lora-x edge=0.5``).
         threads: that torch may use.
         runs: of which the median is taken; the plain way is measured once.
         command: as it was given.
@@ -226,7 +231,7 @@ def _measured(
 
 def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float | None]:
     """Seconds of the plain way, and how far our result is from its own; None where there is none."""
-    if method not in WAYS:
+    if parse_variants([method])[0].method not in WAYS:
         return None, None
     tick(f"{method}, the plain way")
     arguments = ["-m", "regraft.bench.speed.plain", method, *map(str, [*bench.bases, bench.lora, bench.out])]
@@ -280,9 +285,10 @@ def _said(arguments: Sequence[str], threads: int, what: str) -> dict[str, Any]:
 
 def _needed(bench: Bench, method: str) -> float:
     """Bytes that making a migration of the whole pair may take, by what the projecting methods hold."""
-    if method not in ("lora-x", "prolora", "cross-lora", "dart"):
+    name = parse_variants([method])[0].method
+    if name not in ("lora-x", "prolora", "cross-lora", "dart"):
         return 1e9
-    sides = 1 if method == "lora-x" else 2
+    sides = 1 if name == "lora-x" else 2
     matrices = [
         (shape[0], prod(shape[1:]))
         for name, shape in bench.pair.new.items()

@@ -1,7 +1,8 @@
 """The straightforward way, to hold ours against: both models whole in memory, `torch.linalg.svd` of each module.
 
-``python -m regraft.bench.speed.plain METHOD OLD NEW ADAPTER PORTED`` prints a JSON object: seconds to load, seconds of
-one module by shape, and how far the ported file is from what this came to.
+``python -m regraft.bench.speed.plain METHOD OLD NEW ADAPTER PORTED``, where METHOD may have options (``lora-x
+edge=0.5``), prints a JSON object: seconds to load, seconds of one module by shape, and how far the ported file is from
+what this came to.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from regraft.bench.speed.making import by_shape
+from regraft.bench.variants import parse_variants
 from regraft.tensors import Shape
 from regraft.transport import rank_for_energy
 
@@ -25,9 +28,12 @@ Factors = tuple[Tensor, Tensor]
 _ENERGY = 0.9
 
 
-def lora_x(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
+def lora_x(old: Tensor, new: Tensor, up: Tensor, down: Tensor, edge: float | None = None) -> Factors:
     """`regraft.methods.lora_x` of one size, by a full decomposition; all float32."""
     u, s, vh = torch.linalg.svd(new, full_matrices=False)
+    if edge is not None:
+        kept = s**2 / (s**2 + edge**2 * (s**2).mean())
+        return (u * kept) @ (u.T @ up), (down @ (vh.T * kept)) @ vh
     r = rank_for_energy(s, _ENERGY)
     return u[:, :r] @ (u[:, :r].T @ up), (down @ vh[:r].T) @ vh[:r]
 
@@ -54,7 +60,7 @@ def procrustes(old: Tensor, new: Tensor, up: Tensor, down: Tensor) -> Factors:
 
 
 #: Method → one module's factors on the new base.
-WAYS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Factors]] = {
+WAYS: Mapping[str, Callable[..., Factors]] = {
     "lora-x": lora_x,
     "prolora": prolora,
     "procrustes": procrustes,
@@ -88,7 +94,7 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path) -> d
     """Port one module of each shape and time it.
 
     Args:
-        method: of `WAYS`.
+        method: of `WAYS`, with its options.
         old: weights file of the old base.
         new: of the new one.
         adapter: diffusers' or PEFT's file.
@@ -102,6 +108,8 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path) -> d
     Raises:
         ValueError: ``ported`` lacks a module that was compared.
     """
+    variant = parse_variants([method])[0]
+    way = partial(WAYS[variant.method], **variant.options)
     started = time.perf_counter()
     before, after, state = load_file(old), load_file(new), load_file(adapter)
     updates, theirs = _updates(state), _updates(load_file(ported))
@@ -116,12 +124,12 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path) -> d
     for shape, alike in by_shape(shapes).items():
         module, begun = alike[0], time.perf_counter()
         one, other = before[f"{module}.weight"].float(), after[f"{module}.weight"].float()
-        result = WAYS[method](one, other, *updates[module])
+        result = way(one, other, *updates[module])
         rows.append({"shape": list(shape), "modules": len(alike), "seconds": time.perf_counter() - begun})
         if module not in theirs:
             raise ValueError(f"{ported} has no {module}")
         apart.append(_apart(theirs[module], result, updates[module][1].shape[0]))
-    return {"load_s": loaded, "shapes": rows, "apart": max(apart) if method in EQUAL else None}
+    return {"load_s": loaded, "shapes": rows, "apart": max(apart) if variant.method in EQUAL else None}
 
 
 if __name__ == "__main__":
