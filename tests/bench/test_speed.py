@@ -32,13 +32,13 @@ def test_figures_of_a_small_pair(tmp_path: Path) -> None:
     told: list[str] = []
     pair = grid_geometry(WIDTH, 4)
     given = {"threads": 1, "runs": 1, "command": "regraft bench speed", "date": "2000-01-01", "tick": told.append}
-    report = measure(pair, tmp_path, ["copy", "lora-x", "lora-x edge=0.5"], **given)
+    report = measure(pair, tmp_path, ["copy", "lora-x", "lora-x edge=0.35"], **given)
     assert report.modules == 4
     assert [(row.shape, row.modules) for row in report.shapes] == [([WIDTH, WIDTH], 4)]
     copy, projected = report.methods["copy"], report.methods["lora-x"]
     assert (copy.apart, copy.reference_s) == (None, None)
     # Ours goes another way to the same projection, and to the same filter.
-    for found in (projected, report.methods["lora-x edge=0.5"]):
+    for found in (projected, report.methods["lora-x edge=0.35"]):
         assert found.apart is not None
         assert 0 < found.apart < 1e-3
     assert None not in (copy.warm_s, projected.warm_s, projected.reference_s)

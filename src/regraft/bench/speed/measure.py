@@ -27,7 +27,7 @@ from regraft.errors import RegraftError, first_line
 from regraft.report.speed_schema import MethodSpeed, RunningSpeed, ShapeCount, SpeedReport
 
 #: Measured by default. Those that run both models have a cost of another kind: see `bench`.
-METHODS = ("copy", "auto", "lora-x", "lora-x edge=0.5", "prolora", "procrustes")
+METHODS = ("copy", "auto", "lora-x", "lora-x edge=0.35", "prolora", "procrustes")
 _START = ("-c", "import torch, regraft.cli.port, regraft.cli.check; from regraft.formats import formats; formats()")
 RANK = 16
 # Of the adapter that `inspect` is measured on.
@@ -124,7 +124,7 @@ def measure(
     Args:
         pair: its names and shapes.
         folder: for the checkpoints; what is there already is used again.
-        methods: names of registered methods, with options where wanted (``lora-x edge=0.5``).
+        methods: names of registered methods, with options where wanted (``lora-x edge=0.35``).
         threads: that torch may use.
         runs: of which the median is taken; the plain way is measured once.
         command: as it was given.

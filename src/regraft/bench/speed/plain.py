@@ -1,7 +1,7 @@
 """The straightforward way, to hold ours against: both models whole in memory, `torch.linalg.svd` of each module.
 
 ``python -m regraft.bench.speed.plain METHOD OLD NEW ADAPTER PORTED``, where METHOD may have options (``lora-x
-edge=0.5``), prints a JSON object: seconds to load, seconds of one module by shape, and how far the ported file is from
+edge=0.35``), prints a JSON object: seconds to load, seconds of one module by shape, and how far the ported file is from
 what this came to.
 """
 
