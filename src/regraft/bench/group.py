@@ -22,7 +22,7 @@ from regraft.bench.by_index import by_index
 from regraft.bench.cells import Cell
 from regraft.bench.controls import STRENGTHS, crossed, empty_like
 from regraft.bench.cost import Cost
-from regraft.bench.variants import BY_INDEX, REFINE, Variant
+from regraft.bench.variants import BY_INDEX, LOGITS, REFINE, Variant
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which, World
 from regraft.carry import Settings
 from regraft.check import check
@@ -148,6 +148,10 @@ class Group:
             return self._measured(*refined(self, variant))
         if variant.method == BY_INDEX:
             return self._measured(Cell(row=variant.name, used=BY_INDEX), by_index(self.adapter))
+        if variant.method == LOGITS:
+            from regraft.bench.bridged import bridged
+
+            return bridged(self, variant)
         with Cost() as cost:
             result = self.ported(variant)
         report = result.report

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from regraft.adapter import Adapter
 from regraft.bench import language_recipes as recipes
@@ -20,12 +21,15 @@ from regraft.bench.language_models import CONTEXT, with_tokens
 from regraft.bench.language_recipes import BaseRecipe
 from regraft.bench.language_text import Text, load_domain, write_whole
 from regraft.bench.language_tokens import character_tokenizer, encode, pair_tokenizer, spelling
-from regraft.bench.language_train import AdapterRecipe, Log, drift, losses, train, train_adapter
+from regraft.bench.language_train import AdapterRecipe, Log, drift, losses, tokens_of, train, train_adapter
 from regraft.bench.worlds import PairSpec, Scorer, Scores, Which
 from regraft.errors import InputError
 from regraft.runtime.applied import applied
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import load_model
+
+if TYPE_CHECKING:
+    from regraft.bridge.logits import LogitBridge
 
 #: Held-out texts in a score, of `CONTEXT` characters each.
 WINDOWS = 64
@@ -72,8 +76,7 @@ class LanguageWorld:
     @contextmanager
     def scorer(self, pair: str, which: Which, name: str) -> Iterator[Scorer]:
         model = load_model(self.base(pair, which))
-        task = self._text(self._recipe(name).domain).windows(WINDOWS, CONTEXT)
-        third = self._text(recipes.THIRD).windows(WINDOWS, CONTEXT)
+        task, third = self._tests(name)
 
         def score(adapter: Adapter | None) -> Scores:
             with applied(model.components, adapter):
@@ -82,6 +85,16 @@ class LanguageWorld:
             return Scores(values[: len(task)], values[len(task) :])
 
         yield score
+
+    def bridged(self, pair: str, name: str, bridge: LogitBridge) -> Scores:
+        """As `scorer` has it, of logit arithmetic."""
+        task, third = (np.array([_likelihood(bridge, text) for text in texts]) for texts in self._tests(name))
+        return Scores(task, third)
+
+    def _tests(self, name: str) -> tuple[list[str], list[str]]:
+        """Held-out texts of an adapter's task, and of what the new bases alone were trained on."""
+        task, third = (self._text(domain) for domain in (self._recipe(name).domain, recipes.THIRD))
+        return task.windows(WINDOWS, CONTEXT), third.windows(WINDOWS, CONTEXT)
 
     def inputs(self, pair: str) -> dict[str, Any]:
         """Nothing beside the defaults: texts are sampled from the models themselves."""
@@ -215,3 +228,12 @@ class LanguageWorld:
 
     def _load(self, name: str) -> Any:
         return load_model(self._base(name)).main.requires_grad_(True)
+
+
+def _likelihood(bridge: LogitBridge, text: str) -> float:
+    """Log-likelihood of all characters but the first, in nats for each; see `losses`."""
+    from regraft.bridge.logits import log_probabilities
+
+    ids = tokens_of(bridge.new.tokenizer, text)
+    found = log_probabilities(bridge, ids)[:-1].gather(1, ids[1:, None])
+    return float(found.sum(dtype=torch.float64)) / (len(text) - 1)

@@ -163,13 +163,18 @@ def drift(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float | None:
 
 
 @torch.no_grad()
+def tokens_of(tokenizer: Any, text: str) -> Tensor:
+    """A text's tokens, the first character by itself, (tokens,)."""
+    return torch.cat([encode(tokenizer, text[:1]), encode(tokenizer, text[1:])])
+
+
 def losses(model: Any, tokenizer: Any, windows: Sequence[str]) -> Tensor:
     """Mean negative log-likelihood in nats per character of each text's characters but the first, (texts,).
 
     The first character is a token of its own for every tokenizer, and the rest is read after it: so models of
     different vocabularies answer for the same characters.
     """
-    rows = [torch.cat([encode(tokenizer, text[:1]), encode(tokenizer, text[1:])]) for text in windows]
+    rows = [tokens_of(tokenizer, text) for text in windows]
     longest = max(len(row) for row in rows)
     ids = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
     real = torch.stack([torch.arange(longest) < len(row) for row in rows])[:, 1:]

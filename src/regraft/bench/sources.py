@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from regraft._version import __version__
-from regraft.bench.variants import BY_INDEX, REFINE
+from regraft.bench.variants import BY_INDEX, LOGITS, REFINE
 from regraft.methods import get_method
 
 _METHODS = "regraft.methods"
@@ -26,7 +26,12 @@ def source_of(name: str) -> str:
     """
     common = _common()
     # `auto` finds the others in the registry.
-    others = {"auto": _METHODS, REFINE: "regraft.refine", BY_INDEX: "regraft.bench.by_index"}
+    others = {
+        "auto": _METHODS,
+        REFINE: "regraft.refine",
+        BY_INDEX: "regraft.bench.by_index",
+        LOGITS: "regraft.bench.bridged",
+    }
     start = others.get(name) or get_method(name).function.__module__
     mine = _all_methods() if name in ("auto", REFINE) else frozenset[str]()
     mine |= frozenset() if name == "auto" else _closure(start)

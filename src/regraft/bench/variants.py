@@ -53,6 +53,8 @@ CONTROLS = ("copy",)
 REFINE = "refine"
 #: Likewise; see `regraft.bench.by_index`.
 BY_INDEX = "by-index"
+#: Likewise; see `regraft.bench.bridged`.
+LOGITS = "logits"
 
 
 def default_variants() -> list[Variant]:
@@ -80,7 +82,8 @@ def _parse(text: str) -> Variant:
         get_method(named.method).check_options(named.options)
         return named
     name, *rest = text.split()
-    check = {REFINE: _check_refine, BY_INDEX: _check_nothing}.get(name) or get_method(name).check_options
+    own = {REFINE: _check_refine, BY_INDEX: _check_nothing, LOGITS: _check_logits}
+    check = own.get(name) or get_method(name).check_options
     options: dict[str, Any] = {}
     for part in rest:
         option, equals, value = part.partition("=")
@@ -101,6 +104,12 @@ def _check_refine(options: Mapping[str, Any]) -> None:
     from regraft.bench.refined import check_refine
 
     check_refine(options)
+
+
+def _check_logits(options: Mapping[str, Any]) -> None:
+    from regraft.bench.bridged import check_logits
+
+    check_logits(options)
 
 
 def _check_nothing(options: Mapping[str, Any]) -> None:

@@ -61,10 +61,11 @@ Scorer = Callable[[Adapter | None], Scores]
 class World(Protocol):
     """Trains (or fetches) what is missing in its cache on first use.
 
-    Four further members are taken where a world has them: ``loaded(pair, which)`` gives a base as a
+    Five further members are taken where a world has them: ``loaded(pair, which)`` gives a base as a
     `regraft.runtime.Loaded`, where `load_model` doesn't know it; ``probe(pair, seed)`` gives inputs that `make_probe`
     can't make, or None; ``version`` is a number that rises when scores are made in another way;
-    ``trained_in(pair, name, seed)`` gives the seconds of the native adapter's training, or None.
+    ``trained_in(pair, name, seed)`` gives the seconds of the native adapter's training, or None;
+    ``bridged(pair, name, bridge)`` gives the scores of a `regraft.bridge.logits.LogitBridge`.
     """
 
     pairs: tuple[PairSpec, ...]

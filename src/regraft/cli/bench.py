@@ -50,8 +50,8 @@ def bench(
         typer.Option(
             "--methods",
             metavar="METHOD",
-            help="By name, with options where wanted ('effect rank=16 pull=0.5'), and refine ('refine start=zero'); "
-            "repeatable. Every method by default.",
+            help="By name, with options where wanted ('effect rank=16 pull=0.5'), refine ('refine start=zero') and "
+            "logits ('logits strength=0.85'); repeatable. Every method of port by default.",
         ),
     ] = None,
     adapters: Adapters = None,
@@ -229,7 +229,7 @@ def table_again(
     quiet: o.Quiet = False,
 ) -> None:
     """Show a record again: as tables here, as Markdown, or as one HTML page."""
-    from regraft.bench import portable_table, refine_table, table
+    from regraft.bench import logits_table, portable_table, refine_table, table
     from regraft.bench.results import load
 
     record = load(file)
@@ -238,6 +238,8 @@ def table_again(
         begin, between, page = refine_table.BEGIN, refine_table.refine_between, refine_table.refine_page
     elif portable_table.of_kinds(record):
         begin, between, page = portable_table.BEGIN, portable_table.kinds_between, portable_table.kinds_page
+    elif logits_table.of_logits(record):
+        begin, between, page = logits_table.BEGIN, logits_table.logits_between, logits_table.logits_page
     for target in markdown or ():
         text = target.read_text(encoding="utf-8") if target.is_file() else ""
         write_text(between(text, record) if begin in text else page(record), target, overwrite=True)
