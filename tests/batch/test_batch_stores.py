@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 from library import batch, contents, lines, make_bases, make_library
 from running import Run
@@ -62,6 +66,56 @@ def test_ray_writes_the_same_bytes(here: Path, run: Run) -> None:
         ray.shutdown()
     batch(["loras"], here / "here")
     assert contents(here / "by-ray") == contents(here / "here")
+
+
+def test_workers_of_ray_that_are_killed_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    make_bases(tmp_path)
+    make_library(tmp_path / "loras", 24)
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        journal = tmp_path / "by-ray" / "results.jsonl"
+        for rows in (1, 8):
+            while not over.is_set() and (not journal.exists() or journal.read_bytes().count(b"\n") < rows):
+                time.sleep(0.01)
+            while not over.is_set() and len(killed) < (rows > 1) + 1:
+                for process in _at_work():
+                    process.kill()
+                    killed.append(process.pid)
+                    break
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        pair = ("--from", "old.safetensors", "--to", "new.safetensors")
+        ran = run("batch", "loras", *pair, "--out", "by-ray", "--ray", "auto")
+    finally:
+        over.set()
+        killer.join()
+        ray.shutdown()
+    assert len(set(killed)) == 2, "it was through before its workers could be killed"
+    assert ran.code == 0, ran.err
+    batch(["loras"], tmp_path / "here")
+    assert contents(tmp_path / "by-ray") == contents(tmp_path / "here")
+    names = Counter(row["name"] for row in lines(tmp_path / "by-ray"))
+    assert len(names) == len(lines(tmp_path / "here"))
+    assert set(names.values()) == {1}
+
+
+def _at_work() -> list[psutil.Process]:
+    """Ray's workers that have a row: Ray renames them after their task."""
+    return [process for process in psutil.Process().children(recursive=True) if _title(process).startswith("ray::_do")]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_no_ray_is_told_in_one_line(here: Path, run: Run) -> None:
