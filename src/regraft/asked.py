@@ -184,7 +184,7 @@ def _that_match(given: tuple[tuple[str, float], ...], adapter: Adapter) -> tuple
     return given
 
 
-def seconds(text: str | None) -> float | None:
+def seconds(text: str | None, flag: str = "--budget") -> float | None:
     """``90`` → 90; ``10m`` → 600; ``2h`` → 7200.
 
     Raises:
@@ -194,5 +194,5 @@ def seconds(text: str | None) -> float | None:
         return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
     if found is None or float(found[1]) <= 0:
-        raise UsageError(f"--budget {text!r} is no time", remedy="Give seconds, 10m or 2h.")
+        raise UsageError(f"{flag} {text!r} is no time", remedy="Give seconds, 10m or 2h.")
     return float(found[1]) * _UNITS[found[2] or "s"]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from library import contents, lines, make_bases, make_library
 
-from regraft.batch.local import LocalExecutor
+from regraft.batch.local import LocalExecutor, at_most
 from regraft.batch.options import RowOptions
 from regraft.batch.rows import Row
 from regraft.batch.work import failed
@@ -85,11 +85,36 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(whole: Path, tmp_path: Pat
     assert {row["key"] for row in before} <= set(keys)
 
 
-def _dies(row: Row, fitted: object, out: str | None) -> BatchRow:
+def _dies(row: Row, fitted: object, out: str | None, timeout: float | None) -> BatchRow:
     """In place of the work: one row always kills its worker."""
     if row.name == "deadly":
         os.kill(os.getpid(), signal.SIGKILL)
     return failed(row, ValueError("reached"))
+
+
+def _hangs(row: Row, fitted: object, out: str | None, timeout: float | None) -> BatchRow:
+    """Likewise: one row never ends."""
+    with at_most(timeout):
+        if row.name == "stuck":
+            time.sleep(600)
+        return failed(row, ValueError("reached"))
+
+
+def test_a_row_that_never_ends_is_given_up_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.batch.local._do", _hangs)
+    rows = [Row("/a", name, "old", "new", RowOptions()) for name in ("b", "stuck", "c", "d")]
+    executor = LocalExecutor(2, retries=1, timeout=1.5)
+    results = [result for _, result in executor.run([(row, None) for row in rows], None)]  # type: ignore[misc]
+    told = {row.name: row for row in results if isinstance(row, BatchRow)}
+    assert "longer than 1.5 s, 2 times" in told.pop("stuck").reason
+    assert {row.reason for row in told.values()} == {"ValueError: reached"}
+
+
+def test_a_row_in_time_is_left_alone(tmp_path: Path) -> None:
+    code = "import time; from regraft.batch.local import at_most\nwith at_most(0.2): pass\ntime.sleep(0.5)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import time; from regraft.batch.local import at_most\nwith at_most(0.2): time.sleep(30)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
 
 
 def test_a_row_that_kills_each_worker_is_given_up_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,12 @@ class LocalExecutor:
     Attributes:
         jobs: how many.
         retries: how often a row whose worker died is begun again.
+        timeout: seconds, after which a row's worker gives up and ends; None for as long as it takes.
     """
 
     jobs: int
     retries: int = 2
+    timeout: float | None = None
 
     @property
     def name(self) -> str:
@@ -53,7 +56,7 @@ class LocalExecutor:
             while True:
                 while idle and (taken := again.popleft() if again else _first(waiting)) is not None:
                     slot, (job, attempt) = idle.pop(), taken
-                    flying[slot.submit(job, out)] = slot, job, attempt
+                    flying[slot.submit(job, out, self.timeout)] = slot, job, attempt
                 if not flying:
                     return
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
@@ -66,16 +69,17 @@ class LocalExecutor:
                         if attempt <= self.retries:
                             again.append((job, attempt + 1))
                             continue
-                        result = failed(job[0], died(attempt))
+                        result = failed(job[0], died(attempt, self.timeout))
                     yield job, _counted(result, attempt)
         finally:
             for slot in slots:
                 slot.close()
 
 
-def died(attempts: int) -> RegraftError:
+def died(attempts: int, timeout: float | None = None) -> RegraftError:
     """What is said of a row whose workers died."""
-    what = f"the process that worked on it died {attempts} times"
+    slow = "" if timeout is None else f", or took longer than {timeout:g} s,"
+    what = f"the process that worked on it died{slow} {attempts} time{'s' * (attempts > 1)}"
     return RegraftError(what, remedy="Is there memory for it? Try it alone with `regraft port`.")
 
 
@@ -95,17 +99,17 @@ class _Slot:
         self._sent: Fitted | None = None
         self._pool = _pool()
 
-    def submit(self, job: Job, out: str | None) -> Future[BatchRow | Known]:
+    def submit(self, job: Job, out: str | None, timeout: float | None) -> Future[BatchRow | Known]:
         """Hand over a row; its pair travels once."""
         row, fitted = job
         sent, self._sent = self._sent, fitted
         try:
-            return self._pool.submit(_do, row, None if sent is fitted else fitted, out)
+            return self._pool.submit(_do, row, None if sent is fitted else fitted, out, timeout)
         except BrokenProcessPool:
             # It died while it had nothing to do.
             self.replace()
             self._sent = fitted
-            return self._pool.submit(_do, row, fitted, out)
+            return self._pool.submit(_do, row, fitted, out, timeout)
 
     def replace(self) -> None:
         """A new process in place of the dead one."""
@@ -130,11 +134,27 @@ def _pool() -> ProcessPoolExecutor:
 _fitted: Fitted | None = None
 
 
-def _do(row: Row, fitted: Fitted | None, out: str | None) -> BatchRow | Known:
+def _do(row: Row, fitted: Fitted | None, out: str | None, timeout: float | None) -> BatchRow | Known:
     global _fitted
     _fitted = fitted or _fitted
     assert _fitted is not None
-    return work(row, _fitted, out)
+    with at_most(timeout):
+        return work(row, _fitted, out)
+
+
+@contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """End this process where what it does takes longer: what hangs on a disk or a network can't be told to stop."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _prepare(environment: Mapping[str, str]) -> None:

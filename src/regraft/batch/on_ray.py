@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.batch.local import Job, Result, died
+from regraft.batch.local import Job, Result, at_most, died
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
 from regraft.batch.work import Known, failed, work
@@ -25,11 +25,13 @@ class RayExecutor:
         ray: the package, connected.
         retries: how often Ray does that.
         address: as it was given.
+        timeout: seconds, after which a row's worker gives up and ends; None for as long as it takes.
     """
 
     ray: Any
     retries: int = 2
     address: str = "auto"
+    timeout: float | None = None
 
     @property
     def name(self) -> str:
@@ -47,7 +49,7 @@ class RayExecutor:
                 if pair is None or pair[0] is not job[1]:
                     pair = job[1], self.ray.put(job[1])
                 # In a list, a reference stays one: the worker fetches what it names once, not with every task.
-                flying[task.remote(job[0], [pair[1]], out)] = job
+                flying[task.remote(job[0], [pair[1]], out, self.timeout)] = job
             if not flying:
                 return
             for done in self.ray.wait(list(flying), num_returns=1)[0]:
@@ -55,7 +57,7 @@ class RayExecutor:
                 try:
                     result = self.ray.get(done)
                 except self.ray.exceptions.RayError:
-                    result = failed(job[0], died(self.retries + 1))
+                    result = failed(job[0], died(self.retries + 1, self.timeout))
                 yield job, result
 
     def _processors(self) -> int:
@@ -66,7 +68,7 @@ class RayExecutor:
 _last: tuple[str, Fitted] | None = None
 
 
-def _do(row: Row, pair: list[Any], out: str | None) -> BatchRow | Known:
+def _do(row: Row, pair: list[Any], out: str | None, timeout: float | None) -> BatchRow | Known:
     global _last
     import ray
     import torch
@@ -75,16 +77,18 @@ def _do(row: Row, pair: list[Any], out: str | None) -> BatchRow | Known:
     name = pair[0].hex()
     if _last is None or _last[0] != name:
         _last = name, ray.get(pair[0])
-    return work(row, _last[1], out)
+    with at_most(timeout):
+        return work(row, _last[1], out)
 
 
-def connect(address: str, jobs: int, retries: int) -> RayExecutor | None:
+def connect(address: str, jobs: int, retries: int, timeout: float | None = None) -> RayExecutor | None:
     """Ray at an address, or None where the package is not installed and ``auto`` was asked for.
 
     Args:
         address: of a cluster; ``auto`` for the one that this machine belongs to; ``local`` starts one here.
         jobs: processors of one that is started here.
         retries: see `RayExecutor`.
+        timeout: likewise.
 
     Raises:
         UsageError: Ray is asked for by address and not installed.
@@ -103,4 +107,4 @@ def connect(address: str, jobs: int, retries: int) -> RayExecutor | None:
         except (ConnectionError, ValueError, RuntimeError) as error:
             remedy = "--ray local starts one here; without --ray the processors of this machine do it."
             raise RegraftError(f"no Ray at {address!r} ({first_line(error)})", remedy=remedy) from None
-    return RayExecutor(ray, retries, address)
+    return RayExecutor(ray, retries, address, timeout)

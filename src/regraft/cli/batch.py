@@ -60,6 +60,12 @@ def batch(
     retries: Annotated[
         int, typer.Option("--retries", min=0, help="How often a row is begun again whose worker died.")
     ] = 2,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            "--timeout", metavar="10m", help="Most time for a row (seconds, 10m, 2h); then as if its worker had died."
+        ),
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     overwrite: Annotated[
@@ -91,6 +97,7 @@ def batch(
     }
     rows = expand(named, old, new, parse_options(given), without=place)
     rows = serving_rows(rows) if serve or serve_from else rows
+    longest = o.seconds(timeout, "--timeout")
     workers = jobs or o.free_processors()
     # For the fits, which the driver makes.
     o.use_hardware("cpu", "float32", None)
@@ -98,10 +105,10 @@ def batch(
     if ray is not None:
         from regraft.batch.on_ray import connect
 
-        executor = connect(ray, workers, retries)
+        executor = connect(ray, workers, retries, longest)
         if executor is None and not quiet:
             err.print("Ray is not installed: the processors of this machine do it.", markup=False, soft_wrap=True)
-    executor = executor or LocalExecutor(workers, retries)
+    executor = executor or LocalExecutor(workers, retries, longest)
     with progress("Checking" if check else "Porting", quiet=quiet) as tick:
         record = run_batch(
             rows, executor, out=place, check=check, overwrite=overwrite, serve_from=serve_from, tick=tick
