@@ -26,6 +26,7 @@ from toys import StateDict, drifted, llama, lora, relative_error, rotation, save
 
 METHODS = {
     "lora-x": {},
+    "lora-x with an edge": {"edge": 0.5},
     "lora-x-atc": {},
     "cross-lora": {"subspace_rank": 12},
     "prolora": {},

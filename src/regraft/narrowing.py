@@ -21,7 +21,7 @@ from regraft.errors import UsageError
 from regraft.plan import locate
 from regraft.tensors import Shape
 from regraft.tokens import tables_in
-from regraft.transport import Deferred, LinearMap, Terms, Transport
+from regraft.transport import Chained, Deferred, LinearMap, Terms, Transport
 from regraft.updates import ByShape, LowRank, Slice, Update
 from regraft.updates.exact import as_lowrank, is_factored
 
@@ -99,7 +99,7 @@ class Narrowing:
         return cls({home: update for home, update in single.items() if _is_low(update)})
 
     def __call__(self, module: ModuleRef, transport: Transport, old: Shape, new: Shape) -> Transport:
-        """The transport, folded where that holds less.
+        """The transport, folded where that holds less; else with its maps in memory.
 
         Args:
             module: of the old base.
@@ -110,15 +110,19 @@ class Narrowing:
         update = self.updates.get(module)
         found = as_lowrank(update) if update is not None and not transport.is_identity else None
         if update is None or found is None or _moves_more(found, transport, old, new):
-            return transport
+            return transport.held()
         out, inp = old[0], prod(old[1:])
         if (found.shape[0], prod(found.shape[1:])) != (out, inp):
-            return transport
+            return transport.held()
+        if isinstance(transport, Chained) and found.rank < min(out, inp):
+            q_up, q_down = _bases(found)
+            self.folded = True
+            return Folded(update, transport.images(q_up, q_down.T), transport.rotates)
         # Addresses of tensors that are freed come back: what is moved is known within this transport alone.
         terms = transport.to_cpu({}).terms
         thin = [(_shrinks(left, out, found.rank), _shrinks(right.T, inp, found.rank)) for left, right in terms]
         if not any(map(any, thin)):
-            return transport
+            return transport.held()
         q_up, q_down = _bases(found)
         parts = tuple(
             (left @ q_up if here else left, right.on_the_right(q_down.T) if there else right)

@@ -223,6 +223,19 @@ class Deferred(Transport):
         return f"{type(self).__name__}(rotates={self.rotates})"
 
 
+class Chained(Deferred):
+    """A transport whose maps are products of several, which need not be taken where a few directions are carried."""
+
+    def images(self, up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """What each term's maps make of given directions, L · up and down · R, float32 on the CPU.
+
+        Args:
+            up: (out, k).
+            down: (k, in).
+        """
+        raise NotImplementedError
+
+
 def _on_inputs(x: Tensor, right: LinearMap) -> Tensor:
     """x · R for rows x, (n, in) → (n, in').
 

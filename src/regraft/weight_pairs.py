@@ -181,8 +181,11 @@ class ComputedWeights:
 
     def for_adapter(self, module: ModuleRef, outcome: Outcome, target: ModuleRef | None = None) -> Outcome:
         narrowing = self.pairs.narrowing
-        if narrowing is None or not isinstance(outcome, Transport):
+        if not isinstance(outcome, Transport):
             return outcome
+        if narrowing is None:
+            # What is deferred may hold whole weights.
+            return outcome.held()
         shape_new = self.pairs.new.shape(self.pairs.targets[module] if target is None else target)
         return narrowing(module, outcome, self.pairs.old.shape(module), shape_new)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from regraft import InputError, UsageError, open_base, port
 from regraft.carry import Settings
 from regraft.methods import Skip, get_method
 from regraft.methods._layers import role_of, transport_plan
-from regraft.methods._subspace import filters, index_matched, phi, subspaces
+from regraft.methods._subspace import Filtered, index_matched, phi, subspaces
 from regraft.methods.cross_lora import cross_lora
 from regraft.methods.dart import dart
 from regraft.methods.lora_x import lora_x
-from regraft.transport import rank_for_energy
+from regraft.methods.prolora import _carried
+from regraft.transport import Chained, rank_for_energy
 from test_pairing import without_layers
 from test_removed import module
 from toys import StateDict, deltas, drifted, llama, lora, permutation, relative_error, rotation, save_base
@@ -70,7 +72,7 @@ def test_a_soft_edge_at_a_gap_is_the_projection_and_far_below_all_values_a_copy(
 @pytest.mark.parametrize("edge", [0.0, -1.0, float("nan")])
 def test_a_soft_edge_is_above_nothing(edge: float) -> None:
     with pytest.raises(UsageError, match="--edge"):
-        filters(weight(8, 8), edge)
+        Filtered(weight(8, 8), edge)
 
 
 def test_a_soft_edge_has_no_cut_and_carries_one_size(tmp_path: Path) -> None:
@@ -241,6 +243,27 @@ def test_large_weights_subspaces_are_those_of_the_full_decomposition(shape: tupl
         assert float(apart.norm() / wanted.norm()) < 1e-3
     # Pairs of one index belong together.
     assert _apart(found_u.T @ weight.float() @ found_v, torch.diag(s[:r]).float()) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (700, 280), (280, 900), (40, 24)])
+@pytest.mark.parametrize("method", ["lora-x", "lora-x edge", "prolora"])
+@pytest.mark.parametrize("scale", [1.0, 1e-10])
+def test_a_few_directions_are_carried_as_the_multiplied_maps_carry_them(
+    shape: tuple[int, int], method: str, scale: float
+) -> None:
+    new = (_spectrum(*shape) * scale).float()
+    old = (_spectrum(*shape) * scale + 0.1 * scale * weight(*shape, 3).double() / math.sqrt(shape[0])).float()
+    if method == "prolora":
+        found = _carried(old, new, None, None, None)
+    else:
+        found = lora_x(None, new, edge=0.35 if method.endswith("edge") else None)
+    assert isinstance(found, Chained)
+    up, down = weight(shape[0], 4, 6), weight(4, shape[1], 7)
+    images = found.images(up, down)
+    assert len(images) == len(found.terms)
+    for (left, right), (moved_up, moved_down) in zip(found.terms, images, strict=True):
+        assert relative_error(moved_up, left @ up) < 1e-3
+        assert relative_error(moved_down, right.on_the_right(down)) < 1e-3
 
 
 @pytest.mark.parametrize("least", [0.032, 0.01, 0.0])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
-from regraft.transport import IDENTITY, LinearMap, Transport, rank_for_energy
+from regraft.transport import Chained, LinearMap, Terms, Transport, projection, rank_for_energy
 
 # From this size on, an eigendecomposition of the Gram matrix is worth its care.
 _LARGE = 256
@@ -20,8 +24,112 @@ _LEAST = 1e-6
 _BLOCKS = 4
 
 
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Orthonormal columns U (m, r); those of a weight's longer side as U = W M, which are not multiplied out unasked.
+
+    Attributes:
+        inner: M (n, r), or U itself.
+        weight: W (m, n), or None.
+    """
+
+    inner: Tensor
+    weight: Tensor | None = None
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """U."""
+        if self.weight is None:
+            return self.inner
+        found: Tensor = self.weight @ self.inner
+        found /= found.norm(dim=0)
+        return found
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.inner.shape[1]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing lies outside of them."""
+        return (self.inner if self.weight is None else self.weight).shape[0] == self.rank
+
+    def project(self, x: Tensor) -> Tensor:
+        """U Uᵀ x for x (m, k)."""
+        if self.is_whole:
+            return x
+        if self.weight is None:
+            return self.inner @ (self.inner.T @ x)
+        return self.weight @ (self.inner @ (self.inner.T @ (self.weight.T @ x)))
+
+
+class Projected(Chained):
+    """ΔW ↦ P ΔW Q with P = U Uᵀ and Q = V Vᵀ; of two each, U₂U₂ᵀU₁U₁ᵀ ΔW V₁V₁ᵀV₂V₂ᵀ and what lies outside of all.
+
+    The second term is (I − U₂U₂ᵀ)(I − U₁U₁ᵀ) ΔW (I − V₁V₁ᵀ)(I − V₂V₂ᵀ).
+
+    Args:
+        left: U, or U₁ and U₂.
+        right: V, or V₁ and V₂.
+    """
+
+    def __init__(self, left: Sequence[Directions], right: Sequence[Directions]) -> None:
+        super().__init__(rotates=False)
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
+
+    left: Sequence[Directions]
+    right: Sequence[Directions]
+
+    @property
+    def terms(self) -> Terms:
+        ups, downs = [d.matrix for d in self.left], [d.matrix for d in self.right]
+        if len(ups) == 1:
+            return ((projection(ups[0]), projection(downs[0])),)
+        return tuple(zip(_in_and_out(ups[1], ups[0]), _in_and_out(downs[0], downs[1]), strict=True))
+
+    def images(self, up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        like = self.left[0].inner
+        up, down = up.to(like), down.T.to(like)
+        found = [(_along(self.left, up), _along(self.right, down))]
+        if len(self.left) > 1:
+            found.append((_past(self.left, up), _past(self.right, down)))
+        return tuple((one.to("cpu", torch.float32), other.T.to("cpu", torch.float32)) for one, other in found)
+
+
+def _along(chain: Sequence[Directions], x: Tensor) -> Tensor:
+    for directions in chain:
+        x = directions.project(x)
+    return x
+
+
+def _past(chain: Sequence[Directions], x: Tensor) -> Tensor:
+    for directions in chain:
+        x = x - directions.project(x)
+    return x
+
+
+def _in_and_out(a: Tensor, b: Tensor) -> tuple[LinearMap, LinearMap]:
+    """A Aᵀ B Bᵀ, and (I − A Aᵀ)(I − B Bᵀ) = I − A Aᵀ − B Bᵀ + A AᵀB Bᵀ as one thin product.
+
+    Args:
+        a: (m, r), orthonormal columns.
+        b: likewise.
+    """
+    product = (a.T @ b) @ b.T
+    outside = LinearMap(1.0, torch.cat([a, b], dim=1), torch.cat([product - a.T, -b.T]))
+    return LinearMap(0.0, a, product), outside
+
+
 def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor]:
-    """Leading left and right singular vectors of ``weight`` (out, in): U (out, r) and V (in, r).
+    """`directions` as matrices: U (out, r) and V (in, r)."""
+    left, right = directions(weight, rank, energy)
+    return left.matrix, right.matrix
+
+
+def directions(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions]:
+    """Leading left and right singular vectors of ``weight`` (out, in).
 
     Args:
         weight: float32 matrix.
@@ -39,7 +147,7 @@ def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) ->
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     r = _held(s, rank, energy)
     # Copies: a slice would keep the full factors in memory for as long as the transport lives.
-    return _own(u[:, :r]), _own(vh[:r].T)
+    return Directions(_own(u[:, :r])), Directions(_own(vh[:r].T))
 
 
 def _held(singular_values: Tensor, rank: int | float | None, energy: float | None) -> int:
@@ -54,7 +162,7 @@ def _held(singular_values: Tensor, rank: int | float | None, energy: float | Non
     return full if share == 1 else rank_for_energy(singular_values, share)
 
 
-def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor] | None:
+def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions] | None:
     """The same by the smaller side's Gram matrix, whose eigenvectors cost a third of the decomposition.
 
     Squaring costs half of the digits. They are enough for directions that are not small: the longer side's vectors are
@@ -62,7 +170,7 @@ def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> 
     lie so close that their order is settled in double precision.
     """
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
-    squares, vectors = torch.linalg.eigh(tall.T @ tall)
+    squares, vectors = torch.linalg.eigh(_lower_gram(tall))
     values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     r = _held(values, rank, energy)
     largest = float(values[0])
@@ -72,45 +180,67 @@ def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> 
     block = vectors[:, near].double()
     moved = tall.double() @ block
     # Largest last.
-    turn = torch.linalg.eigh(moved.T @ moved)[1].flip(1)
+    settled, turn = torch.linalg.eigh(moved.T @ moved)
+    settled, turn = settled.flip(0).clamp_min(0).sqrt().to(values), turn.flip(1)
     inner = torch.cat([vectors[:, : near.start], (block @ turn).to(weight.dtype)[:, : r - near.start]], dim=1)
-    outer = tall @ inner
-    outer /= outer.norm(dim=0)
-    return (outer, inner) if tall is weight else (inner, outer)
+    sizes = torch.cat([values[: near.start], settled[: r - near.start]])
+    long, short = Directions(inner / sizes, tall), Directions(inner)
+    return (long, short) if tall is weight else (short, long)
 
 
-def filters(weight: Tensor, edge: float) -> tuple[LinearMap, LinearMap]:
-    """The projections on a weight's left and right singular subspaces with a soft edge, without a decomposition.
+class Filtered(Chained):
+    """ΔW ↦ F_U ΔW F_V: the projections on a weight's singular subspaces with a soft edge, without a decomposition.
 
     Along the singular pair i they keep the share σᵢ² / (σᵢ² + τ²) (Tikhonov's filter factors): near 1 above τ, near 0
     below. With the Cholesky factor of the smaller side's Gram matrix, WᵀW + τ² I = L Lᵀ for W (m, n) tall, the one of
-    the side n is I − τ² (L Lᵀ)⁻¹, and that of the side m is X Xᵀ, X = W L⁻ᵀ. A weight of zeros has no directions to
-    tell apart: it filters nothing.
-
-    Args:
-        weight: float32 matrix W (out, in).
-        edge: τ, in root mean squares of the singular values, ‖W‖ / √min(out, in).
-
-    Raises:
-        UsageError: ``edge`` is not above 0.
+    the side n is I − τ² (L Lᵀ)⁻¹, and that of the side m is W (L Lᵀ)⁻¹ Wᵀ.
     """
-    if not edge > 0:
-        raise UsageError(f"--edge {edge} is out of range", remedy="Give a number above 0.")
-    largest = float(weight.abs().max())
-    if largest == 0:
-        return IDENTITY, IDENTITY
-    is_tall = weight.shape[0] >= weight.shape[1]
-    # The filter is the same for any multiple of W; squares of very large or small numbers would leave float32.
-    tall = (weight if is_tall else weight.T) / largest
-    gram = _lower_gram(tall)
-    total = float(gram.diagonal().sum())
-    squared = max(edge**2 / len(gram), _LEAST) * total
-    gram.diagonal().add_(squared)
-    factor = torch.linalg.cholesky(gram)
-    short = LinearMap(1.0, torch.cholesky_inverse(factor).mul_(-squared))
-    x = torch.linalg.solve_triangular(factor, tall.T, upper=False).T
-    long = LinearMap(0.0, x, x.T)
-    return (long, short) if is_tall else (short, long)
+
+    def __init__(self, weight: Tensor, edge: float) -> None:
+        """Factorise.
+
+        Args:
+            weight: float32 matrix W (out, in), not of zeros alone.
+            edge: τ, in root mean squares of the singular values, ‖W‖ / √min(out, in).
+
+        Raises:
+            UsageError: ``edge`` is not above 0.
+        """
+        if not edge > 0:
+            raise UsageError(f"--edge {edge} is out of range", remedy="Give a number above 0.")
+        super().__init__(rotates=False)
+        is_tall = weight.shape[0] >= weight.shape[1]
+        # The filter is the same for any multiple of W; squares of very large or small numbers would leave float32.
+        tall = (weight if is_tall else weight.T) / weight.abs().max()
+        gram = _lower_gram(tall)
+        total = float(gram.diagonal().sum())
+        squared = max(edge**2 / len(gram), _LEAST) * total
+        gram.diagonal().add_(squared)
+        found = {"is_tall": is_tall, "tall": tall, "squared": squared, "factor": torch.linalg.cholesky(gram)}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    is_tall: bool
+    tall: Tensor
+    squared: float
+    factor: Tensor
+
+    @property
+    def terms(self) -> Terms:
+        x = torch.linalg.solve_triangular(self.factor, self.tall.T, upper=False).T
+        long, short = LinearMap(0.0, x, x.T), LinearMap(1.0, torch.cholesky_inverse(self.factor).mul_(-self.squared))
+        return ((long, short) if self.is_tall else (short, long),)
+
+    def images(self, up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        up, down = up.to(self.tall), down.T.to(self.tall)
+        left, right = (self._long(up), self._short(down)) if self.is_tall else (self._short(up), self._long(down))
+        return ((left.to("cpu", torch.float32), right.T.to("cpu", torch.float32)),)
+
+    def _long(self, x: Tensor) -> Tensor:
+        return self.tall @ torch.cholesky_solve(self.tall.T @ x, self.factor)
+
+    def _short(self, x: Tensor) -> Tensor:
+        return x - self.squared * torch.cholesky_solve(x, self.factor)
 
 
 def _lower_gram(tall: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from regraft.errors import UsageError
 from regraft.methods import Outcome, Skip, method
-from regraft.methods._subspace import filters, index_matched, overlap, subspaces
-from regraft.transport import Transport, projection
+from regraft.methods._subspace import Filtered, Projected, directions, index_matched, overlap, subspaces
+from regraft.transport import Transport
 
 
 @method(
@@ -49,17 +49,18 @@ def lora_x(
             raise UsageError("--edge excludes --subspace-rank, --energy and --threshold", remedy="Give one of them.")
         if old is not None and old.shape != new.shape:
             return Skip("with a soft edge, only weights of one size are carried")
-        return Transport((filters(new, edge),))
-    u, v = subspaces(new, subspace_rank, energy)
+        # A weight of zeros has no directions to tell apart.
+        return Filtered(new, edge) if new.any() else Transport()
+    u, v = directions(new, subspace_rank, energy)
     if old is not None and old.shape != new.shape:
-        return index_matched(*subspaces(old, u.shape[1], None), u, v)
+        return index_matched(*subspaces(old, u.rank, None), u.matrix, v.matrix)
     if isinstance(threshold, str):
         raise UsageError(f"lora-x has no threshold {threshold!r}", remedy="The paper gives none: give a number.")
     if threshold is not None:
         if old is None:
             raise UsageError("lora-x with --threshold compares both bases", remedy="Give --from.")
-        u_old, v_old = subspaces(old, u.shape[1], None)
-        similarity = (overlap(u_old, u) + overlap(v_old, v)) / 2
+        u_old, v_old = subspaces(old, u.rank, None)
+        similarity = (overlap(u_old, u.matrix) + overlap(v_old, v.matrix)) / 2
         if similarity < threshold:
             return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")
-    return Transport(((projection(u), projection(v)),))
+    return Transport() if u.is_whole and v.is_whole else Projected([u], [v])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
 from regraft.methods import Fit, Outcome, Skip, WeightPairs, method
 from regraft.methods._layers import grids
-from regraft.methods._subspace import overlap, phi, subspaces
-from regraft.transport import LinearMap, Transport
+from regraft.methods._subspace import Projected, directions, overlap, phi
 
 #: The paper's, on Φ as it stands, not corrected for chance.
 PAPER_THRESHOLD = 0.8
@@ -81,27 +79,14 @@ def _carried(
     if old.shape != new.shape:
         sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
         return Skip(f"prolora carries equal sizes only: {sizes}", planned=False)
-    u_old, v_old = subspaces(old, subspace_rank, energy)
-    u_new, v_new = subspaces(new, u_old.shape[1], None)
+    u_old, v_old = directions(old, subspace_rank, energy)
+    u_new, v_new = directions(new, u_old.rank, None)
     if threshold == "paper":
-        sides = phi(u_old, u_new), phi(v_old, v_new)
+        sides = phi(u_old.matrix, u_new.matrix), phi(v_old.matrix, v_new.matrix)
         if min(sides) < PAPER_THRESHOLD:
             return Skip(f"Φ is {sides[0]:.2f} on the left and {sides[1]:.2f} on the right, below {PAPER_THRESHOLD}")
     elif threshold is not None:
-        similarity = (overlap(u_old, u_new) + overlap(v_old, v_new)) / 2
+        similarity = (overlap(u_old.matrix, u_new.matrix) + overlap(v_old.matrix, v_new.matrix)) / 2
         if similarity < threshold:
             return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")
-    (left_in, left_out), (right_in, right_out) = _both(u_new, u_old), _both(v_old, v_new)
-    return Transport(((left_in, right_in), (left_out, right_out)))
-
-
-def _both(a: Tensor, b: Tensor) -> tuple[LinearMap, LinearMap]:
-    """A Aᵀ B Bᵀ, and (I − A Aᵀ)(I − B Bᵀ) = I − A Aᵀ − B Bᵀ + A AᵀB Bᵀ as one thin product.
-
-    Args:
-        a: (m, r), orthonormal columns.
-        b: likewise.
-    """
-    product = (a.T @ b) @ b.T
-    outside = LinearMap(1.0, torch.cat([a, b], dim=1), torch.cat([product - a.T, -b.T]))
-    return LinearMap(0.0, a, product), outside
+    return Projected([u_old, u_new], [v_old, v_new])
