@@ -11,7 +11,7 @@ import toyworld
 
 from regraft.bench import run
 from regraft.bench.cells import Cell
-from regraft.bench.controls import CONTROLS
+from regraft.bench.controls import CONTROLS, FEW
 from regraft.bench.group import Group
 from regraft.bench.results import assemble, load, save
 from regraft.bench.variants import Variant, default_variants, parse_variants
@@ -122,6 +122,16 @@ def test_a_killed_run_loses_at_most_the_cell_it_was_at(tmp_path: Path, monkeypat
     after = written(tmp_path)
     assert len(after) == 1 + len(CONTROLS)
     assert all(after[file] == time for file, time in kept.items())
+
+
+def test_with_few_controls_the_shares_are_the_same(toy_cache: Path, toy_record: BenchReport) -> None:
+    wanted = run.targets(toy_cache, worlds=toyworld.FACTORY)
+    few = assemble(wanted, parse_variants(METHODS), toy_cache, command="", date="2026-11-25", controls=FEW)
+    (pair, *_), (whole, *_) = few.pairs, toy_record.pairs
+    assert [row.name for row in pair.rows] == ["none", "copy", "reverted", "native", *METHODS]
+    shares = {row.name: row.recovery for row in whole.rows}
+    assert all(row.recovery == shares[row.name] for row in pair.rows)
+    assert not few.missing
 
 
 def test_half_a_cell_counts_as_none(toy_cache: Path) -> None:

@@ -25,6 +25,9 @@ CONTROLS = {
     "old": "the old base alone",
 }
 
+#: Those that shares are counted from; the others tell of the measurement itself.
+FEW = ("none", "copy", "reverted", "native", "old")
+
 #: That the best copy is chosen from; 1 is the copy itself.
 STRENGTHS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
 

@@ -44,7 +44,13 @@ _NO_LEAD = "the new base is not better than the old one on these inputs"
 
 
 def assemble(
-    wanted: Sequence[Target], variants: Sequence[Variant], cache: Path, *, command: str, date: str
+    wanted: Sequence[Target],
+    variants: Sequence[Variant],
+    cache: Path,
+    *,
+    command: str,
+    date: str,
+    controls: Sequence[str] = tuple(CONTROLS),
 ) -> BenchReport:
     """The record of what lies in the cache; what is not there is left out, and counted.
 
@@ -54,8 +60,9 @@ def assemble(
         cache: the benchmark's folder.
         command: that a reader types to make it again.
         date: of the run.
+        controls: that were measured.
     """
-    rows: list[tuple[str, Variant | None]] = [(row, None) for row in CONTROLS]
+    rows: list[tuple[str, Variant | None]] = [(row, None) for row in controls]
     rows += [(variant.name, variant) for variant in variants]
     found: dict[str, dict[str, list[BenchSeed]]] = {}
     missing: dict[str, int] = {}

@@ -67,6 +67,7 @@ class Job:
     """What one process does: a target by all its rows."""
 
     target: Target
+    controls: tuple[str, ...]
     variants: tuple[Variant, ...]
     cache: Path
     resume: bool
@@ -151,6 +152,7 @@ def run_grid(
     *,
     jobs: int = 1,
     resume: bool = False,
+    controls: Sequence[str] = tuple(CONTROLS),
     tick: Tick = lambda done, total, what: None,
 ) -> None:
     """Fill the cache's cells. Nothing that a method or a world does ends it: errors become cells, or lines of the log.
@@ -161,9 +163,10 @@ def run_grid(
         cache: the benchmark's folder.
         jobs: processes of one thread each; 0 does it all in this one.
         resume: leave cells alone that are there, of the same content, and hold no error.
+        controls: of `regraft.bench.controls.CONTROLS`; at least `FEW`.
         tick: told of each group that is done.
     """
-    todo = [Job(target, tuple(variants), cache, resume, os.getpid()) for target in wanted]
+    todo = [Job(target, tuple(controls), tuple(variants), cache, resume, os.getpid()) for target in wanted]
     if jobs == 0:
         for done, job in enumerate(todo, start=1):
             run_job(job)
@@ -237,7 +240,7 @@ def dependence(row: str, variant: Variant | None = None) -> dict[str, Any]:
 
 
 def _fill(group: Group, shelf: Shelf, job: Job) -> None:
-    rows: list[tuple[str, Variant | None]] = [(row, None) for row in CONTROLS]
+    rows: list[tuple[str, Variant | None]] = [(row, None) for row in job.controls]
     rows += [(variant.name, variant) for variant in job.variants]
     checks = shelf.read_check(source=source_of_check()) if job.resume else None
     if checks is None or checks.error:

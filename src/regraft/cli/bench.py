@@ -61,6 +61,9 @@ def bench(
         bool,
         typer.Option("--resume", help="Keep the cells in the cache, unless their code or content changed."),
     ] = False,
+    few_controls: Annotated[
+        bool, typer.Option("--few-controls", help="Only those that shares are counted from: no best copy, no random.")
+    ] = False,
     cache: Cache = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write the record, as results/bench.json is.")
@@ -78,6 +81,7 @@ def bench(
     """Measure every method on pairs of bases, beside controls: recovery, retention, time."""
     if context.invoked_subcommand is not None:
         return
+    from regraft.bench.controls import CONTROLS, FEW
     from regraft.bench.results import assemble, kept, load, save
     from regraft.bench.run import known_pairs, run_grid, targets
     from regraft.bench.table import print_table
@@ -91,14 +95,16 @@ def bench(
     folder = _folder(cache)
     wanted = targets(folder, _split(pairs), _split(adapters), _numbers(seeds))
     variants = parse_variants(_split(methods)) if methods else default_variants()
+    controls = FEW if few_controls else tuple(CONTROLS)
     with progress("Measuring", quiet=quiet) as tick:
-        run_grid(wanted, variants, folder, jobs=jobs, resume=resume, tick=tick)
+        run_grid(wanted, variants, folder, jobs=jobs, resume=resume, controls=controls, tick=tick)
     given = {"--pairs": pairs, "--methods": methods, "--adapters": adapters, "--seeds": seeds}
     words = [word for name, values in given.items() for value in values or () for word in (name, value)]
+    words += ["--few-controls"] * few_controls
     command = shlex.join(["regraft", "bench", *words, "--jobs", str(jobs), "--resume", "--cache", "DIR"])
     command += f" --out {out.name if out.is_absolute() else out}{' --keep' * keep}" if out is not None else ""
     today = datetime.now(timezone.utc).date().isoformat()
-    record = assemble(wanted, variants, folder, command=command, date=today)
+    record = assemble(wanted, variants, folder, command=command, date=today, controls=controls)
     lost = record.missing
     if keep:
         nothing = record.model_copy(update={"runs": [], "pairs": [], "groups": []})
