@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from regraft.carry import Settings
     from regraft.check import check
     from regraft.errors import InputError, OutputError, Refused, RegraftError, UsageError
+    from regraft.fitting import fit_migration
     from regraft.formats import load_adapter
     from regraft.inspection import inspect_adapter
     from regraft.loading import load_ported, ported
-    from regraft.migration import Migration, fit_migration
+    from regraft.migration import Migration
     from regraft.migration_file import load_migration
     from regraft.port import PortResult, port
     from regraft.verify import verify
@@ -60,10 +61,11 @@ _MODULES = {
     "carry": ("Settings",),
     "check": ("check",),
     "errors": ("InputError", "OutputError", "Refused", "RegraftError", "UsageError"),
+    "fitting": ("fit_migration",),
     "formats": ("load_adapter",),
     "inspection": ("inspect_adapter",),
     "loading": ("load_ported", "ported"),
-    "migration": ("Migration", "fit_migration"),
+    "migration": ("Migration",),
     "migration_file": ("load_migration",),
     "port": ("PortResult", "port"),
     "verify": ("verify",),

@@ -7,13 +7,14 @@ from typing import Any, Literal
 from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
+from regraft.fitting import Ticker
 from regraft.forecast import FLOOR, Judgement
 from regraft.forecast.probing import probed
 from regraft.forecast.survey import Surveyor
 from regraft.forecast.verdict import other_family
 from regraft.methods.auto import looks_further
 from regraft.methods.task import Running
-from regraft.migration import Migration, Ticker
+from regraft.migration import Migration
 from regraft.plan import Selection
 from regraft.port import fit_for
 from regraft.prediction import Prediction, of_base, of_family, of_metadata, warnings_of

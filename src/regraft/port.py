@@ -15,6 +15,7 @@ from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.base import Base
 from regraft.carry import Carrier, Settings
 from regraft.errors import InputError, Refused, UsageError
+from regraft.fitting import Ticker, fit_migration, fit_module
 from regraft.forecast import Judgement
 from regraft.forecast.survey import Surveyor
 from regraft.joining import joined
@@ -25,7 +26,7 @@ from regraft.memory import peak_mb
 from regraft.metadata import BaseName, strip_private, with_base, with_ranks
 from regraft.methods import Carried, Skip, get_method
 from regraft.methods.task import AS_IT_IS, Running
-from regraft.migration import Entry, Migration, Ticker, fit_migration, fit_module, parameters_of, summarise
+from regraft.migration import Entry, Migration, parameters_of, summarise
 from regraft.narrowing import Narrowing, check_own
 from regraft.plan import Selection, check_families, locate, weights_of_wholes, with_shapes_of
 from regraft.prepare import Preparation, not_understood, prepare
@@ -66,7 +67,7 @@ def fit_for(
 ) -> Migration:
     """The migration for what is selected of one adapter, without an old base where the method allows that.
 
-    With ``narrow``, it is of that adapter alone, see `regraft.migration.fit_migration`.
+    With ``narrow``, it is of that adapter alone, see `regraft.fitting.fit_migration`.
 
     Raises:
         Refused: the adapter is for another family.

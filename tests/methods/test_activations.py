@@ -11,9 +11,9 @@ from torch import Tensor
 from regraft import Adapter, ModuleRef, open_base
 from regraft.adapter import MODEL
 from regraft.carry import Settings
+from regraft.fitting import fit_migration
 from regraft.methods._choosing import lowest
 from regraft.methods.task import Running
-from regraft.migration import fit_migration
 from regraft.migration_file import load_migration
 from regraft.port import PortResult, port
 from regraft.runtime import applied, load_model

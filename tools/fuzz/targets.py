@@ -270,7 +270,7 @@ def read_base(data: bytes) -> None:
 
 def migration_seeds() -> list[bytes]:
     """A migration of each kind of map."""
-    from regraft.migration import fit_migration
+    from regraft.fitting import fit_migration
     from regraft.migration_file import save_migration
 
     folder = PLACE / "migrating"

@@ -14,10 +14,11 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.batch.options import RowOptions
 from regraft.cache import find_cached, keep
+from regraft.fitting import fit_migration, remeasure
 from regraft.forecast import Survey
 from regraft.forecast.survey import survey
 from regraft.methods import get_method
-from regraft.migration import Migration, fit_migration, remeasure, summarise
+from regraft.migration import Migration, summarise
 from regraft.migrations.maps import in_memory
 from regraft.pairing import Pairing, pair_bases
 from regraft.plan import Selection, check_families

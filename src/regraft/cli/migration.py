@@ -17,9 +17,10 @@ from regraft.cli._sink import emit, progress
 from regraft.cli._ways import LARGE, say_size
 from regraft.cli.lineage import Checked, finish
 from regraft.errors import InputError, UsageError
+from regraft.fitting import fit_migration
 from regraft.hub import hub_id_of
 from regraft.lineage.stamp import figures_of
-from regraft.migration import Migration, fit_migration, summarise
+from regraft.migration import Migration, summarise
 from regraft.migration_file import load_migration, read_header, save_migration
 from regraft.migrations.base_id import called
 from regraft.migrations.compose import compose_all

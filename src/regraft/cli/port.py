@@ -20,9 +20,10 @@ from regraft.cli._sink import Ticker, emit, emit_list, progress
 from regraft.cli._ways import Ends, migration_along, say_size
 from regraft.errors import UsageError
 from regraft.experts import experts, labelled
+from regraft.fitting import fit_migration, remeasure
 from regraft.formats import get_format, load_adapter
 from regraft.methods import get_method
-from regraft.migration import Migration, fit_migration, remeasure, size_of
+from regraft.migration import Migration, size_of
 from regraft.migration_file import check_fingerprints, file_hash, load_migration
 from regraft.migrations.graph import Way
 from regraft.migrations.precision import halved
