@@ -224,7 +224,10 @@ class Deferred(Transport):
 
 
 class Chained(Deferred):
-    """A transport whose maps are products of several, which need not be taken where a few directions are carried."""
+    """A transport whose maps are products, which need not be taken where a few directions are carried.
+
+    It keeps what they are products of, whole weights among it.
+    """
 
     def images(self, up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """What each term's maps make of given directions, L · up and down · R, float32 on the CPU.

@@ -11,7 +11,6 @@ from running import Run
 from test_language import toy_world
 
 from regraft.bench import language
-from regraft.bench.bridged import bridged
 from regraft.bench.group import Group
 from regraft.bench.language import LanguageWorld
 from regraft.bench.logits_table import BEGIN, END, logits_between, logits_page, of_logits
@@ -42,7 +41,7 @@ def group(world: LanguageWorld, pair: str) -> Group:
 @pytest.mark.parametrize("pair", ["lm-scratch", "lm-tokenizer"])
 def test_without_strength_it_scores_as_the_new_base_does(world: LanguageWorld, pair: str) -> None:
     one = group(world, pair)
-    cell = bridged(one, *parse_variants(["logits strength=0"]))
+    cell = one.method(*parse_variants(["logits strength=0"]))
     alone = one.on_new(None)
     np.testing.assert_allclose(cell.task, alone.task, rtol=1e-4)
     np.testing.assert_allclose(cell.retention, alone.retention, rtol=1e-4)
@@ -52,7 +51,7 @@ def test_without_strength_it_scores_as_the_new_base_does(world: LanguageWorld, p
 def test_between_equal_bases_it_scores_as_the_adapter_does(world: LanguageWorld, monkeypatch) -> None:
     one = group(world, "lm-drift-1")
     monkeypatch.setattr(one, "model", lambda which, model=one.model: model("old"))
-    cell = bridged(one, *parse_variants(["logits"]))
+    cell = one.method(*parse_variants(["logits"]))
     np.testing.assert_allclose(cell.task, one.on_old(one.adapter).task, rtol=1e-4)
     one.close()
 
@@ -60,16 +59,19 @@ def test_between_equal_bases_it_scores_as_the_adapter_does(world: LanguageWorld,
 def test_what_is_asked_of_it_is_looked_through() -> None:
     (variant,) = parse_variants(["logits strength=0.85"])
     assert (variant.method, dict(variant.options)) == ("logits", {"strength": 0.85})
-    for wrong in ("logits pull=1", "logits strength=much", "logits strength=true"):
+    for wrong in ("pull=1", "strength=much", "strength=true", "strength=NaN", "rank=16", "n_inputs=4"):
         with pytest.raises(UsageError, match="logits"):
-            parse_variants([wrong])
+            parse_variants([f"logits {wrong}"])
 
 
 def test_a_world_without_texts_says_so(world: LanguageWorld, monkeypatch) -> None:
     one = group(world, "lm-drift-1")
+    monkeypatch.setattr(one, "model", {"old": one.model("old"), "new": one.model("new")}.__getitem__)
+    assert one.adapter
     monkeypatch.setattr(one, "world", object())
     with pytest.raises(InputError, match="no language models"):
-        bridged(one, *parse_variants(["logits"]))
+        one.method(*parse_variants(["logits"]))
+    one.close()
 
 
 def share(mean: float) -> Interval:

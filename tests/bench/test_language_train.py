@@ -110,7 +110,9 @@ def test_a_loss_is_the_mean_over_all_characters_but_the_first():
     with torch.no_grad():
         chances = model(input_ids=ids[None]).logits[0].log_softmax(-1)
     by_hand = -torch.stack([chances[i, ids[i + 1]] for i in range(len(ids) - 1)]).mean()
-    assert losses(model, character_tokenizer(), [WORDS]).item() == pytest.approx(by_hand.item(), rel=1e-5)
+    found = losses(model, character_tokenizer(), [WORDS])
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert not found.requires_grad
 
 
 def test_a_text_has_the_same_loss_beside_longer_ones():

@@ -10,10 +10,10 @@ import pytest
 import toyworld
 
 from regraft.bench import run
-from regraft.bench.cells import Cell
+from regraft.bench.cells import Cell, read
 from regraft.bench.controls import CONTROLS, FEW
 from regraft.bench.group import Group
-from regraft.bench.results import assemble, load, save
+from regraft.bench.results import assemble, kept, load, save
 from regraft.bench.variants import Variant, default_variants, parse_variants
 from regraft.errors import UsageError
 from regraft.methods import methods
@@ -132,6 +132,19 @@ def test_with_few_controls_the_shares_are_the_same(toy_cache: Path, toy_record: 
     shares = {row.name: row.recovery for row in whole.rows}
     assert all(row.recovery == shares[row.name] for row in pair.rows)
     assert not few.missing
+
+
+def test_few_controls_are_all_that_is_measured_and_none_of_the_others_is_missed(tmp_path: Path) -> None:
+    target, *others = run.targets(tmp_path, worlds=toyworld.FACTORY)
+    given = {"command": "", "date": "2026-11-25"}
+    copy = parse_variants(["copy"])
+    run.run_grid([target], copy, tmp_path, jobs=0, controls=FEW)
+    names = {cell.row for file in (tmp_path / "cells").rglob("*.json") if (cell := read(file, Cell)) and cell.task}
+    assert names == set(FEW)
+    few = assemble([target], copy, tmp_path, controls=FEW, **given)
+    run.run_grid(others, copy, tmp_path, jobs=0)
+    whole = assemble(others, copy, tmp_path, **given)
+    assert not kept(whole, few, run.known_pairs(tmp_path, toyworld.FACTORY)).missing
 
 
 def test_half_a_cell_counts_as_none(toy_cache: Path) -> None:

@@ -93,6 +93,12 @@ def test_what_the_plain_way_was_held_against_is_said(tmp_path: Path) -> None:
         plain.measure("lora-x", old, new, adapter, few)
 
 
+def test_options_that_the_plain_way_lacks_have_none() -> None:
+    assert plain.way_of("lora-x edge=0.5") is not None
+    for method in ("lora-x energy=0.5", "lora-x half rank", "prolora rank=4", "copy"):
+        assert plain.way_of(method) is None
+
+
 def test_a_folder_that_can_not_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OutputError, match="can't be made"):

@@ -14,7 +14,7 @@ from regraft import InputError, UsageError, open_base, port
 from regraft.carry import Settings
 from regraft.methods import Skip, get_method
 from regraft.methods._layers import role_of, transport_plan
-from regraft.methods._subspace import Filtered, index_matched, phi, subspaces
+from regraft.methods._subspace import index_matched, phi, subspaces
 from regraft.methods.cross_lora import cross_lora
 from regraft.methods.dart import dart
 from regraft.methods.lora_x import lora_x
@@ -69,16 +69,40 @@ def test_a_soft_edge_at_a_gap_is_the_projection_and_far_below_all_values_a_copy(
     assert torch.equal(lora_x(None, torch.zeros(24, 24), edge=1.0).dense(delta), delta)
 
 
-@pytest.mark.parametrize("edge", [0.0, -1.0, float("nan")])
-def test_a_soft_edge_is_above_nothing(edge: float) -> None:
-    with pytest.raises(UsageError, match="--edge"):
-        Filtered(weight(8, 8), edge)
+@pytest.mark.parametrize("edge", [0.0, -1.0, float("nan"), float("inf"), 1e20])
+def test_a_soft_edge_is_above_nothing_and_no_wall(edge: float) -> None:
+    for new in (weight(8, 8), torch.zeros(8, 8)):
+        with pytest.raises(UsageError, match="--edge"):
+            lora_x(None, new, edge=edge)
+
+
+@pytest.mark.parametrize("shape", [(600, 400), (400, 600)])
+@pytest.mark.parametrize("edge", [0.003, 0.01, 0.05])
+def test_a_small_edge_is_the_one_that_was_asked_for(shape: tuple[int, int], edge: float) -> None:
+    dice = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(n, 400, generator=dice, dtype=torch.float64))[0] for n in shape)
+    s = 1 / torch.arange(1, 401, dtype=torch.float64)
+    kept = s**2 / (s**2 + edge**2 * (s**2).mean())
+    found = lora_x(None, ((u * s) @ v.T).float(), edge=edge)
+    up, down = weight(shape[0], 4, 6), weight(4, shape[1], 7)
+    assert isinstance(found, Chained)
+    ((left, right),) = found.images(up, down)
+    for one, basis, x in ((left, u, up), (right.T, v, down.T)):
+        wanted = (basis * kept) @ (basis.T @ x.double())
+        if len(basis) == 400:
+            assert relative_error(one, wanted.float()) < 2e-3
+        else:
+            # What float32 rounds the weight to lies in no direction of its own.
+            assert relative_error((basis.T @ one.double()).float(), (basis.T @ wanted).float()) < 2e-3
 
 
 def test_a_soft_edge_has_no_cut_and_carries_one_size(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--edge excludes"):
         lora_x(None, weight(8, 8), edge=1.0, energy=0.5)
-    assert isinstance(lora_x(weight(8, 8), weight(9, 8), edge=1.0), Skip)
+    skipped = lora_x(weight(8, 8), weight(9, 8), edge=1.0)
+    assert isinstance(skipped, Skip)
+    assert not skipped.planned
+    assert "(9, 8) in the new base" in skipped.reason
     result = ported(llama(), drifted(llama(), 0.1), tmp_path, "lora-x", edge=0.5)
     kept = [row.energy_kept for row in result.report.modules if row.status == "ported"]
     assert kept

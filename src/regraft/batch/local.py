@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -80,7 +81,8 @@ def died(attempts: int, timeout: float | None = None) -> RegraftError:
     """What is said of a row whose workers died."""
     slow = "" if timeout is None else f", or took longer than {timeout:g} s,"
     what = f"the process that worked on it died{slow} {attempts} time{'s' * (attempts > 1)}"
-    return RegraftError(what, remedy="Is there memory for it? Try it alone with `regraft port`.")
+    more = "" if timeout is None else ", or a longer --timeout"
+    return RegraftError(what, remedy=f"Is there memory for it? Try it alone with `regraft port`{more}.")
 
 
 def _counted(result: BatchRow | Known, attempts: int) -> BatchRow | Known:
@@ -148,13 +150,13 @@ def at_most(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    # Its watchdog is a thread of C, which needs no lock of Python's; what it writes is for nobody.
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _prepare(environment: Mapping[str, str]) -> None:

@@ -75,9 +75,9 @@ def _do(row: Row, pair: list[Any], out: str | None, timeout: float | None) -> Ba
 
     torch.set_num_threads(1)
     name = pair[0].hex()
-    if _last is None or _last[0] != name:
-        _last = name, ray.get(pair[0])
     with at_most(timeout):
+        if _last is None or _last[0] != name:
+            _last = name, ray.get(pair[0])
         return work(row, _last[1], out)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from regraft.adapter import Adapter
 from regraft.bench.cells import Cell
 from regraft.bench.variants import Variant
-from regraft.bench.worlds import Scores
+from regraft.bench.worlds import Scores, World
+from regraft.bridge.logits import LogitBridge
 from regraft.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from regraft.bench.group import Group
-    from regraft.bridge.logits import LogitBridge
+from regraft.runtime.load import Loaded
 
 
 def check_logits(options: Mapping[str, Any]) -> None:
@@ -24,21 +24,28 @@ def check_logits(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name != "strength":
             raise UsageError(f"logits has no option {name}", remedy="Known: strength.")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UsageError(f"logits takes no strength={value}", remedy="Give a number.")
 
 
-def bridged(group: Group, variant: Variant) -> Cell:
+def bridged(
+    world: World, pair: str, name: str, adapter: Adapter, models: tuple[Loaded, Loaded], variant: Variant
+) -> Cell:
     """Scores of the new base with what the adapter does to the old one's next-token scores.
+
+    Args:
+        world: of language models.
+        pair: its name.
+        name: of the adapter.
+        adapter: on the old base.
+        models: old and new base.
+        variant: what was asked for.
 
     Raises:
         InputError: the world has no texts, or the two models share no tokens.
     """
-    scores: Callable[[str, str, LogitBridge], Scores] | None = getattr(group.world, "bridged", None)
+    scores: Callable[[str, str, LogitBridge], Scores] | None = getattr(world, "bridged", None)
     if scores is None:
-        raise InputError(f"{group.spec.name} has no language models, whose scores could be added up")
-    from regraft.bridge.logits import LogitBridge
-
-    strength = float(variant.options.get("strength", 1.0))
-    bridge = LogitBridge(group.model("old"), group.model("new"), group.adapter, strength)
-    return Cell(row=variant.name, used=variant.method).scored(scores(group.spec.name, group.name, bridge))
+        raise InputError(f"{pair} has no language models, whose scores could be added up")
+    bridge = LogitBridge(*models, adapter, float(variant.options.get("strength", 1.0)))
+    return Cell(row=variant.name, used=variant.method).scored(scores(pair, name, bridge))

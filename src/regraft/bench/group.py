@@ -151,7 +151,8 @@ class Group:
         if variant.method == LOGITS:
             from regraft.bench.bridged import bridged
 
-            return bridged(self, variant)
+            models = self.model("old"), self.model("new")
+            return bridged(self.world, self.spec.name, self.name, self.adapter, models, variant)
         with Cost() as cost:
             result = self.ported(variant)
         report = result.report

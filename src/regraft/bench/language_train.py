@@ -162,12 +162,12 @@ def drift(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float | None:
     return float(torch.stack([(b - a).norm() / a.norm() for a, b in pairs]).mean())
 
 
-@torch.no_grad()
 def tokens_of(tokenizer: Any, text: str) -> Tensor:
     """A text's tokens, the first character by itself, (tokens,)."""
     return torch.cat([encode(tokenizer, text[:1]), encode(tokenizer, text[1:])])
 
 
+@torch.no_grad()
 def losses(model: Any, tokenizer: Any, windows: Sequence[str]) -> Tensor:
     """Mean negative log-likelihood in nats per character of each text's characters but the first, (texts,).
 

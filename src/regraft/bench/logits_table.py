@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regraft.bench.table import figure, markdown, pair_part, replaced, runs_of, spread
 from regraft.bench.variants import LOGITS
-from regraft.report.bench_schema import BenchPair, BenchReport, BenchRow
+from regraft.report.bench_schema import BenchMethod, BenchPair, BenchReport, BenchRow
 
 #: Where a page's generated part begins and ends.
 BEGIN, END = "<!-- logits: written by `regraft bench table` -->", "<!-- /logits -->"
@@ -29,9 +29,11 @@ def logits_page(record: BenchReport) -> str:
 def logits_block(record: BenchReport) -> str:
     """One table, what its columns mean, and the commands."""
     names = [method.name for method in record.methods]
-    head = ["pair", "adapters", "seeds", *(_called(name) for name in names), "old + adapter", "retention: native"]
-    head += [f"retention: {_called(name)}" for name in names if name.startswith(LOGITS)]
-    lines = [_line(pair, names) for pair in record.pairs]
+    called = {method.name: _called(method) for method in record.methods}
+    bridges = [method.name for method in record.methods if method.method == LOGITS]
+    head = ["pair", "adapters", "seeds", *called.values(), "old + adapter", "retention: native"]
+    head += [f"retention: {called[name]}" for name in bridges]
+    lines = [_line(pair, names, bridges) for pair in record.pairs]
     return "\n\n".join([markdown(head, lines), _LEGEND, *runs_of(record)])
 
 
@@ -42,10 +44,10 @@ _LEGEND = (
 )
 
 
-def _line(pair: BenchPair, names: list[str]) -> list[str]:
+def _line(pair: BenchPair, names: list[str], bridges: list[str]) -> list[str]:
     rows = {row.name: row for row in pair.rows}
     seeds = sorted({seed for adapter in pair.adapters for seed in adapter.seeds})
-    kept = [rows.get("native"), *(rows.get(name) for name in names if name.startswith(LOGITS))]
+    kept = [rows.get("native"), *(rows.get(name) for name in bridges)]
     return [
         f"{pair.name}, {pair.expects}",
         ", ".join(adapter.name for adapter in pair.adapters),
@@ -56,9 +58,8 @@ def _line(pair: BenchPair, names: list[str]) -> list[str]:
     ]
 
 
-def _called(name: str) -> str:
-    strength = name.removeprefix(LOGITS).strip()
-    return name if not name.startswith(LOGITS) else f"λ = {strength.removeprefix('strength=') or 1}"
+def _called(method: BenchMethod) -> str:
+    return f"λ = {method.options.get('strength', 1)}" if method.method == LOGITS else method.name
 
 
 def _share(row: BenchRow | None) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from regraft._version import __version__
 from regraft.bench import figures
 from regraft.bench.cells import Cell
-from regraft.bench.controls import CONTROLS
+from regraft.bench.controls import CONTROLS, FEW
 from regraft.bench.figures import Rows
 from regraft.bench.run import Target, dependence, stored
 from regraft.bench.sources import source_of_check
@@ -107,7 +107,8 @@ def kept(record: BenchReport, earlier: BenchReport, specs: Iterable[PairSpec]) -
     known = {spec.name: spec for spec in specs}
     newer, older = ({pair.name: pair for pair in one.pairs} for one in (record, earlier))
     names = [name for name in dict.fromkeys([*known, *newer, *older]) if name in newer or name in older]
-    pairs, rows = [], {row.name for pair in (*newer.values(), *older.values()) for row in pair.rows}
+    pairs, beside = [], CONTROLS.keys() - FEW
+    rows = {row.name for pair in (*newer.values(), *older.values()) for row in pair.rows} - beside
     stays: dict[str, bool] = {}
     for name in names:
         if name not in newer:
@@ -119,7 +120,11 @@ def kept(record: BenchReport, earlier: BenchReport, specs: Iterable[PairSpec]) -
             adapters, stays[name] = _both(newer[name], older[name])
         missing = newer[name].missing
         if name in known:
-            there = {(adapter.name, seed.seed): len(seed.rows) for adapter in adapters for seed in seeds_of(adapter)}
+            there = {
+                (adapter.name, seed.seed): sum(row.name not in beside for row in seed.rows)
+                for adapter in adapters
+                for seed in seeds_of(adapter)
+            }
             asked = [(adapter, seed) for adapter in known[name].adapters for seed in known[name].seeds]
             missing = sum(max(0, len(rows) - there.get(one, 0)) for one in asked)
         pairs.append(_pair(newer[name], adapters, missing))

@@ -93,7 +93,11 @@ def _parse(text: str) -> Variant:
                 f"{part!r} in {text!r} is no name=value", remedy=f"Further variants of {name} by name: {known}."
             )
         options[option.replace("-", "_")] = _value(value)
-    rank, n_inputs = options.pop("rank", None), options.pop("n_inputs", None)
+    if name not in (BY_INDEX, LOGITS):
+        rank, n_inputs = options.pop("rank", None), options.pop("n_inputs", None)
+    else:
+        # Nothing is made that had a rank.
+        rank = n_inputs = None
     check(options)
     if isinstance(rank, str) and rank != "full":
         raise UsageError(f"rank={rank} in {text!r} is no rank", remedy="Give a number, a share such as 0.9, or full.")

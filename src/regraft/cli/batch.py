@@ -84,6 +84,7 @@ def batch(
     check, named = sources[0] == "check", sources[sources[0] == "check" :]
     if not named:
         raise UsageError("no adapters are named", remedy="Give a folder; one that is called check is ./check.")
+    longest = o.seconds(timeout, "--timeout")
     if out is None and not check:
         raise UsageError("--out is missing", remedy="Name the folder for the ported adapters.")
     if check and (serve or serve_from):
@@ -97,7 +98,6 @@ def batch(
     }
     rows = expand(named, old, new, parse_options(given), without=place)
     rows = serving_rows(rows) if serve or serve_from else rows
-    longest = o.seconds(timeout, "--timeout")
     workers = jobs or o.free_processors()
     # For the fits, which the driver makes.
     o.use_hardware("cpu", "float32", None)

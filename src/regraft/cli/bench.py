@@ -62,7 +62,10 @@ def bench(
         typer.Option("--resume", help="Keep the cells in the cache, unless their code or content changed."),
     ] = False,
     few_controls: Annotated[
-        bool, typer.Option("--few-controls", help="Only those that shares are counted from: no best copy, no random.")
+        bool,
+        typer.Option(
+            "--few-controls", help="Only those that shares are counted from: no best copy, random or empty one."
+        ),
     ] = False,
     cache: Cache = None,
     out: Annotated[

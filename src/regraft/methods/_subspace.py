@@ -18,8 +18,10 @@ _LARGE = 256
 _SMALL, _TINY, _HUGE = 0.03, 1e-15, 1e15
 # Directions on either side of the cut.
 _AROUND = 32
-# Least τ² by the sum of σ², which the largest σ² can't exceed: keeps the Cholesky factor sound in float32.
+# Least τ² by the sum of σ², which the largest σ² can't exceed, at which a Cholesky factor is sound in float32.
 _LEAST = 1e-6
+#: Largest τ of a soft edge: beyond it nothing is left to carry.
+MOST_EDGE = 100.0
 # Column blocks of the Gram matrix; only those on and below the diagonal are made.
 _BLOCKS = 4
 
@@ -201,20 +203,21 @@ class Filtered(Chained):
 
         Args:
             weight: float32 matrix W (out, in), not of zeros alone.
-            edge: τ, in root mean squares of the singular values, ‖W‖ / √min(out, in).
-
-        Raises:
-            UsageError: ``edge`` is not above 0.
+            edge: τ, in root mean squares of the singular values, ‖W‖ / √min(out, in). On MPS, which has no float64, at
+                least 1e-3 √min(out, in).
         """
-        if not edge > 0:
-            raise UsageError(f"--edge {edge} is out of range", remedy="Give a number above 0.")
         super().__init__(rotates=False)
         is_tall = weight.shape[0] >= weight.shape[1]
         # The filter is the same for any multiple of W; squares of very large or small numbers would leave float32.
         tall = (weight if is_tall else weight.T) / weight.abs().max()
+        share = edge**2 / tall.shape[1]
+        if weight.device.type == "mps":
+            share = max(share, _LEAST)
+        elif share < _LEAST:
+            tall = tall.double()
         gram = _lower_gram(tall)
         total = float(gram.diagonal().sum())
-        squared = max(edge**2 / len(gram), _LEAST) * total
+        squared = share * total
         gram.diagonal().add_(squared)
         found = {"is_tall": is_tall, "tall": tall, "squared": squared, "factor": torch.linalg.cholesky(gram)}
         for name, value in found.items():
@@ -227,8 +230,9 @@ class Filtered(Chained):
 
     @property
     def terms(self) -> Terms:
-        x = torch.linalg.solve_triangular(self.factor, self.tall.T, upper=False).T
-        long, short = LinearMap(0.0, x, x.T), LinearMap(1.0, torch.cholesky_inverse(self.factor).mul_(-self.squared))
+        x = torch.linalg.solve_triangular(self.factor, self.tall.T, upper=False).T.float()
+        inverse = torch.cholesky_inverse(self.factor).mul_(-self.squared).float()
+        long, short = LinearMap(0.0, x, x.T), LinearMap(1.0, inverse)
         return ((long, short) if self.is_tall else (short, long),)
 
     def images(self, up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regraft.errors import UsageError
 from regraft.methods import Outcome, Skip, method
-from regraft.methods._subspace import Filtered, Projected, directions, index_matched, overlap, subspaces
+from regraft.methods._subspace import MOST_EDGE, Filtered, Projected, directions, index_matched, overlap, subspaces
 from regraft.transport import Transport
 
 
@@ -40,15 +40,19 @@ def lora_x(
         new: new weight (out', in').
         subspace_rank: r, or a share of the full rank.
         energy: share of ‖W‖² that the subspace holds.
-        edge: τ of a soft edge in place of the cut, in root mean squares of W's singular values: U Uᵀ and V Vᵀ become
-            W Wᵀ (W Wᵀ + τ² I)⁻¹ and Wᵀ W (Wᵀ W + τ² I)⁻¹. Not of the paper; several times faster. Of one size.
         threshold: least subspace similarity (eq. 4, corrected for chance) at which a module is carried; of one size.
+        edge: τ of a soft edge in place of the cut, in root mean squares of W's singular values: U Uᵀ and V Vᵀ become
+            W Wᵀ (W Wᵀ + τ² I)⁻¹ and Wᵀ W (Wᵀ W + τ² I)⁻¹. Not of the paper; one Cholesky factor in place of the
+            decomposition. At 0.35 about as much of an update is left as at the cut. Equal sizes only.
     """
     if edge is not None:
+        if not 0 < edge <= MOST_EDGE:
+            raise UsageError(f"--edge {edge} is out of range", remedy=f"Give a number above 0, up to {MOST_EDGE:g}.")
         if any(given is not None for given in (subspace_rank, energy, threshold)):
             raise UsageError("--edge excludes --subspace-rank, --energy and --threshold", remedy="Give one of them.")
         if old is not None and old.shape != new.shape:
-            return Skip("with a soft edge, only weights of one size are carried")
+            sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
+            return Skip(f"lora-x with an edge carries equal sizes only: {sizes}", planned=False)
         # A weight of zeros has no directions to tell apart.
         return Filtered(new, edge) if new.any() else Transport()
     u, v = directions(new, subspace_rank, energy)

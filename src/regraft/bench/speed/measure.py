@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from regraft.bench.speed.making import Geometry, write_lora, write_pair
-from regraft.bench.speed.plain import WAYS
+from regraft.bench.speed.plain import way_of
 from regraft.bench.speed.timing import Spent, can_forget, environment, median_of, reading, spent, writing
 from regraft.bench.variants import parse_variants
 from regraft.errors import RegraftError, first_line
@@ -231,7 +231,7 @@ def _measured(
 
 def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float | None]:
     """Seconds of the plain way, and how far our result is from its own; None where there is none."""
-    if parse_variants([method])[0].method not in WAYS:
+    if way_of(method) is None:
         return None, None
     tick(f"{method}, the plain way")
     arguments = ["-m", "regraft.bench.speed.plain", method, *map(str, [*bench.bases, bench.lora, bench.out])]
@@ -285,14 +285,15 @@ def _said(arguments: Sequence[str], threads: int, what: str) -> dict[str, Any]:
 
 def _needed(bench: Bench, method: str) -> float:
     """Bytes that making a migration of the whole pair may take, by what the projecting methods hold."""
-    name = parse_variants([method])[0].method
-    if name not in ("lora-x", "prolora", "cross-lora", "dart"):
+    variant = parse_variants([method])[0]
+    if variant.method not in ("lora-x", "prolora", "cross-lora", "dart"):
         return 1e9
-    sides = 1 if name == "lora-x" else 2
+    sides = 1 if variant.method == "lora-x" else 2
     matrices = [
         (shape[0], prod(shape[1:]))
         for name, shape in bench.pair.new.items()
         if name.endswith(".weight") and len(shape) >= 2
     ]
-    # Of about two thirds of the directions, in float32 and rounded to half precision beside it.
-    return sides * sum((out + inp) * min(out, inp) for out, inp in matrices) * 2 / 3 * (4 + 2)
+    # About two thirds of the directions, and with a soft edge all; in float32, and rounded to half precision beside it.
+    share = 1 if "edge" in variant.options else 2 / 3
+    return sides * sum((out + inp) * min(out, inp) for out, inp in matrices) * share * (4 + 2)

@@ -7,6 +7,7 @@ what this came to.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -69,6 +70,15 @@ WAYS: Mapping[str, Callable[..., Factors]] = {
 EQUAL = ("lora-x", "prolora")
 
 
+def way_of(method: str) -> Callable[..., Factors] | None:
+    """The plain way of a method with its options; None where there is none."""
+    variant = parse_variants([method])[0]
+    way = WAYS.get(variant.method)
+    if way is None or variant.asked.keys() - inspect.signature(way).parameters.keys():
+        return None
+    return partial(way, **variant.options)
+
+
 def _updates(state: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Module → (B, A), float32, of a file in diffusers' or PEFT's format."""
     found: dict[str, Factors] = {}
@@ -106,10 +116,11 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path) -> d
         something else).
 
     Raises:
-        ValueError: ``ported`` lacks a module that was compared.
+        ValueError: ``ported`` lacks a module that was compared, or the method has no plain way.
     """
-    variant = parse_variants([method])[0]
-    way = partial(WAYS[variant.method], **variant.options)
+    way = way_of(method)
+    if way is None:
+        raise ValueError(f"there is no plain way of {method}")
     started = time.perf_counter()
     before, after, state = load_file(old), load_file(new), load_file(adapter)
     updates, theirs = _updates(state), _updates(load_file(ported))
@@ -129,7 +140,7 @@ def measure(method: str, old: Path, new: Path, adapter: Path, ported: Path) -> d
         if module not in theirs:
             raise ValueError(f"{ported} has no {module}")
         apart.append(_apart(theirs[module], result, updates[module][1].shape[0]))
-    return {"load_s": loaded, "shapes": rows, "apart": max(apart) if variant.method in EQUAL else None}
+    return {"load_s": loaded, "shapes": rows, "apart": max(apart) if method.split()[0] in EQUAL else None}
 
 
 if __name__ == "__main__":
