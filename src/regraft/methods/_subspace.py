@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ _LARGE = 256
 _SMALL, _TINY, _HUGE = 0.03, 1e-15, 1e15
 # Directions on either side of the cut.
 _AROUND = 32
+# Of a weight, that are held in double precision at a time.
+_ROWS = 1024
 # Least τ² by the sum of σ², which the largest σ² can't exceed, at which a Cholesky factor is sound in float32.
 _LEAST = 1e-6
 #: Largest τ of a soft edge: beyond it nothing is left to carry.
@@ -180,7 +183,8 @@ def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> 
         return None
     near = slice(max(0, r - _AROUND), min(len(values), r + _AROUND))
     block = vectors[:, near].double()
-    moved = tall.double() @ block
+    # By parts: in double precision a weight is twice its size.
+    moved = torch.cat([part.double() @ block for part in torch.split(tall, _ROWS)])
     # Largest last.
     settled, turn = torch.linalg.eigh(moved.T @ moved)
     settled, turn = settled.flip(0).clamp_min(0).sqrt().to(values), turn.flip(1)
@@ -208,8 +212,11 @@ class Filtered(Chained):
         """
         super().__init__(rotates=False)
         is_tall = weight.shape[0] >= weight.shape[1]
-        # The filter is the same for any multiple of W; squares of very large or small numbers would leave float32.
-        tall = (weight if is_tall else weight.T) / weight.abs().max()
+        tall = weight if is_tall else weight.T
+        largest = float(torch.linalg.vector_norm(weight, math.inf))
+        if not _TINY < largest < _HUGE:
+            # The filter is the same for any multiple of W; the squares would leave float32.
+            tall = tall / largest
         share = edge**2 / tall.shape[1]
         if weight.device.type == "mps":
             share = max(share, _LEAST)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
@@ -54,7 +57,7 @@ def lora_x(
             sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
             return Skip(f"lora-x with an edge carries equal sizes only: {sizes}", planned=False)
         # A weight of zeros has no directions to tell apart.
-        return Filtered(new, edge) if new.any() else Transport()
+        return Filtered(new, edge) if torch.linalg.vector_norm(new, math.inf) > 0 else Transport()
     u, v = directions(new, subspace_rank, energy)
     if old is not None and old.shape != new.shape:
         return index_matched(*subspaces(old, u.rank, None), u.matrix, v.matrix)
