@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def fit_for(
     """
     check_families(adapter, old, new)
     chosen_part = selection.of(adapter)
-    # With nothing selected, the whole adapter is fitted: it is the carrying that says that nothing is left.
-    adapter = chosen_part if chosen_part.updates else adapter
+    # With nothing selected one module will do: it is the carrying that says that nothing is left.
+    adapter = chosen_part if chosen_part.updates else replace(adapter, updates=dict(islice(adapter.updates.items(), 1)))
     if old is not None:
         computing: dict[str, Any] = {"device": device, "dtype": dtype, "running": running, "tick": tick}
         return fit_migration(old, new, method, adapter=adapter, narrow=narrow, **computing, **options)
