@@ -107,8 +107,11 @@ def kept(record: BenchReport, earlier: BenchReport, specs: Iterable[PairSpec]) -
     known = {spec.name: spec for spec in specs}
     newer, older = ({pair.name: pair for pair in one.pairs} for one in (record, earlier))
     names = [name for name in dict.fromkeys([*known, *newer, *older]) if name in newer or name in older]
-    pairs, beside = [], CONTROLS.keys() - FEW
-    rows = {row.name for pair in (*newer.values(), *older.values()) for row in pair.rows} - beside
+    seeds = [seed for one in (record, earlier) for pair in one.pairs for a in pair.adapters for seed in seeds_of(a)]
+    named = [{row.name for row in seed.rows} for seed in seeds]
+    # Where one was measured with few controls, no other is said to lack them.
+    beside = {name for name in CONTROLS.keys() - FEW if any(name not in names for names in named)}
+    pairs, rows = [], set[str]().union(*named) - beside
     stays: dict[str, bool] = {}
     for name in names:
         if name not in newer:
