@@ -13,7 +13,7 @@ from torch import Tensor
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import UsageError
-from regraft.methods import Fit, Method, Outcome, Skip, get_method
+from regraft.methods import Fit, Method, Outcome, Skip, equal_sizes_only, get_method
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, parameters_of, size_of, summarise
 from regraft.narrowing import Narrowing
@@ -171,8 +171,7 @@ def fit_module(method: Method, old: Tensor | None, new: Tensor, settings: Mappin
     if wide is not None:
         return wide
     if old is not None and old.shape != new.shape and not method.resizes:
-        sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
-        return Skip(f"{method.name} carries equal sizes only: {sizes}", planned=False)
+        return equal_sizes_only(method.name, old, new)
     outcome: Outcome = method.function(old, new, **settings)
     return outcome
 

@@ -54,6 +54,12 @@ class Skip:
 Outcome = Transport | Skip
 
 
+def equal_sizes_only(method: str, old: Tensor, new: Tensor) -> Skip:
+    """What is said of a module whose change of shape a method can't carry."""
+    sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
+    return Skip(f"{method} carries equal sizes only: {sizes}", planned=False)
+
+
 #: (out, in) of the old weight and (out', in') of the new one, kernels flattened.
 Shapes = tuple[tuple[int, int], tuple[int, int]]
 

@@ -202,18 +202,18 @@ class Filtered(Chained):
     the side n is I − τ² (L Lᵀ)⁻¹, and that of the side m is W (L Lᵀ)⁻¹ Wᵀ.
     """
 
-    def __init__(self, weight: Tensor, edge: float) -> None:
+    def __init__(self, weight: Tensor, edge: float, largest: float) -> None:
         """Factorise.
 
         Args:
-            weight: float32 matrix W (out, in), not of zeros alone.
+            weight: float32 matrix W (out, in).
             edge: τ, in root mean squares of the singular values, ‖W‖ / √min(out, in). On MPS, which has no float64, at
                 least 1e-3 √min(out, in).
+            largest: its largest number, above 0.
         """
         super().__init__(rotates=False)
         is_tall = weight.shape[0] >= weight.shape[1]
         tall = weight if is_tall else weight.T
-        largest = float(torch.linalg.vector_norm(weight, math.inf))
         if not _TINY < largest < _HUGE:
             # The filter is the same for any multiple of W; the squares would leave float32.
             tall = tall / largest
@@ -252,6 +252,12 @@ class Filtered(Chained):
 
     def _short(self, x: Tensor) -> Tensor:
         return x - self.squared * torch.cholesky_solve(x, self.factor)
+
+
+def filtered(weight: Tensor, edge: float) -> Transport:
+    """`Filtered`; of a weight of zeros, which has no directions to tell apart, the identity."""
+    largest = float(torch.linalg.vector_norm(weight, math.inf))
+    return Filtered(weight, edge, largest) if largest > 0 else Transport()
 
 
 def _lower_gram(tall: Tensor) -> Tensor:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
-from regraft.methods import Outcome, Skip, method
-from regraft.methods._subspace import MOST_EDGE, Filtered, Projected, directions, index_matched, overlap, subspaces
+from regraft.methods import Outcome, Skip, equal_sizes_only, method
+from regraft.methods._subspace import MOST_EDGE, Projected, directions, filtered, index_matched, overlap, subspaces
 from regraft.transport import Transport
 
 
@@ -54,10 +51,8 @@ def lora_x(
         if any(given is not None for given in (subspace_rank, energy, threshold)):
             raise UsageError("--edge excludes --subspace-rank, --energy and --threshold", remedy="Give one of them.")
         if old is not None and old.shape != new.shape:
-            sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
-            return Skip(f"lora-x with an edge carries equal sizes only: {sizes}", planned=False)
-        # A weight of zeros has no directions to tell apart.
-        return Filtered(new, edge) if torch.linalg.vector_norm(new, math.inf) > 0 else Transport()
+            return equal_sizes_only("lora-x with an edge", old, new)
+        return filtered(new, edge)
     u, v = directions(new, subspace_rank, energy)
     if old is not None and old.shape != new.shape:
         return index_matched(*subspaces(old, u.rank, None), u.matrix, v.matrix)

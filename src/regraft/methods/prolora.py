@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
-from regraft.methods import Fit, Outcome, Skip, WeightPairs, method
+from regraft.methods import Fit, Outcome, Skip, WeightPairs, equal_sizes_only, method
 from regraft.methods._layers import grids
 from regraft.methods._subspace import Projected, directions, overlap, phi
 
@@ -77,8 +77,7 @@ def _carried(
 ) -> Outcome:
     """One module's transport, or why it has none."""
     if old.shape != new.shape:
-        sizes = f"{tuple(old.shape)} there, {tuple(new.shape)} in the new base"
-        return Skip(f"prolora carries equal sizes only: {sizes}", planned=False)
+        return equal_sizes_only("prolora", old, new)
     u_old, v_old = directions(old, subspace_rank, energy)
     u_new, v_new = directions(new, u_old.rank, None)
     if threshold == "paper":
