@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from regraft import ModuleRef, open_base, port
+from regraft import ModuleRef, Settings, open_base, port
 from regraft.adapter import MODEL
 from regraft.base import Base
 from regraft.pairing import monotone_alignment, pair_bases
+from regraft.plan import Selection
 from toys import StateDict, deltas, drifted, llama, lora, save_base
 
 
@@ -116,6 +117,20 @@ def test_a_bare_file_of_one_component_takes_that_component_of_an_adapter(tmp_pat
     report = port(replace(adapter, updates=two, format="diffusers"), *bases).report
     assert report.counts.ported == 9
     assert report.counts.skipped == 1
+
+
+def test_few_modules_of_a_bare_file_are_carried_as_all_are(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    state = llama()
+    adapter = lora(state)
+    named = {ModuleRef("unet", ref.path): update for ref, update in adapter.updates.items()}
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, drifted(state, 0.1)))]
+    few = Settings(selection=Selection(include=("*layers.0.self_attn.q_proj",)))
+    report = port(replace(adapter, updates=named, format="diffusers"), *bases, settings=few).report
+    assert report.counts.ported == 1
+    skipped = {row.reason for row in report.modules if row.status == "skipped"}
+    assert skipped == {"left out by --include"}
 
 
 def test_alignment_is_monotone_and_best() -> None:

@@ -27,7 +27,7 @@ class Preparation:
 
     Attributes:
         migration: fitted, or read.
-        located: the adapter's modules in the migration's names.
+        located: the adapter's selected modules in the migration's names.
         evidence: how near the bases are, by the adapter's names.
         judgement: the verdict.
         wholes: the fate of every parameter that is stored whole.
@@ -102,7 +102,8 @@ def prepare(
     """
     adapter = with_shapes_of(adapter, migration, old)
     which = "old" if migration.source is not None else "new"
-    located = locate(adapter, migration, which)
+    # Of what is selected alone: a migration of few modules holds too few of all names to know the component by.
+    located = locate(selection.of(adapter), migration, which)
     # A migration of this adapter's modules alone has no entries for a component of whole parameters alone.
     homes = {name: home_of(migration, name, updates) for name, updates in adapter.components().items()}
     located = replace(located, missing={r: why for r, why in located.missing.items() if homes[r.component] is None})
