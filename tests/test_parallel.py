@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from regraft import Settings, open_base, port
-from regraft.parallel import MOST, side_by_side
+from regraft.parallel import MOST, MOST_BYTES, side_by_side
 from toys import deltas, drifted, lora, relative_error, save_base
 
 
@@ -50,6 +51,19 @@ def test_many_threads_are_no_more_at_once_than_a_few(two_threads: None) -> None:
     shares = list(side_by_side(lambda item: (torch.get_num_threads(), threading.active_count()), range(40)))
     assert {share for share, _ in shares} == {4}
     assert max(alive for _, alive in shares) <= threading.active_count() + MOST
+
+
+def test_what_is_large_is_alone(two_threads: None) -> None:
+    alone, together = threading.Lock(), []
+
+    def work(item: int) -> None:
+        together.append(not alone.acquire(blocking=False))
+        time.sleep(0.02)
+        if not together[-1]:
+            alone.release()
+
+    list(side_by_side(work, range(6), size=lambda item: MOST_BYTES // 2 + 1))
+    assert together == [False] * 6
 
 
 def test_no_item_is_begun_long_before_its_turn(two_threads: None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import UsageError
+from regraft.memory import weights_given_back
 from regraft.methods import Fit, Method, Outcome, Skip, equal_sizes_only, get_method
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, parameters_of, size_of, summarise
@@ -86,7 +87,8 @@ def fit_migration(
         # Through a survivor's maps go the updates of removed blocks, too.
         pairs.narrowing = Narrowing.to(adapter, old, without={pairing.survivors[module] for module in gone})
     computing = ComputedWeights(pairs, device, dtype)
-    fit = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
+    with weights_given_back():
+        fit = _fit(chosen, settings, computing, tick or (lambda done, total, what: None))
     entries: dict[ModuleRef, Entry] = {}
     moved: dict[int, Tensor] = {}
     for module in wanted:
@@ -134,10 +136,11 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: ComputedWeights, ti
         copies = dict(zip(pairs.wanted, pairs.side_by_side(partial(_copied, pairs)), strict=True))
         return Fit(copies, method.name)
     if method.per == "pair":
-        # The measurements are the long part, and the method reads them too: take them where progress can be told.
-        for done, _ in enumerate(pairs.side_by_side(pairs.nearness)):
-            tick(done, total, str(pairs.wanted[done]))
+        # Weights are measured as they are loaded, whenever the method gets to that; what it never asks for comes last.
+        pairs.pairs.measured = lambda done, module: tick(done, total, str(module))
         fit: Fit = method.function(pairs, **settings)
+        for _ in pairs.side_by_side(pairs.nearness):
+            pass
         return fit
 
     def fitted(module: ModuleRef) -> Outcome:
@@ -153,6 +156,8 @@ def _fit(method: Method, settings: Mapping[str, Any], pairs: ComputedWeights, ti
 
 def _fitted(method: Method, pairs: ComputedWeights, module: ModuleRef, settings: Mapping[str, Any]) -> Outcome:
     before, after = pairs.shapes(module)
+    if before == after and method.needs == ("new",) and not any(settings[name] is not None for name in method.old_for):
+        return fit_module(method, None, pairs.load_new(module), settings)
     if method.needs or before != after:
         return fit_module(method, *pairs.load(module), settings)
     # It looks at no weight: measuring them, which needs no copy of either, is all that there is to do.

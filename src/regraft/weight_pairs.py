@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -47,6 +48,8 @@ class PairedWeights:
         self.updates: dict[ModuleRef, LowRank] = {}
         self.narrowing: Narrowing | None = None
         self._nearness: dict[ModuleRef, Nearness] = {}
+        #: Called with how many wanted modules have been measured, and the last of them.
+        self.measured: Callable[[int, ModuleRef], None] = lambda done, module: None
         self._row_norms: dict[ModuleRef, Tensor] = {}
         self._fetched = False
         self._places, self._announced = {module: place for place, module in enumerate(self._wanted)}, 0
@@ -64,12 +67,17 @@ class PairedWeights:
         return iter(self.targets)
 
     def load(self, module: ModuleRef) -> tuple[Tensor, Tensor]:
-        old, new = self._stored(module)
-        return old.float(), new.float()
+        # Each is let go before the next is converted: of a large weight, four copies are a good part of all memory.
+        stored = deque(self._stored(module))
+        return stored.popleft().float(), stored.popleft().float()
+
+    def load_new(self, module: ModuleRef) -> Tensor:
+        """The new weight alone, for methods that look at no other; both are measured as by `load`."""
+        return self._stored(module)[1].float()
 
     def nearness(self, module: ModuleRef) -> Nearness:
         if module not in self._nearness and self.sampled:
-            self._nearness[module] = self._by_rows(module)
+            self._note(module, self._by_rows(module))
         elif module not in self._nearness:
             self._stored(module)
         return self._nearness[module]
@@ -85,10 +93,14 @@ class PairedWeights:
         # Measured on the way: most modules are read just once.
         if module not in self._nearness:
             found = measure(old, new, self.updates.get(module))
-            self._nearness[module] = found.nearness
             if found.row_norms is not None:
                 self._row_norms[module] = found.row_norms
+            self._note(module, found.nearness)
         return old, new
+
+    def _note(self, module: ModuleRef, nearness: Nearness) -> None:
+        self._nearness[module] = nearness
+        self.measured(len(self._nearness), module)
 
     def _announce_after(self, module: ModuleRef) -> None:
         """Have the system read what comes next while this module is computed."""
@@ -173,11 +185,18 @@ class ComputedWeights:
         old, new = self.pairs.load(module)
         return old.to(self.device, self.dtype), new.to(self.device, self.dtype)
 
+    def load_new(self, module: ModuleRef) -> Tensor:
+        return self.pairs.load_new(module).to(self.device, self.dtype)
+
     def side_by_side(self, function: Callable[[ModuleRef], T]) -> Iterator[T]:
         """See `regraft.methods.WeightPairs`."""
         # A device works at one thing at a time, and what is fetched from the hub is fetched in one go.
         alone = torch.device(self.device).type != "cpu" or self.sampled
-        return side_by_side(function, self.wanted, 1 if alone else None)
+        return side_by_side(function, self.wanted, 1 if alone else None, size=self._bytes)
+
+    def _bytes(self, module: ModuleRef) -> int:
+        """Of both weights, as they are loaded."""
+        return sum(rows * columns for rows, columns in self.shapes(module)) * self.dtype.itemsize
 
     def for_adapter(self, module: ModuleRef, outcome: Outcome, target: ModuleRef | None = None) -> Outcome:
         narrowing = self.pairs.narrowing

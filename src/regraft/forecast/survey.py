@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from statistics import mean
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.forecast.evidence import Survey
 from regraft.methods._subspace import overlap
+from regraft.nearness import compare
 from regraft.pairing import Pairing, pair_bases
 
 #: Modules of the fixed sample; ``--deep`` takes all.
@@ -51,9 +52,10 @@ def survey(
     inside = inside if deep else spread(inside, SAMPLE)
     drifts, overlaps = [], []
     for ref in dict.fromkeys([*everywhere, *inside]):
-        before, after = (base.weight(r).float().flatten(1) for base, r in ((old, ref), (new, paired[ref])))
-        if ref in set(everywhere) and before.any():
-            drifts.append(float((after - before).norm() / before.norm()))
+        before, after = old.weight(ref).flatten(1), new.weight(paired[ref]).flatten(1)
+        drift = compare(before, after).distance if ref in set(everywhere) else None
+        if drift is not None and isfinite(drift):
+            drifts.append(drift)
         if ref in set(inside):
             overlaps.append(subspace_overlap(before, after))
     components = {target.component for target in paired.values()}
@@ -113,11 +115,11 @@ def subspace_overlap(old: Tensor, new: Tensor) -> float:
     """How far the leading left and right singular subspaces agree, chance-corrected; 1 equal, about 0 unrelated.
 
     Args:
-        old: (out, in).
+        old: (out, in), of any float dtype.
         new: likewise.
     """
     rank = min(_RANK, max(1, min(old.shape) // 4))
-    (u_old, v_old), (u_new, v_new) = leading(old, rank), leading(new, rank)
+    (u_old, v_old), (u_new, v_new) = (leading(weight.float(), rank) for weight in (old, new))
     return (overlap(u_old, u_new) + overlap(v_old, v_new)) / 2
 
 

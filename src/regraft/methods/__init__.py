@@ -206,6 +206,7 @@ class Method:
         function: the method itself.
         options: name → default.
         after: of a method per pair, see `AfterPair`.
+        old_for: options that make a method which needs the new weight alone look at the old one, too.
     """
 
     name: str
@@ -219,6 +220,7 @@ class Method:
     function: Callable[..., Any]
     options: Mapping[str, Any]
     after: AfterPair | None = None
+    old_for: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -259,13 +261,16 @@ def method(
     per: Per = "module",
     resizes: bool = False,
     after: AfterPair | None = None,
+    old_for: tuple[str, ...] = (),
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function; its keyword-only parameters become its options."""
 
     def register(function: _Function) -> _Function:
         parameters = inspect.signature(function).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        _REGISTRY[name] = Method(name, reference, summary, needs, scope, tier, per, resizes, function, options, after)
+        _REGISTRY[name] = Method(
+            name, reference, summary, needs, scope, tier, per, resizes, function, options, after, old_for
+        )
         return function
 
     return register

@@ -162,8 +162,8 @@ def auto(pairs: WeightPairs) -> Fit:
     near: dict[ModuleRef, float] = {}
     wide: dict[ModuleRef, Transport] = {}
     resized: list[ModuleRef] = []
-    for module in pairs.wanted:
-        similarity = pairs.nearness(module).similarity
+    for module, nearness in zip(pairs.wanted, pairs.side_by_side(pairs.nearness), strict=True):
+        similarity = nearness.similarity
         if similarity is not None:
             near[module] = similarity
         elif (transport := widened(*pairs.load(module))) is not None:

@@ -16,6 +16,7 @@ from regraft.transport import Transport
     summary="Keeps the part of the update that lies in the new weight's leading singular subspaces.",
     needs=("new",),
     resizes=True,
+    old_for=("threshold",),
 )
 def lora_x(
     old: Tensor | None,
