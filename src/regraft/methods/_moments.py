@@ -34,7 +34,7 @@ class Moments:
         """Rows x (N, in), r (N, out)."""
         self.gram += (x.T @ x).to("cpu", torch.float64)
         self.cross += (r.T @ x).to("cpu", torch.float64)
-        self.square += float(r.square().sum(dtype=torch.float64))
+        self.square += float(torch.linalg.vector_norm(r)) ** 2
 
     def metric(self, ridge: float) -> Tensor:
         """Σ x xᵀ + λ I, with λ = ridge · mean of the diagonal."""

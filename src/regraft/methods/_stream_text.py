@@ -87,7 +87,7 @@ def find_writes(task: AdapterTask, model: Loaded, batch: Batch, *, head: bool) -
     last = model.main.get_output_embeddings()
     tied = last.weight is model.main.get_input_embeddings().weight
     rank = rank_of(task)
-    order = [ref for ref, calls in calls_of(model, "new", list(found), batch).items() if calls == 1]
+    order = [ref for ref, calls in calls_of(model, "new", list(found), batch.first()).items() if calls == 1]
     writes = [
         Write(ref, found[ref], rank)
         for ref in order

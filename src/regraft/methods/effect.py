@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -115,7 +115,7 @@ def effect(
 @torch.no_grad()
 def sweep_layers(task: AdapterTask, batches: Sequence[Batch], sweeps: Sequence[Sweep]) -> list[Carried]:
     """One pass through the layers for each sweep, all side by side: the other models run once for all of them."""
-    layers = Layers.of(task, batches[0])
+    layers = Layers.of(task, batches[0].first())
     with ExitStack() as stack:
         streams = _Streams(task, layers, batches, len(sweeps), stack)
         results = [_Result() for _ in sweeps]
@@ -152,6 +152,7 @@ class Layers:
         why_not: old module → why it is left to the copy.
         folded: old module → modules of removed blocks whose writes to the stream are wanted from it too.
         biases: new module → the copy's change of its bias (out,), where it has one: that is kept as it is.
+        transposed: new modules that keep their weight as (in, out).
     """
 
     order: Mapping[ModuleRef, ModuleRef]
@@ -159,6 +160,7 @@ class Layers:
     why_not: Mapping[ModuleRef, str]
     folded: Mapping[ModuleRef, tuple[ModuleRef, ...]] = field(default_factory=dict)
     biases: Mapping[ModuleRef, Tensor] = field(default_factory=dict)
+    transposed: Collection[ModuleRef] = ()
 
     @classmethod
     def of(cls, task: AdapterTask, batch: Batch) -> Layers:
@@ -184,7 +186,8 @@ class Layers:
         copied = task.copied().updates
         copies = {target: _matrix(there[target], copied[target]) for target in order.values() if target in copied}
         biases = {target: bias for ref, target in order.items() if (bias := task.bias(ref)) is not None}
-        return cls(order, copies, why_not, removed_writes(task.pairing, order), biases)
+        transposed = {target for target in order.values() if is_conv1d(there[target])}
+        return cls(order, copies, why_not, removed_writes(task.pairing, order), biases, transposed)
 
 
 def _matrix(module: nn.Module, update: Update) -> Tensor:
@@ -262,13 +265,12 @@ class _Streams:
             for j, sweep in enumerate(sweeps):
                 stop = self.ported_walks[j].walks[i].at(target)
                 assert stop is not None
-                wanted = y_t + (y_a - y_s) + sweep.pull * (y_s - y_t)
                 # The base's own module: what it gives without a change, on what it reads now.
                 now = _chosen(output_rows(module, module.forward(stop[0])), self.rows[i][1])
                 x = _chosen(input_rows(module, stop[0]), self.rows[i][1])
-                change = wanted - now
+                change = (y_t - now).add_(y_a - y_s).add_(y_s - y_t, alpha=sweep.pull)
                 if target in self.biases:
-                    change = change - self.biases[target].to(change)
+                    change -= self.biases[target].to(change)
                 moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
         return moments
 
@@ -329,7 +331,7 @@ def _solve(
     delta = moments.solve(prior, sweep.ridge)
     result.before += moments.square
     rank = task.rank_of(ref)
-    transposed = is_conv1d(modules_of(task.models.new, [target])[target])
+    transposed = target in layers.transposed
     if rank is None:
         name, update = task.dense(ref, (delta.T if transposed else delta).float())
         result.updates[name] = update

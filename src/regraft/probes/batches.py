@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -58,6 +58,10 @@ class Batch(Protocol):
 
         None: all of them, in order.
         """
+        ...
+
+    def first(self) -> Batch:
+        """Its first input alone, for what doesn't depend on how many there are."""
         ...
 
 
@@ -150,6 +154,9 @@ class TextBatch:
 
     def rows(self, side: Side) -> Tensor | None:
         return None if self.kept is None else self.kept[side]
+
+    def first(self) -> TextBatch:
+        return replace(self, ids={side: ids[:1] for side, ids in self.ids.items()}, kept=None)
 
 
 def _text_batches(

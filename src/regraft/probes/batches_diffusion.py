@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,10 @@ class DiffusionBatch:
 
     def rows(self, side: Side) -> Tensor | None:
         return None
+
+    def first(self) -> DiffusionBatch:
+        name, x = self.latents
+        return replace(self, latents=(name, x[:1]), timesteps=self.timesteps[:1], prompts=self.prompts[:1])
 
 
 def diffusion_batches(

@@ -44,6 +44,12 @@ class PreparedBatch(DiffusionBatch):
         known = self.known.get(id(model.main))
         return super().run(model, side) if known is None else self.predict(model, known)
 
+    def first(self) -> DiffusionBatch:
+        found = super().first()
+        assert isinstance(found, PreparedBatch)
+        # What is known is of all states.
+        return replace(found, known={})
+
 
 def picture_inputs(
     models: BothModels, adapter: Adapter, n: int | None, seed: int, prompts: Sequence[str] | None, *, kept: bool
