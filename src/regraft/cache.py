@@ -99,7 +99,7 @@ def find_cached(
             migration = in_memory(migration)
         if all(module in migration.entries for module in wanted):
             # A port tells the same whether its migration was fitted now or before: of the bases, not of the cache.
-            return replace(migration, source=summarise(old), target=summarise(new), file_hash=None)
+            return replace(migration, source=summarise(old), target=summarise(new), digest=None)
     return None
 
 

@@ -45,7 +45,7 @@ def make_for(
             raise UsageError(f"method {method.name!r} looks at both bases", remedy="Give --from and --to.")
         made: Carried = method.function(task_for(adapter, ready, settings, old, new, tick), **own_options(migration))
         return made
-    fitted_now = migration.file is None and migration.file_hash is None
+    fitted_now = migration.file is None and migration.digest is None
     if method.after is None or old is None or new is None or not fitted_now:
         return None
     task = task_for(adapter, ready, settings, old, new, tick)

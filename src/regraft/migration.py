@@ -13,6 +13,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import UsageError
 from regraft.families import family_of_base
+from regraft.migrations.digest import FileDigest
 from regraft.nearness import Nearness
 from regraft.report.schema import BaseSummary
 from regraft.tensors import Shape, n_bytes
@@ -69,7 +70,7 @@ class Migration:
         entries: module of the old base → what becomes of it.
         parameters: component of the old base → names of all its parameters, by which a trained head is known.
         file: where it was read from or written to.
-        file_hash: of that file, ``sha256:…``.
+        digest: of that file.
         base_bytes: size of the new base as it is stored, which the file's own size is held against.
         license: under which the file is published, an SPDX identifier.
         composed: hashes of the files that it was composed of, in order.
@@ -88,13 +89,27 @@ class Migration:
     entries: Mapping[ModuleRef, Entry]
     parameters: Mapping[str, Collection[str]] = field(default_factory=dict)
     file: Path | None = field(default=None)
-    file_hash: str | None = None
+    digest: FileDigest | None = None
     base_bytes: int | None = None
     license: str | None = None
     composed: tuple[str, ...] = ()
     via: tuple[BaseSummary, ...] = ()
     measured: tuple[Mapping[str, Any], ...] = ()
     narrowed: bool = False
+
+    @property
+    def file_hash(self) -> str | None:
+        """Of its file, ``sha256:…``.
+
+        Raises:
+            InputError: the file can't be read.
+        """
+        return None if self.digest is None else self.digest.result()
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Of the files that it comes from: its own, or those that it was composed of."""
+        return self.composed if self.digest is None else (self.digest.result(),)
 
     @property
     def components(self) -> Mapping[str, Collection[str]]:

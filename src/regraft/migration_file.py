@@ -27,6 +27,7 @@ from regraft.lineage.name_sets import compact, expand
 from regraft.lineage.strict_json import parse_object
 from regraft.migration import Entry, Migration, check_general
 from regraft.migrations.base_id import base_id, from_summary, to_summary
+from regraft.migrations.digest import FileDigest
 from regraft.migrations.maps import FileMaps, FromFile
 from regraft.migrations.model import VERSION, Header, Map, Row
 from regraft.migrations.recognise import recognise
@@ -107,19 +108,6 @@ def _load_local(path: Path) -> Migration:
     header, tensors = read_header(path)
     with reading(path, KEY):
         return _Decoder(path, header, tensors).decode()
-
-
-def file_hash(path: Path) -> str:
-    """``sha256:`` + the SHA-256 of the file: the fingerprint of a migration.
-
-    Raises:
-        InputError: it can't be read.
-    """
-    with reading(path), path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def check_fingerprints(migration: Migration, old: Base | None, new: Base | None) -> None:
@@ -337,7 +325,7 @@ class _Decoder:
             entries={ModuleRef(*row.module): self._entry(row) for row in header.modules},
             parameters={component: tuple(expand(names)) for component, names in header.parameters.items()},
             file=self.path,
-            file_hash=file_hash(self.path),
+            digest=FileDigest(self.path),
             base_bytes=header.base_bytes,
             license=header.license,
             composed=tuple(header.composed),

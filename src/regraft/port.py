@@ -142,6 +142,8 @@ def apply_migration(
         UsageError: the migration is narrowed to another adapter.
     """
     started = time.perf_counter() if started is None else started
+    if migration.digest is not None:
+        migration.digest.begin()
     recut = settings.rank not in (None, "full")
     weakened = settings.strength != 1.0 or bool(settings.block_strength)
     adapter = with_shapes_of(adapter, migration, old)

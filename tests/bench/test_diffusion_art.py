@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 
 from regraft.bench import diffusion_art as art
 from regraft.bench import diffusion_judge
-from regraft.bench.diffusion_judge import Judge, look_number, style_share, trained_judge
+from regraft.bench.diffusion_judge import Judge, accuracy, look_number, style_share, trained_judge
 from regraft.demo import style
 from regraft.errors import RegraftError
 
@@ -90,6 +92,17 @@ def test_without_cairo_it_says_what_to_install(monkeypatch):
         art.draw("", 32, np.random.default_rng(0))
 
 
+def test_icons_are_fetched_into_a_folder_that_is_not_there_yet(tmp_path, monkeypatch):
+    def pack(command, *, cwd, **_):
+        with tarfile.open(cwd / "iconify-json-noto-1.2.9.tgz", "w:gz") as archive:
+            (tmp_path / "icons.json").write_text('{"width": 32}')
+            archive.add(tmp_path / "icons.json", "package/icons.json")
+
+    monkeypatch.setattr(art.shutil, "which", lambda _: "npm")
+    monkeypatch.setattr(art.subprocess, "run", pack)
+    assert art.icons("noto", tmp_path / "cache" / "art") == {"width": 32}
+
+
 def test_a_judge_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(art, "drawings", lambda *_, **__: rgba(2))
     monkeypatch.setattr(diffusion_judge, "STEPS", 2)
@@ -104,3 +117,30 @@ def test_a_judge_names_a_concept_and_a_look_for_each_picture():
     concepts, looks = Judge().eval().named(np.zeros((3, 32, 32, 3), np.float32))
     assert concepts.shape == looks.shape == (3,)
     assert sorted(map(look_number, art.LOOKS)) == list(range(1, 1 + len(art.LOOKS)))  # 0 is plain
+
+
+def test_accuracy_is_counted_on_the_drawings_held_out(tmp_path, monkeypatch):
+    """A judge that sees one concept and no look is right where those are asked for."""
+    prompts = np.repeat(np.arange(len(art.PROMPTS)), 2)
+    asked = []
+
+    def drawn(name, folder, *, test=False):
+        asked.append((name, test))
+        return rgba(len(prompts))
+
+    class OneEyed(Judge):
+        def named(self, pictures):
+            zeros = np.zeros(len(pictures), np.int64)
+            return zeros + 3, zeros
+
+    monkeypatch.setattr(art, "drawings", drawn)
+    monkeypatch.setattr(art, "plain", lambda _: art.Pictures(np.zeros((len(prompts), 3, 32, 32), np.uint8), prompts))
+    monkeypatch.setattr(art, "styled", lambda rgba, _: art.plain(rgba))
+    told = accuracy(OneEyed().eval(), tmp_path, lambda pixels: pixels.transpose(0, 2, 3, 1) / np.float32(255))
+    concepts = len(art.PROMPTS) // len(art.BACKGROUNDS)
+    right = {
+        "concept": pytest.approx(1 / concepts, abs=1e-4),
+        "look": pytest.approx(1 / (1 + len(art.LOOKS)), abs=1e-4),
+    }
+    assert told == dict.fromkeys(art.ART, right)
+    assert asked == [(name, True) for name in art.ART]

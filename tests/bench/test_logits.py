@@ -13,7 +13,7 @@ from test_language import toy_world
 from regraft.bench import language
 from regraft.bench.group import Group
 from regraft.bench.language import LanguageWorld
-from regraft.bench.logits_table import BEGIN, END, logits_between, logits_page, of_logits
+from regraft.bench.logits_table import BEGIN, END, WRITTEN, logits_page, of_logits
 from regraft.bench.results import save
 from regraft.bench.variants import parse_variants
 from regraft.errors import InputError, UsageError
@@ -141,7 +141,7 @@ def test_the_table_says_what_was_scored(record: BenchReport, tmp_path: Path, run
     page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
     run("bench", "table", tmp_path / "record.json", "--markdown", page, "--quiet")
     text = page.read_text(encoding="utf-8")
-    assert text == logits_between(text, record)
+    assert text == WRITTEN(text, record)
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "lm-scratch, far" in text

@@ -15,7 +15,7 @@ from regraft.bench.diffusion_recipes import ADAPTERS as LOOKS
 from regraft.bench.diffusion_score import OF_EACH, VARIED, _diversity
 from regraft.bench.group import _numbers
 from regraft.bench.language_recipes import ADAPTERS as TEXTS
-from regraft.bench.portable_table import BEGIN, END, kind_of, kinds_between, kinds_page, of_kinds
+from regraft.bench.portable_table import BEGIN, END, WRITTEN, kind_of, kinds_page, of_kinds
 from regraft.bench.variants import parse_variants
 from regraft.report.bench_schema import BenchAdapter, BenchCheck, BenchMethod, BenchPair, BenchReport, BenchRow
 from regraft.report.schema import Interval
@@ -142,7 +142,7 @@ def test_a_line_holds_what_a_kind_is_at_home_and_carried(record: BenchReport) ->
 
 def test_a_page_keeps_its_own_words(record: BenchReport) -> None:
     page = f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n"
-    found = kinds_between(page, record)
+    found = WRITTEN(page, record)
     assert found.startswith("before\n")
     assert found.endswith("after\n")
     assert "old\n" not in found

@@ -193,4 +193,4 @@ def test_the_committed_pages_are_those_of_the_committed_record() -> None:
     page = (ROOT / "docs" / "refine-benchmark.md").read_text(encoding="utf-8")
     assert page == refine_table.refine_page(record)
     text = (ROOT / "docs" / "refine.md").read_text(encoding="utf-8")
-    assert refine_table.refine_between(text, record) == text
+    assert refine_table.WRITTEN(text, record) == text

@@ -115,12 +115,12 @@ def test_all_lines_of_a_table_have_as_many_cells(toy_record: BenchReport) -> Non
 
 def test_a_readme_is_changed_between_its_marks_alone(toy_record: BenchReport) -> None:
     text = f"before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n"
-    once = table.between(text, toy_record)
+    once = table.WRITTEN(text, toy_record)
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert "old\n" not in once
-    assert table.between(once, toy_record) == once
-    assert table.between("no marks", toy_record) == "no marks"
+    assert table.WRITTEN(once, toy_record) == once
+    assert table.WRITTEN("no marks", toy_record) == table.page(toy_record)
 
 
 def test_goals_are_told_by_figures_or_not_at_all(toy_record: BenchReport) -> None:
@@ -276,7 +276,7 @@ def test_the_committed_pages_are_those_of_the_committed_record() -> None:
     record = load(file)
     assert (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8") == table.page(record)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.between(readme, record) == readme
+    assert table.WRITTEN(readme, record) == readme
 
 
 def test_the_record_is_saved_a_row_a_line(toy_record: BenchReport, tmp_path: Path) -> None:

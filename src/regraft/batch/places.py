@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from regraft.errors import InputError, OutputError, RegraftError, first_line
-from regraft.migration_file import file_hash
+from regraft.migrations.digest import file_hash
 from regraft.output import ADAPTER_CONFIG, readable, whole
 
 T = TypeVar("T")

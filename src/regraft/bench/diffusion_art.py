@@ -135,6 +135,7 @@ def icons(name: str, cache: Path) -> dict[str, Any]:
                 "the pictures come from an npm package, and npm is not installed",
                 remedy=f"Install npm, or put {tarball.name} into {cache}.",
             )
+        cache.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=cache, check=True, stdout=subprocess.DEVNULL)
     with tarfile.open(tarball) as archive:
         found: dict[str, Any] = json.load(archive.extractfile("package/icons.json") or io.BytesIO())

@@ -95,6 +95,27 @@ def trained_judge(drawings: Path, kept: Path, through: Callable[[art.Pixels], ar
     return judge.eval()
 
 
+def accuracy(judge: Judge, drawings: Path, through: Callable[[art.Pixels], art.Floats]) -> dict[str, dict[str, float]]:
+    """By art set, the shares of drawings that nothing was trained on whose concept and whose look it names rightly.
+
+    Args:
+        judge: trained.
+        drawings: the folder of the art.
+        through: the autoencoder there and back, as sampled pictures come.
+    """
+    told: dict[str, dict[str, float]] = {}
+    for name in art.ART:
+        rgba = art.drawings(name, drawings, test=True)
+        right: list[NDArray[np.bool_]] = []
+        for look in _LOOKS:
+            made = art.styled(rgba, look) if look in art.LOOKS else art.plain(rgba)
+            concepts, looks = judge.named(through(made.pixels))
+            right.append(np.stack([concepts == made.prompts // len(art.BACKGROUNDS), looks == _LOOKS.index(look)]))
+        concept, look_right = np.mean([found.mean(axis=1) for found in right], axis=0)
+        told[name] = {"concept": round(float(concept), 4), "look": round(float(look_right), 4)}
+    return told
+
+
 def _lesson(drawings: Path, through: Callable[[art.Pixels], art.Floats] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (n, 3, 32, 32) in [0, 255], their concepts and their looks."""
     sheets: list[tuple[art.Pixels, NDArray[np.int64], int]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.bench.table import figure, markdown, pair_part, replaced, runs_of, spread
+from regraft.bench.table import Written, figure, markdown, pair_part, runs_of, spread
 from regraft.bench.variants import LOGITS
 from regraft.report.bench_schema import BenchMethod, BenchPair, BenchReport, BenchRow
 
@@ -13,11 +13,6 @@ BEGIN, END = "<!-- logits: written by `regraft bench table` -->", "<!-- /logits 
 def of_logits(record: BenchReport) -> bool:
     """Whether a record is about logit arithmetic."""
     return any(method.method == LOGITS for method in record.methods)
-
-
-def logits_between(text: str, record: BenchReport) -> str:
-    """A page with its generated part made anew; as it is where it has none."""
-    return replaced(text, BEGIN, END, logits_block(record))
 
 
 def logits_page(record: BenchReport) -> str:
@@ -67,3 +62,6 @@ def _share(row: BenchRow | None) -> str:
         return "–"
     said = spread(row.recovery) if row.kind == "method" else figure(row.recovery)
     return f"({said})" if row.refused else said
+
+
+WRITTEN = Written(BEGIN, END, of_logits, logits_block, logits_page)

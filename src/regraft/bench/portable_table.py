@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regraft.bench.table import figure, markdown, pair_part, replaced, runs_of, spread
+from regraft.bench.table import Written, figure, markdown, pair_part, runs_of, spread
 from regraft.bench.variants import BY_INDEX
 from regraft.report.bench_schema import BenchAdapter, BenchPair, BenchReport, BenchRow
 
@@ -26,11 +26,6 @@ _CARRIED = ("copy", "auto", "lora-x", BY_INDEX)
 def of_kinds(record: BenchReport) -> bool:
     """Whether a record is about kinds of adapter."""
     return any(method.method == BY_INDEX for method in record.methods)
-
-
-def kinds_between(text: str, record: BenchReport) -> str:
-    """A page with its generated part made anew; as it is where it has none."""
-    return replaced(text, BEGIN, END, kinds_block(record))
 
 
 def kinds_page(record: BenchReport) -> str:
@@ -117,3 +112,6 @@ def _against(auto: BenchRow | None, adapter: BenchAdapter, plain: BenchAdapter |
     if auto is None or auto.recovery.mean is None or mine is None or not theirs:
         return "–"
     return f"{auto.recovery.mean * mine / theirs:.2f}".replace("-", "−")
+
+
+WRITTEN = Written(BEGIN, END, of_kinds, kinds_block, kinds_page)

@@ -9,7 +9,7 @@ from typing import get_args
 from regraft.bench.controls import CONTROLS
 from regraft.bench.goals import row_of
 from regraft.bench.refine_goals import refine_goals
-from regraft.bench.table import errors_of, figure, goal_table, markdown, pair_part, replaced, runs_of, spread
+from regraft.bench.table import Written, errors_of, figure, goal_table, markdown, pair_part, runs_of, spread
 from regraft.bench.variants import REFINE
 from regraft.refine.settings import Objective
 from regraft.report.bench_schema import BenchAdapter, BenchPair, BenchReport, BenchRow
@@ -32,11 +32,6 @@ def of_refine(record: BenchReport) -> bool:
 def refine_block(record: BenchReport) -> str:
     """The summary for a page of other text."""
     return "\n\n".join((shares(record), _legend(record), *runs_of(record)))
-
-
-def refine_between(text: str, record: BenchReport) -> str:
-    """A page with its generated part made anew; as it is where it has none."""
-    return replaced(text, BEGIN, END, refine_block(record))
 
 
 def refine_page(record: BenchReport) -> str:
@@ -197,3 +192,6 @@ def _variant(name: str, rows: Sequence[BenchRow]) -> list[str]:
         mean(row.figures.get("of_what_is_wanted") for row in rows),
         mean(row.seconds for row in rows).split(".")[0],
     ]
+
+
+WRITTEN = Written(BEGIN, END, of_refine, refine_block, refine_page)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -163,11 +164,6 @@ def _for_makers(record: BenchReport) -> str:
     return f"0 = as without a LoRA, 1 = as a LoRA trained anew on the new base. {'; '.join(words)}."
 
 
-def between(text: str, record: BenchReport) -> str:
-    """A page with its generated part made anew; as it is where it has none."""
-    return replaced(text, BEGIN, END, block(record))
-
-
 def replaced(text: str, begin: str, end: str, made: str) -> str:
     """A text with what stands between two marks replaced; as it is where it lacks one of them."""
     if begin not in text or end not in text:
@@ -284,3 +280,30 @@ def print_table(record: BenchReport, console: Console) -> None:
     console.print(legend(record), markup=False)
     if record.missing:
         console.print(f"{record.missing} cells are missing; --resume makes them.", markup=False)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A record in Markdown, in one of the forms that records have.
+
+    Attributes:
+        begin: mark before the part of a page that is made of it.
+        end: mark behind it.
+        is_of: whether a record is of this form.
+        block: that part.
+        page: a page of its own.
+    """
+
+    begin: str
+    end: str
+    is_of: Callable[[BenchReport], bool]
+    block: Callable[[BenchReport], str]
+    page: Callable[[BenchReport], str]
+
+    def __call__(self, text: str, record: BenchReport) -> str:
+        """A page with its part made anew; the record's own page where it has none."""
+        return replaced(text, self.begin, self.end, self.block(record)) if self.begin in text else self.page(record)
+
+
+#: Of any record.
+WRITTEN = Written(BEGIN, END, lambda record: True, block, page)

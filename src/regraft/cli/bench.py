@@ -242,16 +242,11 @@ def table_again(
     from regraft.bench.results import load
 
     record = load(file)
-    begin, between, page = table.BEGIN, table.between, table.page
-    if refine_table.of_refine(record):
-        begin, between, page = refine_table.BEGIN, refine_table.refine_between, refine_table.refine_page
-    elif portable_table.of_kinds(record):
-        begin, between, page = portable_table.BEGIN, portable_table.kinds_between, portable_table.kinds_page
-    elif logits_table.of_logits(record):
-        begin, between, page = logits_table.BEGIN, logits_table.logits_between, logits_table.logits_page
+    forms = (refine_table.WRITTEN, portable_table.WRITTEN, logits_table.WRITTEN, table.WRITTEN)
+    written = next(form for form in forms if form.is_of(record))
     for target in markdown or ():
         text = target.read_text(encoding="utf-8") if target.is_file() else ""
-        write_text(between(text, record) if begin in text else page(record), target, overwrite=True)
+        write_text(written(text, record), target, overwrite=True)
     _write_page(record, report)
     emit(record, json=json, quiet=quiet, table=lambda console: table.print_table(record, console))
 

@@ -24,7 +24,8 @@ from regraft.fitting import fit_migration, remeasure
 from regraft.formats import get_format, load_adapter
 from regraft.methods import get_method
 from regraft.migration import Migration, size_of
-from regraft.migration_file import check_fingerprints, file_hash, load_migration
+from regraft.migration_file import check_fingerprints, load_migration
+from regraft.migrations.digest import FileDigest
 from regraft.migrations.graph import Way
 from regraft.migrations.precision import halved
 from regraft.output import check_writable, whole, write_text
@@ -224,7 +225,7 @@ class _Run:
                     # Written first, since the ported file names it by its hash; it takes its place with that file.
                     staged = stack.enter_context(whole(self.save_migration))
                     read.save(staged)
-                    read = replace(read, file_hash=file_hash(staged))
+                    read = replace(read, digest=FileDigest(staged))
             elif source is not None and target is not None:
                 read = remeasure(read, source, target, adapter)
             if self.dry_run:

@@ -25,7 +25,6 @@ def port_entry(report: PortReport, settings: Settings, migration: Migration, ada
         adapter: as it was before.
     """
     refs = {str(ref): ref for ref in adapter.updates}
-    hashes = (migration.file_hash,) if migration.file_hash is not None else migration.composed
     entry = {
         "from": from_summary(migration.source) if migration.source is not None else None,
         "to": from_summary(migration.target),
@@ -34,7 +33,7 @@ def port_entry(report: PortReport, settings: Settings, migration: Migration, ada
         "strength": settings.strength,
         "block_strength": [list(pair) for pair in settings.block_strength],
         "rank": settings.rank,
-        "migrations": list(hashes),
+        "migrations": list(migration.hashes),
         "via": [from_summary(base) for base in migration.via],
         "kept": _kept(report.modules, refs),
         "lost": _lost(report.modules, refs),

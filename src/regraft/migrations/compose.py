@@ -65,7 +65,7 @@ def compose(first: Migration, second: Migration) -> Migration:
         parameters=first.parameters,
         base_bytes=second.base_bytes,
         license=first.license if first.license == second.license else _both(first.license, second.license),
-        composed=(*_hashes(first), *_hashes(second)),
+        composed=(*first.hashes, *second.hashes),
         via=via,
     )
 
@@ -106,10 +106,6 @@ def _targets(migration: Migration) -> set[object]:
 
 def _steps(migration: Migration) -> int:
     return len(migration.via) + 1
-
-
-def _hashes(migration: Migration) -> tuple[str, ...]:
-    return (migration.file_hash,) if migration.file_hash is not None else migration.composed
 
 
 def _both(first: str | None, second: str | None) -> str | None:

@@ -1,0 +1,1 @@
+"""How often the judge of the benchmark's pictures is right."""
