@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regraft import Adapter, Base, InputError, ModuleRef, fit_migration, load_migration, open_base, port
 from regraft.adapter import MODEL
+from regraft.fitting import remeasure
 from regraft.tensors import InMemory
 from regraft.updates import Diff, LoHa, LowRank, Update
 from toys import StateDict, drifted, llama, lora, save_base
@@ -100,6 +101,26 @@ def test_a_migration_file_holds_the_widening(tmp_path: Path) -> None:
     migration = load_migration(fitted.save(tmp_path / "m.safetensors"))
     carried = migration.port(with_update(UPDATES["lora"])).adapter.updates[REF]
     check_wide(carried.delta(), UPDATES["lora"].delta())
+
+
+def test_a_migration_tells_of_an_adapter_what_a_fit_of_its_own_tells(tmp_path: Path) -> None:
+    """Of weights of one shape and of a widened one, for a LoRA and for a DoRA's magnitude."""
+    state = llama()
+    bases = opened(tmp_path, state, wider(state))
+    lora = UPDATES["lora"]
+    assert isinstance(lora, LowRank)
+    adapter = with_update(replace(lora, magnitude=InMemory(state[WEIGHT].norm(dim=1) * 1.2)))
+    own = fit_migration(*bases, "copy", adapter=adapter)
+    file = fit_migration(*bases, "copy").save(tmp_path / "m.safetensors")
+    told = remeasure(load_migration(file), *bases, adapter)
+    assert {own.entries[ref].shape_new for ref in adapter.updates} >= {(40, 24 + 8)}
+    for ref in adapter.updates:
+        wanted, found = own.entries[ref], told.entries[ref]
+        assert found.nearness.adapter_distance is not None
+        assert asdict(found.nearness) == pytest.approx(asdict(wanted.nearness))
+        assert wanted.row_norms is not None
+        assert found.row_norms is not None
+        torch.testing.assert_close(found.row_norms, wanted.row_norms)
 
 
 def test_a_layer_of_another_width_is_no_widening(tmp_path: Path) -> None:

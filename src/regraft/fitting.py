@@ -18,8 +18,8 @@ from regraft.methods import Fit, Method, Outcome, Skip, equal_sizes_only, get_me
 from regraft.methods.task import AS_IT_IS, Running
 from regraft.migration import Entry, Migration, parameters_of, size_of, summarise
 from regraft.narrowing import Narrowing
-from regraft.nearness import Nearness, compare, measure
-from regraft.pairing import Pairing, pair_bases
+from regraft.nearness import Nearness, compare
+from regraft.pairing import Counterpart, Pairing, pair_bases
 from regraft.plan import source_modules
 from regraft.removed import Policy, check_policy, rehomed
 from regraft.tokens import tables_in
@@ -193,14 +193,21 @@ def _entry(
     if isinstance(outcome, Skip):
         return Entry(None, None, outcome.reason, shape_old, nearness=nearness, uncovered=not outcome.planned)
     target = pairs.targets[module]
-    nearness = as_carried(nearness, outcome, aligned)
-    row_norms = pairs.row_norms(module)
     if widens(shape_old, pairs.new.shape(target)) and not outcome.rotates:
+        reason += "; the inputs that the new base added stay its own"
+    nearness, row_norms = _carried_nearness(pairs, module, outcome, aligned)
+    return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
+
+
+def _carried_nearness(
+    pairs: PairedWeights, module: ModuleRef, transport: Transport, aligned: float | None
+) -> tuple[Nearness, Tensor | None]:
+    """The nearness as the transport makes it, and the norms of both weights' rows where they can be compared."""
+    if widens(pairs.old.shape(module), pairs.new.shape(pairs.targets[module])) and not transport.rotates:
         before, after = pairs.load(module)
         nearness = compare(before, after[:, : before.shape[1]], pairs.updates.get(module))
-        row_norms = torch.stack([before.norm(dim=1), after.norm(dim=1)])
-        reason += "; the inputs that the new base added stay its own"
-    return Entry(target, outcome.to_cpu(moved), reason, shape_old, pairs.new.shape(target), nearness, False, row_norms)
+        return nearness, torch.stack([before.norm(dim=1), after.norm(dim=1)])
+    return as_carried(pairs.nearness(module), transport, aligned), pairs.row_norms(module)
 
 
 def _placed_entry(pairs: PairedWeights, module: ModuleRef, fit: Fit, moved: dict[int, Tensor]) -> Entry:
@@ -250,14 +257,19 @@ def remeasure(migration: Migration, old: Base, new: Base, adapter: Adapter) -> M
     Raises:
         InputError: a base is damaged.
     """
-
-    entries = dict(migration.entries)
+    entries, met, targets = dict(migration.entries), dict[ModuleRef, LowRank](), dict[ModuleRef, Counterpart]()
     for module, update in source_modules(adapter, old).items():
         entry = entries.get(module)
-        if entry is None or entry.target is None or not isinstance(update, LowRank):
-            continue
-        found = measure(old.weight(module).flatten(1), new.weight(entry.target).flatten(1), update)
+        if entry is not None and entry.target is not None and isinstance(update, LowRank):
+            met[module], targets[module] = update, Counterpart(entry.target, "name", entry.reason)
+    pairs = PairedWeights(old, new, Pairing(targets), list(met))
+    pairs.updates = met
+    with weights_given_back():
+        for _ in ComputedWeights(pairs, "cpu", torch.float32).side_by_side(pairs.nearness):
+            pass
+    for module in met:
+        entry = entries[module]
         assert entry.transport is not None
-        nearness = as_carried(found.nearness, entry.transport, entry.nearness.similarity)
-        entries[module] = replace(entry, nearness=nearness, row_norms=found.row_norms)
+        nearness, norms = _carried_nearness(pairs, module, entry.transport, entry.nearness.similarity)
+        entries[module] = replace(entry, nearness=nearness, row_norms=norms)
     return replace(migration, entries=entries)

@@ -14,9 +14,9 @@ from regraft.forecast.survey import Surveyor, survey
 from regraft.migration import Migration
 from regraft.pairing import Named
 from regraft.plan import Located, Selection, locate, with_shapes_of
-from regraft.tensors import check_finite
+from regraft.tensors import InMemory, check_finite
 from regraft.tokens import refused_tokens
-from regraft.updates import ByShape, Update
+from regraft.updates import ByShape, LowRank, Update
 from regraft.updates.vera import UNDRAWN
 from regraft.wholes import Whole, home_of, plan_wholes
 
@@ -171,8 +171,13 @@ def _shares(
     for ref, update in adapter.updates.items():
         if update.by_parameter or ref in left_out:
             continue
-        for part in update.parts().values():
-            check_finite(part.load(), adapter.path, getattr(part, "name", str(ref)))
+        parts = update.parts()
+        loaded = {role: InMemory(part.load()) for role, part in parts.items()}
+        for role, part in parts.items():
+            check_finite(loaded[role].tensor, adapter.path, getattr(part, "name", str(ref)))
+        if isinstance(update, LowRank):
+            # Most are of this kind, and need not be read again to be measured.
+            update = replace(update, up=loaded["up"], down=loaded["down"])
         if update.additive or update.magnitude is not None:
             squares[ref] = update.norm() ** 2
         else:

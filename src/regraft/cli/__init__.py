@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import signal
 import sys
@@ -119,6 +120,8 @@ def _load(verb: str) -> Any:
         alone.add_typer(module.app, name=verb)
     else:
         alone.command(verb)(_guarded(getattr(module, verb)))
+    # What was imported stays: no collection of garbage need look at it.
+    gc.freeze()
     group: Any = get_command(alone)
     return group.commands[verb]
 

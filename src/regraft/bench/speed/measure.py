@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from regraft._version import __version__
 from regraft.bench.speed.making import Geometry, write_lora, write_pair
 from regraft.bench.speed.plain import way_of
 from regraft.bench.speed.timing import Spent, can_forget, environment, median_of, reading, spent, writing
@@ -178,6 +179,7 @@ def _measured(
 
     def report() -> SpeedReport:
         return SpeedReport(
+            regraft_version=__version__,
             command=command,
             date=date,
             machine={"processor": platform.machine(), "cores": os.cpu_count() or 1, "system": platform.system()},
