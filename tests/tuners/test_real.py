@@ -99,6 +99,9 @@ def test_a_quantised_base_is_decomposed_as_it_is_read(tuner: str, bits: int, tmp
         assert (model(x) - found).norm() < 0.3 * found.norm()
 
 
+_APART = "it slows every import of transformers: `.ci/run` installs it for these tests alone, as regraft[quantised]"
+
+
 def hqq_quantised() -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -110,7 +113,7 @@ def hqq_quantised() -> Any:
 
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_hqq_s_layers_are_read_merged_and_given_back(tuner: str, tmp_path: Any) -> None:
-    pytest.importorskip("hqq", reason="hqq is not among the tests' needs: it slows every import of transformers")
+    pytest.importorskip("hqq", reason=_APART)
     kind, options = TUNERS[tuner]
     x = torch.randn(3, 64)
     with torch.no_grad():
@@ -132,9 +135,7 @@ def test_hqq_s_layers_are_read_merged_and_given_back(tuner: str, tmp_path: Any) 
 
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_torchao_s_weights_are_read_and_merged(tuner: str, tmp_path: Any) -> None:
-    pytest.importorskip(
-        "torchao", reason="torchao is not among the tests' needs: it slows every import of transformers"
-    )
+    pytest.importorskip("torchao", reason=_APART)
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import LlamaForCausalLM, TorchAoConfig
 
