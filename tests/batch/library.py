@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from regraft import ModuleRef
 from regraft.batch import expand, run_batch
-from regraft.batch.local import LocalExecutor
+from regraft.batch.local import Job, LocalExecutor, Result
 from regraft.batch.options import parse_options
+from regraft.batch.work import work
 from regraft.report.batch_schema import BatchReport
 from toys import drifted, llama, lora, save_base
 
@@ -48,6 +52,33 @@ def batch(sources: Any, out: Path | str | None, *, jobs: int = 1, check: bool = 
 
 
 _ENDS = (("source", "old"), ("target", "new"))
+
+
+@dataclass(frozen=True)
+class Here:
+    """Rows in this process, which is the only one that sees its ``memory://``."""
+
+    name: str = "here"
+
+    def run(self, jobs: Iterator[Job], out: str | None) -> Iterator[Result]:
+        for row, fitted in jobs:
+            yield (row, fitted), work(row, fitted, out)
+
+
+def stored(folder: Path, url: str) -> dict[str, bytes]:
+    """Put a folder into ``memory://``, and tell what lies there now."""
+    fsspec = pytest.importorskip("fsspec")
+    store, place = fsspec.core.url_to_fs(url)
+    store.put(str(folder), place, recursive=True)
+    return held(url)
+
+
+def held(url: str) -> dict[str, bytes]:
+    """What lies in a store below a URL."""
+    import fsspec
+
+    store, place = fsspec.core.url_to_fs(url)
+    return {name: store.cat_file(name) for name in store.find(place)}
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,8 +16,8 @@ from regraft.report.batch_schema import BatchRow
 
 # A store has no appending: lines are put there in parts, so often.
 _LINES, _SECONDS = 200, 10.0
-#: What a batch holds while it writes to a folder.
-LOCK = ".regraft-batch.lock"
+#: Of a journal: what a port, and what a forecast is noted in.
+STEMS = ("results", "forecast")
 
 
 class Journal:
@@ -41,7 +40,10 @@ class Journal:
         self.rows: dict[str, BatchRow] = {}
         for text in self._read():
             self._take(text)
-        if not is_url(out):
+        if is_url(out):
+            # From the first moment on the place is known for a batch's.
+            write_text_to("", f"{self._parts}/0.jsonl")
+        else:
             file = path_of(self.place)
             try:
                 cut = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
@@ -127,19 +129,9 @@ class Journal:
         persistently(remove, self._parts, OutputError)
 
 
-def has_journal(out: str) -> bool:
-    """Whether an output folder is one of earlier runs."""
-    return any((path_of(out) / f"{stem}.jsonl").is_file() for stem in ("results", "forecast"))
-
-
 def reused(earlier: BatchRow, now: BatchRow, outputs: tuple[str, ...], seconds: float = 0.0) -> BatchRow:
     """An earlier row under the names that it has now."""
     names: dict[str, Any] = {
         name: getattr(now, name) for name in ("adapter", "name", "source", "target", "options", "output")
     }
     return earlier.model_copy(update={**names, "outputs": list(outputs), "seconds": seconds, "reused": True})
-
-
-def is_free(out: Path) -> bool:
-    """Whether a folder is not there yet, or empty."""
-    return not out.exists() or (out.is_dir() and all(file.name == LOCK for file in out.iterdir()))

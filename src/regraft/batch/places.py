@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -18,6 +20,8 @@ from regraft.migrations.digest import file_hash
 from regraft.output import ADAPTER_CONFIG, readable, whole
 
 T = TypeVar("T")
+#: See `location`.
+Location = tuple[object, tuple[str, ...]]
 
 # Stores that show an object once all of it is there; on others a file grows under its name.
 _WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "memory"}
@@ -49,6 +53,39 @@ def store_of(url: str) -> tuple[Any, str]:
         raise RegraftError(f"URLs like this need another package ({first_line(error)})", file=url) from None
     except ValueError as error:
         raise InputError(f"is no URL that can be read ({first_line(error)})", file=url) from None
+
+
+def location(place: str) -> Location:
+    """What two places are compared by: the kind of store, None for the disk, and the parts of the path in it."""
+    if not is_url(place):
+        return None, path_of(place).resolve().parts
+    # By its text alone: a library may have a million URLs. Where `..` is no step up, nothing has such a name.
+    scheme, _, path = place.partition("://")
+    return _kind(scheme), tuple(part for part in posixpath.normpath(f"/{path}").split("/") if part)
+
+
+@lru_cache
+def _kind(scheme: str) -> object:
+    """One for all schemes of a store: s3a is s3."""
+    try:
+        import fsspec
+
+        found: object = fsspec.get_filesystem_class(scheme)
+        return found
+    except (ImportError, ValueError):
+        # It can't be read here, which whoever reads it is told.
+        return scheme
+
+
+def is_inside(place: str, folder: Location) -> bool:
+    """Whether a path or URL is that folder, or lies in it at any depth."""
+    store, parts = location(place)
+    return store == folder[0] and parts[: len(folder[1])] == folder[1]
+
+
+def home_of(place: str) -> str:
+    """The folder that a path or URL lies in."""
+    return place.rstrip("/").rpartition("/")[0] if is_url(place) else str(path_of(place).parent)
 
 
 def persistently(action: Callable[[], T], file: str, error_class: type[RegraftError]) -> T:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 
 from regraft._version import __version__
-from regraft.batch.journal import LOCK, Journal, has_journal, is_free, reused
+from regraft.batch.journal import Journal, reused
 from regraft.batch.local import Job, Result
+from regraft.batch.out_place import alone_in, check_out, sweep
 from regraft.batch.pairs import Done, Fitted, PairSpec, fit_pair
-from regraft.batch.places import is_url, path_of, write_bytes_to, write_text_to
+from regraft.batch.places import write_bytes_to, write_text_to
 from regraft.batch.rows import Row
 from regraft.batch.serving import INDEX
 from regraft.batch.serving_index import serving_index
 from regraft.batch.tables import count, parquet, summary, worst_first
 from regraft.batch.work import Known, failed, row_of
-from regraft.errors import OutputError, RegraftError, UsageError
+from regraft.errors import RegraftError
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
 
 
@@ -71,9 +69,9 @@ def run_batch(
     with ExitStack() as stack:
         journal: Journal | None = None
         if out is not None:
-            _check_out(rows, out, overwrite=overwrite)
-            stack.enter_context(_alone_in(out))
-            _sweep(rows, out)
+            check_out(rows, out, overwrite=overwrite)
+            stack.enter_context(alone_in(out))
+            sweep(rows, out)
             journal = Journal(out, stem)
         job = _Batch(rows, journal.done() if journal is not None else {}, check)
         found: list[BatchRow] = []
@@ -101,7 +99,7 @@ def run_batch(
         )
         if out is None:
             return record
-        _sweep(rows, out)
+        sweep(rows, out)
         record = _written(record, out, stem)
         return _indexed(record, out, serve_from or out) if any(row.serve for row in rows) else record
 
@@ -184,55 +182,3 @@ class _Batch:
         told |= {"method": used, "old": fitted.old, "new": fitted.new, "seconds": fitted.seconds}
         self.pairs.append(BatchPair(**told, shared=shared, note=fitted.note))
         yield from ((row, fitted) for row in rows)
-
-
-def _check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
-    if is_url(out):
-        return
-    folder = path_of(out)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("is a file, and the output is a folder", file=folder, remedy="Choose another name.")
-    for row in rows:
-        if not is_url(row.adapter) and path_of(row.adapter).parent.resolve() == folder.resolve():
-            raise UsageError("the output folder holds the adapters themselves", file=folder, remedy="Name another one.")
-    if not (overwrite or is_free(folder) or has_journal(str(folder))):
-        what = "holds other things than an earlier batch"
-        raise OutputError(what, file=folder, remedy="Choose another folder, or pass --overwrite.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"can't be made ({error.strerror})", file=folder) from None
-
-
-@contextmanager
-def _alone_in(out: str) -> Iterator[None]:
-    """No other batch writes to the same folder; a driver that was killed holds nothing."""
-    if is_url(out):
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path_of(out) / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError("another batch is writing here", file=out, remedy="Wait for it, or stop it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _sweep(rows: Sequence[Row], out: str) -> None:
-    """Remove what workers that were killed left half-written beside their outputs."""
-    if is_url(out):
-        return
-    begun: dict[Path, set[str]] = {}
-    for row in rows:
-        place = path_of(out) / row.output
-        begun.setdefault(place.parent, set()).add(place.name[:40])
-    for folder, names in begun.items():
-        for left in folder.glob(".*") if folder.is_dir() else []:
-            found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", left.name)
-            if found and left.is_dir() and any(found[1].startswith(name) for name in names):
-                shutil.rmtree(left, ignore_errors=True)

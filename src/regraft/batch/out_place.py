@@ -1,0 +1,106 @@
+"""Where a batch writes: a folder or a URL that is its own, held by one driver at a time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from regraft.batch.journal import STEMS
+from regraft.batch.places import home_of, is_inside, is_url, location, path_of, persistently, store_of
+from regraft.batch.rows import Row
+from regraft.errors import OutputError, UsageError
+
+#: What a batch holds while it writes to a folder.
+LOCK = ".regraft-batch.lock"
+
+
+def check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
+    """Whether outputs can go there without touching what is not of a batch; a folder is made.
+
+    Raises:
+        UsageError: the adapters themselves lie there.
+        OutputError: it is a file, holds other things (which ``overwrite`` allows), or can't be made.
+    """
+    place = location(out)
+    if any(is_inside(home, place) for home in {home_of(row.adapter) for row in rows}):
+        raise UsageError("the output folder holds the adapters themselves", file=out, remedy="Name another one.")
+    if is_url(out):
+        is_file, is_free = persistently(lambda: _in_store(out), out, OutputError)
+    else:
+        folder = path_of(out)
+        is_file = folder.exists() and not folder.is_dir()
+        is_free = is_file or not folder.exists() or has_journal(folder) or _is_empty(folder)
+    if is_file:
+        raise OutputError("is a file, and the output is a folder", file=out, remedy="Choose another name.")
+    if not (overwrite or is_free):
+        what = "holds other things than an earlier batch"
+        raise OutputError(what, file=out, remedy="Choose another folder, or pass --overwrite.")
+    if is_url(out):
+        return
+    try:
+        path_of(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't be made ({error.strerror})", file=out) from None
+
+
+def has_journal(folder: Path) -> bool:
+    """Whether an output folder is one of earlier runs."""
+    return any((folder / f"{stem}.jsonl").is_file() for stem in STEMS)
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(file.name == LOCK for file in folder.iterdir())
+
+
+def _in_store(url: str) -> tuple[bool, bool]:
+    """Whether a URL is a file, and whether it is free for a batch: nothing lies there, or an earlier one does."""
+    store, place = store_of(url)
+    store.invalidate_cache()
+    if store.isfile(place):
+        return True, False
+    # A driver that was killed leaves parts of a journal.
+    if any(store.exists(f"{place}/{name}") for stem in STEMS for name in (f"{stem}.jsonl", f".{stem}")):
+        return False, True
+    try:
+        held = store.ls(place, detail=False)
+    except FileNotFoundError:
+        held = []
+    # Some stores list an empty object that stands for the folder.
+    return False, all(name.strip("/") == place.strip("/") for name in held)
+
+
+@contextmanager
+def alone_in(out: str) -> Iterator[None]:
+    """No other batch writes to the same folder; a driver that was killed holds nothing."""
+    if is_url(out):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path_of(out) / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError("another batch is writing here", file=out, remedy="Wait for it, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(rows: Sequence[Row], out: str) -> None:
+    """Remove what workers that were killed left half-written beside their outputs."""
+    if is_url(out):
+        return
+    begun: dict[Path, set[str]] = {}
+    for row in rows:
+        place = path_of(out) / row.output
+        begun.setdefault(place.parent, set()).add(place.name[:40])
+    for folder, names in begun.items():
+        for left in folder.glob(".*") if folder.is_dir() else []:
+            found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", left.name)
+            if found and left.is_dir() and any(found[1].startswith(name) for name in names):
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""Libraries and outputs in a store: what is the user's is never written over, and what was ported is no input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from library import Here, held, make_bases, make_library, stored
+
+from regraft.batch import Row, expand, run_batch
+from regraft.batch.options import RowOptions
+from regraft.batch.places import is_inside, location
+from regraft.errors import OutputError, UsageError
+from regraft.report.batch_schema import BatchReport
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.chdir(tmp_path)
+    make_bases(tmp_path)
+    make_library(tmp_path / "loras", 2)
+    make_library(tmp_path / "more", 3)
+    stored(tmp_path / "loras", "memory://lib")
+    yield tmp_path
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+
+
+def rows_of(source: str, without: str | None = None) -> list[Row]:
+    return expand([source], "old.safetensors", "new.safetensors", RowOptions(), without=without)
+
+
+def batch(source: str, out: str, **given: Any) -> BatchReport:
+    return run_batch(rows_of(source, out), Here(), out=out, **given)
+
+
+def test_places_are_compared_part_by_part() -> None:
+    pytest.importorskip("fsspec")
+    inside = [
+        ("memory://lib/ported/a", "memory://lib/ported"),
+        ("memory://lib/ported", "memory:///lib//ported/"),
+        ("memory://lib/x/../ported/a", "memory://lib/ported"),
+        ("zz://bucket/a", "zz://bucket"),
+        ("file:///lib/a", "/lib"),
+    ]
+    outside = [
+        ("memory://lib/ported-2/a", "memory://lib/ported"),
+        ("memory://lib", "memory://lib/ported"),
+        ("zz://lib/a", "memory://lib"),
+        ("/lib/a", "memory://lib"),
+        ("org/name", "memory://org"),
+    ]
+    assert [is_inside(place, location(folder)) for place, folder in inside] == [True] * len(inside)
+    assert [is_inside(place, location(folder)) for place, folder in outside] == [False] * len(outside)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("out", ["memory://lib", "memory:///lib/", "memory://"])
+def test_adapters_in_a_store_are_not_written_over(here: Path, out: str, overwrite: bool) -> None:
+    before = held("memory://lib")
+    for source in ("memory://lib/file.safetensors", "memory://lib", "memory://lib/*"):
+        with pytest.raises(UsageError, match="holds the adapters themselves"):
+            batch(source, out, overwrite=overwrite)
+    # Nor where the rows were found by somebody who did not say where the outputs go.
+    with pytest.raises(UsageError, match="holds the adapters themselves"):
+        run_batch(rows_of("memory://lib/file.safetensors"), Here(), out=out, overwrite=overwrite)
+    assert held("memory://") == before
+
+
+def test_a_place_in_a_store_that_holds_other_things_is_left_alone(here: Path) -> None:
+    stored(here / "loras" / "file.safetensors", "memory://mine/file.safetensors")
+    before = held("memory://mine")
+    with pytest.raises(OutputError, match="holds other things"):
+        batch("loras", "memory://mine")
+    with pytest.raises(OutputError, match="is a file"):
+        batch("loras", "memory://mine/file.safetensors", overwrite=True)
+    assert held("memory://mine") == before
+    assert batch("loras", "memory://mine", overwrite=True).counts.ported == 3
+    assert held("memory://mine")["/mine/file.safetensors"] != before["/mine/file.safetensors"]
+
+
+def test_a_driver_that_was_killed_before_it_noted_anything_comes_back(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr("regraft.batch.journal.Journal.note", killed)
+        with pytest.raises(SystemExit):
+            batch("memory://lib", "memory://out")
+    assert any(name.endswith(".safetensors") for name in held("memory://out"))
+    assert batch("memory://lib", "memory://out").counts.ported == 3
