@@ -83,6 +83,15 @@ def test_a_place_in_a_store_that_holds_other_things_is_left_alone(here: Path) ->
     assert held("memory://mine")["/mine/file.safetensors"] != before["/mine/file.safetensors"]
 
 
+def test_what_was_ported_into_a_folder_of_the_library_is_no_input(here: Path) -> None:
+    assert batch("memory://lib", "memory://lib/ported").counts.rows == 3
+    stored(here / "more" / "a2", "memory://lib/ported-by-hand")
+    again = batch("memory://lib", "memory://lib/ported")
+    assert (again.counts.rows, again.counts.reused) == (4, 3)
+    assert {row.name for row in again.rows} == {"a0", "sub/a1", "file.safetensors", "ported-by-hand"}
+    assert batch("memory://lib/**", "memory://lib/ported").counts.reused == 4
+
+
 def test_a_driver_that_was_killed_before_it_noted_anything_comes_back(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

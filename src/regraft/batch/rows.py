@@ -14,7 +14,7 @@ from typing import Any
 
 from regraft.batch.manifest import at_row, is_manifest, read_manifest
 from regraft.batch.options import RowOptions, parse_options
-from regraft.batch.places import is_url, path_of, persistently, store_of
+from regraft.batch.places import is_inside, is_url, location, path_of, persistently, store_of
 from regraft.errors import InputError, RegraftError, UsageError
 from regraft.hub import hub_id_of
 from regraft.output import ADAPTER_CONFIG, names_file
@@ -61,28 +61,24 @@ def expand(
         source: the old base, where a manifest names no other.
         target: the new base, likewise.
         options: that hold where a manifest sets no others.
-        without: an output folder: what lies in it is no input.
+        without: an output folder or URL: what lies in it is no input.
 
     Raises:
         InputError: a source is missing, or holds no adapter.
         UsageError: a base or option is missing or wrong.
     """
     rows: list[Row] = []
-    skipped = path_of(without).resolve() if without is not None and not is_url(without) else None
+    skipped = location(without) if without is not None else None
     known: dict[str, RowOptions] = {}
     for text in sources:
         everything = list(_find(text))
-        found = [one for one in everything if skipped is None or not _inside(one.adapter, skipped)]
+        found = [one for one in everything if skipped is None or not is_inside(one.adapter, skipped)]
         if everything and not found:
             raise UsageError("the output folder holds the adapters themselves", file=without, remedy="Name another.")
         if not found:
             raise InputError("holds no adapter", file=text, remedy="Name a folder, a glob or a manifest of adapters.")
         rows += [_row(one, source, target, options, known) for one in found]
     return _named(list(dict.fromkeys(rows)))
-
-
-def _inside(adapter: str, folder: Path) -> bool:
-    return not is_url(adapter) and Path(adapter).resolve().is_relative_to(folder)
 
 
 def _row(
