@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from library import batch, contents, lines, make_bases, make_library
 from running import Run
 
+from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.errors import OutputError, RegraftError, UsageError
 from regraft.report.batch_page import render_batch
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
@@ -96,6 +99,47 @@ def test_pairs_and_options_by_row_each_pair_fitted_once(here: Path) -> None:
     assert len({name for row in record.rows for name in row.outputs}) == 3
     with pytest.raises(RegraftError, match="no such file"):
         batch(["loras"], here / "other", target="nowhere.safetensors")
+
+
+UNEXPECTED = {
+    "memory": (MemoryError(), "not enough memory"),
+    "torch": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    "disk": (OSError(5, "Input/output error", "/mnt/base"), "Input/output error (/mnt/base)"),
+    "bug": (KeyError("unheard of"), "KeyError: 'unheard of'"),
+}
+
+
+def fits_all_but(unexpected: Mapping[str, tuple[Exception, str]]) -> Any:
+    def fit(spec: PairSpec, *rest: Any, **given: Any) -> Fitted:
+        if (name := Path(spec.target).name) in unexpected:
+            raise unexpected[name][0]
+        return fit_pair(spec, *rest, **given)
+
+    return fit
+
+
+def test_a_pair_that_fails_in_an_unexpected_way_stops_no_other(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = [*UNEXPECTED, "new.safetensors"]
+    (here / "m.csv").write_text("adapter,to\n" + "".join(f"loras/a0,{end}\nloras/a2,{end}\n" for end in ends))
+    monkeypatch.setattr("regraft.batch.run.fit_pair", fits_all_but(UNEXPECTED))
+    record = batch(["m.csv"], here / "out")
+    assert (record.counts.ported, record.counts.failed) == (2, 2 * len(UNEXPECTED))
+    for row in record.rows[: 2 * len(UNEXPECTED)]:
+        assert UNEXPECTED[Path(row.target).name][1] in row.reason
+        assert "Traceback" not in row.reason
+    assert all((here / "out" / name).is_file() for name in ("results.html", "results.jsonl"))
+
+
+def test_where_every_pair_fails_the_tables_say_so(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.batch.run.fit_pair", fits_all_but({"new.safetensors": UNEXPECTED["memory"]}))
+    ran = run("batch", "loras", "--from", "old.safetensors", "--to", "new.safetensors", "--out", "out", "--jobs", 1)
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert "not enough memory" in ran.err
+    assert [row["status"] for row in lines(here / "out")] == ["failed"] * 4
+    assert "not enough memory" in (here / "out" / "results.html").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert batch(["loras"], here / "out").counts.ported == 4
 
 
 def test_check_forecasts_a_library_and_ports_nothing(here: Path, run: Run) -> None:

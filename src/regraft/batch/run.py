@@ -21,7 +21,7 @@ from regraft.batch.rows import Row
 from regraft.batch.serving import INDEX
 from regraft.batch.serving_index import serving_index
 from regraft.batch.tables import count, parquet, summary, worst_first
-from regraft.batch.work import Known, failed, row_of
+from regraft.batch.work import Known, failed, plainly, row_of
 from regraft.errors import RegraftError
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
 
@@ -62,7 +62,7 @@ def run_batch(
 
     Raises:
         UsageError, OutputError: the output folder is none that can be written to.
-        RegraftError: no pair's bases can be read.
+        RegraftError: no pair can be fitted; the tables, which say why of each, are there.
     """
     started = perf_counter()
     stem = "forecast" if check else "results"
@@ -81,8 +81,6 @@ def run_batch(
             if journal is not None:
                 journal.note(row)
             tick(len(found), len(rows), row.name)
-        if job.errors and len(job.errors) == len(job.pairs):
-            raise job.errors[0]
         if journal is not None:
             journal.close()
         counts = count(found)
@@ -97,10 +95,13 @@ def run_batch(
             rows=worst_first(found),
             seconds=perf_counter() - started,
         )
+        if out is not None:
+            sweep(rows, out)
+            record = _written(record, out, stem)
+        if job.errors and len(job.errors) == len(job.pairs):
+            raise job.errors[0]
         if out is None:
             return record
-        sweep(rows, out)
-        record = _written(record, out, stem)
         return _indexed(record, out, serve_from or out) if any(row.serve for row in rows) else record
 
 
@@ -171,8 +172,9 @@ class _Batch:
         told = {"source": spec.source, "target": spec.target, "method": spec.options.method, "rows": len(rows)}
         try:
             fitted = fit.result()
-        except RegraftError as error:
-            # Every row of it fails by the same; other pairs go on.
+        except Exception as found:
+            # Every row of it fails by the same, whatever it is; other pairs go on.
+            error = plainly(found)
             self.errors.append(error)
             self.pairs.append(BatchPair(**told, shared=False, note=str(error)))
             self._lost += [failed(row, RegraftError(str(error))) for row in rows]

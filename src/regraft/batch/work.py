@@ -21,6 +21,7 @@ from regraft.check import check_migration
 from regraft.errors import Refused, RegraftError, first_line
 from regraft.experts import experts, labelled
 from regraft.formats import Written, load_adapter, open_adapter_file, rendered
+from regraft.hardware import said_of
 from regraft.output import write_whole
 from regraft.pairing import names_of
 from regraft.port import apply_migration
@@ -53,12 +54,21 @@ def row_of(row: Row, **found: Any) -> BatchRow:
 
 def failed(row: Row, error: BaseException, **found: Any) -> BatchRow:
     """The record of a row that came to an error."""
-    if not isinstance(error, RegraftError):
-        return row_of(row, status="failed", reason=f"{type(error).__name__}: {first_line(error)}", **found)
+    error = plainly(error)
     # The file is the row's own; the key within it is not.
     reason = f"{error.key}: {error.what}" if error.key is not None else error.what
     status, verdict = ("refused", "refused") if isinstance(error, Refused) else ("failed", None)
     return row_of(row, status=status, verdict=verdict, reason=reason, remedy=error.remedy or "", **found)
+
+
+def plainly(error: BaseException) -> RegraftError:
+    """Any error as one that can be told in a line."""
+    if isinstance(error, RegraftError):
+        return error
+    known = said_of(error) if isinstance(error, (MemoryError, RuntimeError)) else None
+    if isinstance(error, OSError) and error.strerror:
+        known = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return RegraftError(known or f"{type(error).__name__}: {first_line(error)}")
 
 
 def key_of(content: str, row: Row, fitted: Fitted) -> str:
