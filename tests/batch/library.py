@@ -13,8 +13,9 @@ import pytest
 
 from regraft import ModuleRef
 from regraft.batch import expand, run_batch
-from regraft.batch.local import Job, LocalExecutor, Result
+from regraft.batch.local import LocalExecutor
 from regraft.batch.options import parse_options
+from regraft.batch.waiting import Job, Result
 from regraft.batch.work import work
 from regraft.report.batch_schema import BatchReport
 from toys import drifted, llama, lora, save_base

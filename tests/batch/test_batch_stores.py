@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import pytest
 from library import batch, contents, lines, make_bases, make_library
 from running import Run
 
+from regraft.batch.on_ray import RayExecutor
+from regraft.batch.options import RowOptions
+from regraft.batch.rows import Row
+from regraft.batch.work import failed
+from regraft.report.batch_schema import BatchRow
 from regraft.report.json_schema import parse
 from regraft.report.serving_schema import ServingReport
 
@@ -106,6 +112,46 @@ def test_workers_of_ray_that_are_killed_lose_nothing(tmp_path: Path, monkeypatch
     names = Counter(row["name"] for row in lines(tmp_path / "by-ray"))
     assert len(names) == len(lines(tmp_path / "here"))
     assert set(names.values()) == {1}
+    assert {row["attempts"] for row in lines(tmp_path / "by-ray")} in ({1, 2}, {1, 3})
+
+
+def through_ray(monkeypatch: pytest.MonkeyPatch, work: Any, names: Iterable[str], **system: Any) -> dict[str, BatchRow]:
+    """What becomes of rows whose work is another; each is begun at most twice."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr("regraft.batch.on_ray._do", work)
+    started = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(**started, _system_config=system)
+    try:
+        rows = [Row("/a", name, "old", "new", RowOptions()) for name in names]
+        found = [result for _, result in RayExecutor(ray, retries=1).run([(row, None) for row in rows], None)]  # type: ignore[misc]
+    finally:
+        ray.shutdown()
+    return {row.name: row for row in found if isinstance(row, BatchRow)}
+
+
+def test_a_row_that_kills_each_worker_of_ray_is_given_up_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(row: Row, *rest: object) -> BatchRow:
+        if row.name == "deadly":
+            os._exit(1)
+        if row.name == "lacking":
+            raise ModuleNotFoundError("No module named 'regraft'")
+        return failed(row, ValueError("reached"))
+
+    told = through_ray(monkeypatch, work, ("b", "deadly", "lacking", "c"))
+    assert ("died 2 times" in told["deadly"].reason, told["deadly"].attempts) == (True, 2)
+    assert told["lacking"].reason == "ModuleNotFoundError: No module named 'regraft'"
+    assert [(told[name].reason, told[name].attempts) for name in "bc"] == [("ValueError: reached", 1)] * 2
+
+
+def test_rays_memory_monitor_ends_a_row_as_often_as_it_is_begun_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(row: Row, *rest: object) -> BatchRow:
+        time.sleep(60)
+        return failed(row, ValueError("not ended"))
+
+    # Any memory is too much, and looked for all the time.
+    system = {"memory_usage_threshold": 0.0001, "memory_monitor_refresh_ms": 100, "min_memory_free_bytes": -1}
+    told = through_ray(monkeypatch, work, ("large",), **system)
+    assert ("died 2 times" in told["large"].reason, told["large"].attempts) == (True, 2)
 
 
 def _at_work() -> list[psutil.Process]:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,13 +17,9 @@ from typing import Any
 
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
-from regraft.batch.work import Known, failed, work
-from regraft.errors import RegraftError
+from regraft.batch.waiting import Attempt, Job, Result, Waiting
+from regraft.batch.work import Known, work
 from regraft.report.batch_schema import BatchRow
-
-#: A row and its pair.
-Job = tuple[Row, Fitted]
-Result = tuple[Job, BatchRow | Known]
 
 
 @dataclass(frozen=True)
@@ -48,50 +43,31 @@ class LocalExecutor:
 
     def run(self, jobs: Iterable[Job], out: str | None) -> Iterator[Result]:
         """Results as they come; a job is taken when a process is free."""
-        waiting = iter(jobs)
-        again: deque[tuple[Job, int]] = deque()
+        waiting = Waiting(jobs, self.retries, self.timeout)
         idle = [_Slot() for _ in range(self.jobs)]
         slots = list(idle)
-        flying: dict[Future[BatchRow | Known], tuple[_Slot, Job, int]] = {}
+        flying: dict[Future[BatchRow | Known], tuple[_Slot, Attempt]] = {}
         try:
             while True:
-                while idle and (taken := again.popleft() if again else _first(waiting)) is not None:
-                    slot, (job, attempt) = idle.pop(), taken
-                    flying[slot.submit(job, out, self.timeout)] = slot, job, attempt
+                while idle and (attempt := waiting.take()) is not None:
+                    slot = idle.pop()
+                    flying[slot.submit(attempt.job, out, self.timeout)] = slot, attempt
                 if not flying:
                     return
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    slot, job, attempt = flying.pop(future)
+                    slot, attempt = flying.pop(future)
                     idle.append(slot)
+                    result: BatchRow | Known | None = None
                     try:
                         result = future.result()
                     except BrokenProcessPool:
                         slot.replace()
-                        if attempt <= self.retries:
-                            again.append((job, attempt + 1))
-                            continue
-                        result = failed(job[0], died(attempt, self.timeout))
-                    yield job, _counted(result, attempt)
+                    ended = waiting.ended(attempt, result)
+                    if ended is not None:
+                        yield ended
         finally:
             for slot in slots:
                 slot.close()
-
-
-def died(attempts: int, timeout: float | None = None) -> RegraftError:
-    """What is said of a row whose workers died."""
-    slow = "" if timeout is None else f", or took longer than {timeout:g} s,"
-    what = f"the process that worked on it died{slow} {attempts} time{'s' * (attempts > 1)}"
-    more = "" if timeout is None else ", or a longer --timeout"
-    return RegraftError(what, remedy=f"Is there memory for it? Try it alone with `regraft port`{more}.")
-
-
-def _counted(result: BatchRow | Known, attempts: int) -> BatchRow | Known:
-    return result.model_copy(update={"attempts": attempts}) if isinstance(result, BatchRow) else result
-
-
-def _first(jobs: Iterator[Job]) -> tuple[Job, int] | None:
-    job = next(jobs, None)
-    return None if job is None else (job, 1)
 
 
 class _Slot:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.batch.local import Job, Result, at_most, died
+from regraft.batch.local import at_most
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
+from regraft.batch.waiting import Attempt, Job, Result, Waiting
 from regraft.batch.work import Known, failed, work
 from regraft.errors import RegraftError, UsageError, first_line
 from regraft.report.batch_schema import BatchRow
 
 # Tasks in flight for each processor: a free one finds the next task waiting for it.
 _AHEAD = 2
+# Kept in the object store: the one at work, and those before it of which a row may come again.
+_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Tasks of Ray, one processor each; Ray itself begins a task again whose worker or machine is gone.
+    """Tasks of Ray, one processor each.
 
     Attributes:
         ray: the package, connected.
-        retries: how often Ray does that.
+        retries: how often a row is begun again whose worker or machine is gone.
         address: as it was given.
         timeout: seconds, after which a row's worker gives up and ends; None for as long as it takes.
     """
@@ -40,25 +44,38 @@ class RayExecutor:
 
     def run(self, jobs: Iterable[Job], out: str | None) -> Iterator[Result]:
         """Results as they come; each pair lies in the object store once."""
-        task = self.ray.remote(max_retries=self.retries, num_cpus=1)(_do)
-        waiting = iter(jobs)
-        flying: dict[Any, Job] = {}
-        pair: tuple[Fitted, Any] | None = None
+        # Ray's own retries tell no number, and have no end where its memory monitor has killed a worker.
+        task = self.ray.remote(max_retries=0, num_cpus=1)(_do)
+        waiting = Waiting(jobs, self.retries, self.timeout)
+        flying: dict[Any, Attempt] = {}
+        pairs: deque[tuple[Fitted, Any]] = deque(maxlen=_PAIRS)
         while True:
-            while len(flying) < _AHEAD * self._processors() and (job := next(waiting, None)) is not None:
-                if pair is None or pair[0] is not job[1]:
-                    pair = job[1], self.ray.put(job[1])
+            while len(flying) < _AHEAD * self._processors() and (attempt := waiting.take()) is not None:
+                row, fitted = attempt.job
+                stored = next((place for pair, place in pairs if pair is fitted), None)
+                if stored is None:
+                    stored = self.ray.put(fitted)
+                    pairs.append((fitted, stored))
                 # In a list, a reference stays one: the worker fetches what it names once, not with every task.
-                flying[task.remote(job[0], [pair[1]], out, self.timeout)] = job
+                flying[task.remote(row, [stored], out, self.timeout)] = attempt
             if not flying:
                 return
             for done in self.ray.wait(list(flying), num_returns=1)[0]:
-                job = flying.pop(done)
-                try:
-                    result = self.ray.get(done)
-                except self.ray.exceptions.RayError:
-                    result = failed(job[0], died(self.retries + 1, self.timeout))
-                yield job, result
+                attempt = flying.pop(done)
+                ended = waiting.ended(attempt, self._result(done, attempt.job[0]))
+                if ended is not None:
+                    yield ended
+
+    def _result(self, done: Any, row: Row) -> BatchRow | Known | None:
+        """What a task came to; None where its worker or machine is gone."""
+        try:
+            result: BatchRow | Known = self.ray.get(done)
+            return result
+        except self.ray.exceptions.RayTaskError as error:
+            # Nothing of the row: a machine that lacks regraft, say. It would come to the same again.
+            return failed(row, error.cause)
+        except self.ray.exceptions.RayError:
+            return None
 
     def _processors(self) -> int:
         # Asked anew each time: machines come and go.

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from regraft._version import __version__
 from regraft.batch.journal import Journal, reused
-from regraft.batch.local import Job, Result
 from regraft.batch.out_place import alone_in, check_out, sweep
 from regraft.batch.pairs import Done, Fitted, PairSpec, fit_pair
 from regraft.batch.places import write_bytes_to, write_text_to
@@ -21,6 +20,7 @@ from regraft.batch.rows import Row
 from regraft.batch.serving import INDEX
 from regraft.batch.serving_index import serving_index
 from regraft.batch.tables import count, parquet, summary, worst_first
+from regraft.batch.waiting import Job, Result
 from regraft.batch.work import Known, failed, plainly, row_of
 from regraft.errors import RegraftError
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow

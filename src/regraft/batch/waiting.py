@@ -1,0 +1,70 @@
+"""Rows that wait for a worker, those among them whose last worker died."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from regraft.batch.pairs import Fitted
+from regraft.batch.rows import Row
+from regraft.batch.work import Known, failed
+from regraft.errors import RegraftError
+from regraft.report.batch_schema import BatchRow
+
+#: A row and its pair.
+Job = tuple[Row, Fitted]
+Result = tuple[Job, BatchRow | Known]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A row as a worker gets it, and which of its workers that is."""
+
+    job: Job
+    number: int = 1
+
+
+class Waiting:
+    """Rows in the order that workers get them; one whose worker died comes again, so often and no more."""
+
+    def __init__(self, jobs: Iterable[Job], retries: int, timeout: float | None) -> None:
+        """Take jobs one by one.
+
+        Args:
+            jobs: of the batch.
+            retries: how often a row whose worker died is begun again.
+            timeout: of a row's worker in seconds, which is told of where rows died.
+        """
+        self._jobs, self._retries, self._timeout = iter(jobs), retries, timeout
+        self._again: deque[Attempt] = deque()
+
+    def take(self) -> Attempt | None:
+        """The next one, or None while there is none."""
+        if self._again:
+            return self._again.popleft()
+        job = next(self._jobs, None)
+        return None if job is None else Attempt(job)
+
+    def ended(self, attempt: Attempt, result: BatchRow | Known | None) -> Result | None:
+        """What an attempt came to, where the row is through.
+
+        Args:
+            attempt: of `take`.
+            result: None where the worker died: the row waits again, or has failed.
+        """
+        if result is None and attempt.number <= self._retries:
+            self._again.append(Attempt(attempt.job, attempt.number + 1))
+            return None
+        if result is None:
+            result = failed(attempt.job[0], _died(attempt.number, self._timeout))
+        if isinstance(result, BatchRow):
+            result = result.model_copy(update={"attempts": attempt.number})
+        return attempt.job, result
+
+
+def _died(attempts: int, timeout: float | None) -> RegraftError:
+    slow = "" if timeout is None else f", or took longer than {timeout:g} s,"
+    what = f"the process that worked on it died{slow} {attempts} time{'s' * (attempts > 1)}"
+    more = "" if timeout is None else ", or a longer --timeout"
+    return RegraftError(what, remedy=f"Is there memory for it? Try it alone with `regraft port`{more}.")
