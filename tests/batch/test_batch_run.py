@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from library import batch, contents, lines, make_bases, make_library
+from library import Here, batch, contents, lines, make_bases, make_library
 from running import Run
 
+from regraft.batch import expand, run_batch
+from regraft.batch.options import RowOptions
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
+from regraft.batch.waiting import Job, Result
+from regraft.batch.work import work
 from regraft.errors import OutputError, RegraftError, UsageError
 from regraft.report.batch_page import render_batch
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
@@ -74,6 +81,37 @@ def test_begun_again_nothing_is_done_twice_whatever_it_is_called(here: Path) -> 
     # Another strength is another result.
     record = batch(["loras"], here / "out", strength=0.5)
     assert record.counts.reused == 0
+
+
+@dataclass(frozen=True)
+class Weighing(Here):
+    """Also notes what would travel to a worker."""
+
+    bytes: list[int] = field(default_factory=list)
+
+    def run(self, jobs: Iterator[Job], out: str | None) -> Iterator[Result]:
+        for job in jobs:
+            self.bytes.append(len(pickle.dumps(job)))
+            yield job, work(*job, out)
+
+
+def test_a_row_is_told_of_itself_and_not_of_a_million_others(here: Path) -> None:
+    batch(["loras"], here / "out")
+    journal, more, few = here / "out" / "results.jsonl", 3000, Weighing()
+    rows = expand(["loras"], "old.safetensors", "new.safetensors", RowOptions())
+    run_batch(rows, few, out=str(here / "out"))
+    row = lines(here / "out")[0]
+    with journal.open("a") as stream:
+        for number in range(more):
+            key = hashlib.sha256(str(number).encode()).hexdigest()[:32]
+            stream.write(json.dumps({**row, "key": key, "output": f"other{number}", "name": f"other{number}"}) + "\n")
+    os.rename(here / "loras" / "a0", here / "loras" / "renamed")
+    many, rows = Weighing(), expand(["loras"], "old.safetensors", "new.safetensors", RowOptions())
+    record = run_batch(rows, many, out=str(here / "out"))
+    assert (record.counts.rows, record.counts.reused) == (4, 4)
+    assert max(many.bytes) - max(few.bytes) <= 8 * more + 1000
+    # The renamed one goes twice: the second time with what it is.
+    assert len(many.bytes) == len(few.bytes) + 1 == 5
 
 
 def test_pairs_and_options_by_row_each_pair_fitted_once(here: Path) -> None:

@@ -67,12 +67,15 @@ def test_ray_writes_the_same_bytes(here: Path, run: Run) -> None:
         assert ran.code == 1
         assert "4 were carried over, 1 failed" in ran.out
         assert "Ray, 2 processors" in ran.out
+        # Under another name it is known by what it is.
+        (here / "loras" / "a0").rename(here / "loras" / "b0")
         again = run("batch", "loras", *pair, "--out", "by-ray", "--ray", "auto")
         assert "4 of them had been done before" in again.out
     finally:
         ray.shutdown()
     batch(["loras"], here / "here")
-    assert contents(here / "by-ray") == contents(here / "here")
+    made = contents(here / "by-ray")
+    assert {name: made.get(name) for name in contents(here / "here")} == contents(here / "here")
 
 
 def test_workers_of_ray_that_are_killed_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

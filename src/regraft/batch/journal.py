@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
-from regraft.batch.pairs import Done
+from regraft.batch.done import Done, Keys
 from regraft.batch.places import is_url, path_of, persistently, store_of, write_text_to
 from regraft.errors import InputError, OutputError
 from regraft.report.batch_schema import BatchRow
 
 # A store has no appending: lines are put there in parts, so often.
 _LINES, _SECONDS = 200, 10.0
+_KEY = re.compile("[0-9a-f]{32}")
 #: Of a journal: what a port, and what a forecast is noted in.
 STEMS = ("results", "forecast")
 
@@ -37,7 +39,8 @@ class Journal:
         self._parts = f"{out}/.{stem}"
         self._lines: list[str] = []
         self._since = time.monotonic()
-        self.rows: dict[str, BatchRow] = {}
+        self._rows: dict[str, BatchRow] = {}
+        self._placed: dict[str, BatchRow] = {}
         for text in self._read():
             self._take(text)
         if is_url(out):
@@ -76,13 +79,27 @@ class Journal:
                 row = BatchRow.model_validate(json.loads(line))
             except (ValueError, ValidationError):
                 continue
-            if row.key is not None and row.status != "failed":
+            if row.key is not None and _KEY.fullmatch(row.key) and row.status != "failed":
                 # A later line knows better where the output is.
-                self.rows[row.key] = row
+                self._rows[row.key] = self._placed[row.output] = row
 
-    def done(self) -> dict[str, Done]:
-        """Key → what the workers need to know of it. What failed is tried again."""
-        return {key: Done(row.output, tuple(row.outputs), tuple(row.output_hashes)) for key, row in self.rows.items()}
+    def keys(self) -> Keys:
+        """Of all that is done. What failed is tried again."""
+        return Keys(self._rows)
+
+    def row(self, key: str) -> BatchRow:
+        """What is noted of a key that is done."""
+        return self._rows[key]
+
+    def placed(self, output: str) -> Done | None:
+        """What was put in a place."""
+        row = self._placed.get(output)
+        return None if row is None else _done(row)
+
+    def made(self, key: str) -> Done:
+        """What was made of a key, wherever it lies."""
+        row = self._rows.get(key)
+        return Done(key, lost=True) if row is None else _done(row)
 
     def note(self, row: BatchRow) -> None:
         """Add a row, unless it says what an earlier one says; on a disk it is there at once.
@@ -90,7 +107,7 @@ class Journal:
         Raises:
             OutputError: it can't be written.
         """
-        earlier = self.rows.get(row.key or "")
+        earlier = self._rows.get(row.key or "")
         if row.reused and earlier is not None and (earlier.name, earlier.outputs) == (row.name, row.outputs):
             return
         # By json, which can write half of a surrogate pair, as the name of a file that is no UTF-8 has it.
@@ -127,6 +144,11 @@ class Journal:
                 store.rm(parts, recursive=True)
 
         persistently(remove, self._parts, OutputError)
+
+
+def _done(row: BatchRow) -> Done:
+    assert row.key is not None
+    return Done(row.key, row.output, tuple(row.outputs), tuple(row.output_hashes))
 
 
 def reused(earlier: BatchRow, now: BatchRow, outputs: tuple[str, ...], seconds: float = 0.0) -> BatchRow:

@@ -18,8 +18,7 @@ from typing import Any
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
 from regraft.batch.waiting import Attempt, Job, Result, Waiting
-from regraft.batch.work import Known, work
-from regraft.report.batch_schema import BatchRow
+from regraft.batch.work import Found, work
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class LocalExecutor:
         waiting = Waiting(jobs, self.retries, self.timeout)
         idle = [_Slot() for _ in range(self.jobs)]
         slots = list(idle)
-        flying: dict[Future[BatchRow | Known], tuple[_Slot, Attempt]] = {}
+        flying: dict[Future[Found], tuple[_Slot, Attempt]] = {}
         try:
             while True:
                 while idle and (attempt := waiting.take()) is not None:
@@ -57,7 +56,7 @@ class LocalExecutor:
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     slot, attempt = flying.pop(future)
                     idle.append(slot)
-                    result: BatchRow | Known | None = None
+                    result: Found | None = None
                     try:
                         result = future.result()
                     except BrokenProcessPool:
@@ -77,7 +76,7 @@ class _Slot:
         self._sent: Fitted | None = None
         self._pool = _pool()
 
-    def submit(self, job: Job, out: str | None, timeout: float | None) -> Future[BatchRow | Known]:
+    def submit(self, job: Job, out: str | None, timeout: float | None) -> Future[Found]:
         """Hand over a row; its pair travels once."""
         row, fitted = job
         sent, self._sent = self._sent, fitted
@@ -112,7 +111,7 @@ def _pool() -> ProcessPoolExecutor:
 _fitted: Fitted | None = None
 
 
-def _do(row: Row, fitted: Fitted | None, out: str | None, timeout: float | None) -> BatchRow | Known:
+def _do(row: Row, fitted: Fitted | None, out: str | None, timeout: float | None) -> Found:
     global _fitted
     _fitted = fitted or _fitted
     assert _fitted is not None

@@ -11,9 +11,8 @@ from regraft.batch.local import at_most
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
 from regraft.batch.waiting import Attempt, Job, Result, Waiting
-from regraft.batch.work import Known, failed, work
+from regraft.batch.work import Found, failed, work
 from regraft.errors import RegraftError, UsageError, first_line
-from regraft.report.batch_schema import BatchRow
 
 # Tasks in flight for each processor: a free one finds the next task waiting for it.
 _AHEAD = 2
@@ -66,10 +65,10 @@ class RayExecutor:
                 if ended is not None:
                     yield ended
 
-    def _result(self, done: Any, row: Row) -> BatchRow | Known | None:
+    def _result(self, done: Any, row: Row) -> Found | None:
         """What a task came to; None where its worker or machine is gone."""
         try:
-            result: BatchRow | Known = self.ray.get(done)
+            result: Found = self.ray.get(done)
             return result
         except self.ray.exceptions.RayTaskError as error:
             # Nothing of the row: a machine that lacks regraft, say. It would come to the same again.
@@ -85,7 +84,7 @@ class RayExecutor:
 _last: tuple[str, Fitted] | None = None
 
 
-def _do(row: Row, pair: list[Any], out: str | None, timeout: float | None) -> BatchRow | Known:
+def _do(row: Row, pair: list[Any], out: str | None, timeout: float | None) -> Found:
     global _last
     import ray
     import torch

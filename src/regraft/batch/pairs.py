@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
@@ -12,6 +12,7 @@ import torch
 
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
+from regraft.batch.done import Keys
 from regraft.batch.options import RowOptions
 from regraft.cache import find_cached, keep
 from regraft.fitting import fit_migration, remeasure
@@ -47,21 +48,6 @@ class PairSpec:
         return cls(source, target, RowOptions(**deciding))
 
 
-@dataclass(frozen=True)
-class Done:
-    """What an earlier run has made of an adapter.
-
-    Attributes:
-        stem: name of its outputs without suffix.
-        outputs: their names in the output folder.
-        hashes: of their bytes.
-    """
-
-    stem: str = ""
-    outputs: tuple[str, ...] = ()
-    hashes: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, eq=False)
 class Fitted:
     """A pair as it travels to the workers.
@@ -72,7 +58,7 @@ class Fitted:
         note: why there is none, or why `auto` chose its method.
         old: summary of the old base.
         new: of the new base.
-        done: key → what an earlier run has made, see `regraft.batch.journal`.
+        known: keys of all that earlier runs have made.
         check: forecast only.
         seconds: that the fit took.
     """
@@ -82,12 +68,12 @@ class Fitted:
     note: str
     old: BaseSummary
     new: BaseSummary
-    done: Mapping[str, Done] = field(default_factory=dict)
+    known: Keys = field(default_factory=Keys)
     check: bool = False
     seconds: float = 0.0
 
 
-def fit_pair(spec: PairSpec, done: Mapping[str, Done], *, check: bool = False) -> Fitted:
+def fit_pair(spec: PairSpec, known: Keys, *, check: bool = False) -> Fitted:
     """Fit what the adapters of a pair can share; methods that depend on the adapter share the open bases alone.
 
     Raises:
@@ -98,7 +84,7 @@ def fit_pair(spec: PairSpec, done: Mapping[str, Done], *, check: bool = False) -
     migration = _fit(spec, old, new)
     note = f"method {spec.options.method} depends on each adapter" if migration is None else migration.reason
     ends = summarise(old), summarise(new)
-    return Fitted(spec, migration, note, *ends, done, check, perf_counter() - started)
+    return Fitted(spec, migration, note, *ends, known, check, perf_counter() - started)
 
 
 def _fit(spec: PairSpec, old: Base, new: Base) -> Migration | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from regraft.batch.done import Done
 from regraft.batch.manifest import at_row, is_manifest, read_manifest
 from regraft.batch.options import RowOptions, parse_options
 from regraft.batch.places import is_inside, is_url, location, path_of, persistently, store_of
@@ -32,6 +33,7 @@ class Row:
         options: of this row.
         output: name of the output without its suffix, which the format decides.
         serve: it is for servers, see `regraft.batch.serving`.
+        done: what an earlier run has put in its place, or has made of the same.
     """
 
     adapter: str
@@ -41,6 +43,7 @@ class Row:
     options: RowOptions = field(default_factory=RowOptions)
     output: str = ""
     serve: bool = False
+    done: Done | None = None
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from time import perf_counter
 from typing import Protocol
 
 from regraft._version import __version__
+from regraft.batch.done import Keys
 from regraft.batch.journal import Journal, reused
 from regraft.batch.out_place import alone_in, check_out, sweep
-from regraft.batch.pairs import Done, Fitted, PairSpec, fit_pair
+from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.batch.places import write_bytes_to, write_text_to
 from regraft.batch.rows import Row
 from regraft.batch.serving import INDEX
 from regraft.batch.serving_index import serving_index
 from regraft.batch.tables import count, parquet, summary, worst_first
 from regraft.batch.waiting import Job, Result
-from regraft.batch.work import Known, failed, plainly, row_of
+from regraft.batch.work import Asked, Known, failed, plainly, row_of
 from regraft.errors import RegraftError
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
 
@@ -35,7 +36,10 @@ class Executor(Protocol):
         ...
 
     def run(self, jobs: Iterator[Job], out: str | None) -> Iterator[Result]:
-        """Results as they come, in any order; jobs are taken as workers are free."""
+        """Results as they come, in any order.
+
+        Jobs are taken as workers are free, and asked for once more after every result: one may have come up since.
+        """
         ...
 
 
@@ -73,7 +77,7 @@ def run_batch(
             stack.enter_context(alone_in(out))
             sweep(rows, out)
             journal = Journal(out, stem)
-        job = _Batch(rows, journal.done() if journal is not None else {}, check)
+        job = _Batch(rows, journal, check)
         found: list[BatchRow] = []
         for row in job.results(executor, out):
             row = _told(row, journal)
@@ -116,7 +120,7 @@ def _told(result: BatchRow | Known, journal: Journal | None) -> BatchRow:
     if isinstance(result, BatchRow):
         return result
     assert journal is not None
-    return reused(journal.rows[result.key], row_of(result.row, status="ported"), result.outputs)
+    return reused(journal.row(result.key), row_of(result.row, status="ported"), result.outputs)
 
 
 def _written(record: BatchReport, out: str, stem: str) -> BatchReport:
@@ -136,15 +140,20 @@ class _Batch:
     """The rows in the order of their pairs, each pair's fit begun while the one before is at work."""
 
     rows: Sequence[Row]
-    done: dict[str, Done]
+    journal: Journal | None
     check: bool
     pairs: list[BatchPair] = field(default_factory=list)
     errors: list[RegraftError] = field(default_factory=list)
     _lost: list[BatchRow] = field(default_factory=list)
+    _asking: deque[Job] = field(default_factory=deque)
 
     def results(self, executor: Executor, out: str | None) -> Iterator[BatchRow | Known]:
-        for _, result in executor.run(self._jobs(), out):
-            yield result
+        for (row, fitted), result in executor.run(_Jobs(self._asking, self._jobs()), out):
+            if isinstance(result, Asked):
+                assert self.journal is not None
+                self._asking.append((replace(row, done=self.journal.made(result.key)), fitted))
+            else:
+                yield result
             yield from self._take_lost()
         yield from self._take_lost()
 
@@ -160,12 +169,13 @@ class _Batch:
         # Sorted by pair, in the order of their first rows.
         paired = sorted(zip(specs, self.rows, strict=True), key=lambda one: order[one[0]])
         groups = [(spec, [row for _, row in group]) for spec, group in groupby(paired, key=lambda one: one[0])]
+        known = self.journal.keys() if self.journal is not None else Keys()
         with ThreadPoolExecutor(1) as fitter:
             fits: deque[Future[Fitted]] = deque()
             ahead = iter(groups)
             for spec, rows in groups:
                 for following, _ in islice(ahead, 2 - len(fits)):
-                    fits.append(fitter.submit(fit_pair, following, self.done, check=self.check))
+                    fits.append(fitter.submit(fit_pair, following, known, check=self.check))
                 yield from self._jobs_of(spec, rows, fits.popleft())
 
     def _jobs_of(self, spec: PairSpec, rows: list[Row], fit: Future[Fitted]) -> Iterator[Job]:
@@ -183,4 +193,17 @@ class _Batch:
         used = fitted.migration.used if fitted.migration is not None else spec.options.method
         told |= {"method": used, "old": fitted.old, "new": fitted.new, "seconds": fitted.seconds}
         self.pairs.append(BatchPair(**told, shared=shared, note=fitted.note))
-        yield from ((row, fitted) for row in rows)
+        for row in rows:
+            done = self.journal.placed(row.output) if self.journal is not None else None
+            yield replace(row, done=done), fitted
+
+
+@dataclass
+class _Jobs(Iterator[Job]):
+    """What was asked about, then the next that nobody had: after the last one, there may be one again."""
+
+    asking: deque[Job]
+    fresh: Iterator[Job]
+
+    def __next__(self) -> Job:
+        return self.asking.popleft() if self.asking else next(self.fresh)

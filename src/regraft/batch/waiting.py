@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
-from regraft.batch.work import Known, failed
+from regraft.batch.work import Found, failed
 from regraft.errors import RegraftError
 from regraft.report.batch_schema import BatchRow
 
 #: A row and its pair.
 Job = tuple[Row, Fitted]
-Result = tuple[Job, BatchRow | Known]
+Result = tuple[Job, Found]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Waiting:
         job = next(self._jobs, None)
         return None if job is None else Attempt(job)
 
-    def ended(self, attempt: Attempt, result: BatchRow | Known | None) -> Result | None:
+    def ended(self, attempt: Attempt, result: Found | None) -> Result | None:
         """What an attempt came to, where the row is through.
 
         Args:

@@ -13,6 +13,7 @@ from typing import Any
 
 from regraft._version import __version__
 from regraft.adapter import MODEL, Adapter
+from regraft.batch.done import Done
 from regraft.batch.pairs import Fitted, OpenPair
 from regraft.batch.places import digest, fetch, is_url, path_of, place
 from regraft.batch.rows import Row
@@ -44,6 +45,19 @@ class Known:
     row: Row
     key: str
     outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An earlier run has made this somewhere else: the driver is asked what, and gives the row again.
+
+    Attributes:
+        row: that asks.
+        key: of what it would make.
+    """
+
+    row: Row
+    key: str
 
 
 def row_of(row: Row, **found: Any) -> BatchRow:
@@ -80,6 +94,10 @@ def key_of(content: str, row: Row, fitted: Fitted) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
+#: What work on a row comes to.
+Found = BatchRow | Known | Asked
+
+
 @dataclass
 class _Job:
     row: Row
@@ -88,7 +106,7 @@ class _Job:
     started: float = field(default_factory=perf_counter)
     found: dict[str, Any] = field(default_factory=dict)
 
-    def run(self) -> BatchRow | Known:
+    def run(self) -> Found:
         with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
             stage = Path(folder)
             local = fetch(self.row.adapter, stage) if is_url(self.row.adapter) else path_of(self.row.adapter)
@@ -96,8 +114,11 @@ class _Job:
             local = open_adapter_file(local).path
             content, self.found["bytes_in"] = digest(local)
             self.found["key"] = key_of(content, self.row, self.fitted)
-            known = self._known(stage / "known")
-            if known is not None:
+            done = self.row.done
+            if done is None or done.key != self.found["key"]:
+                if self.found["key"] in self.fitted.known:
+                    return Asked(self.row, self.found["key"])
+            elif (known := self._known(done, stage / "known")) is not None:
                 return known
             pair = _opened(self.fitted)
             adapter = load_adapter(local, names=names_of(pair.old), base_config=pair.old.configs.get(MODEL))
@@ -106,10 +127,9 @@ class _Job:
                 return self._done("forecast", **_of_check(self._checked(adapter, pair)))
             return self._port(adapter, pair, stage)
 
-    def _known(self, stage: Path) -> Known | None:
+    def _known(self, done: Done, stage: Path) -> Known | None:
         """What an earlier run made, its outputs brought to this row's names; None where they are not what they were."""
-        done = self.fitted.done.get(self.found["key"])
-        if done is None:
+        if done.lost:
             return None
         names = [self.row.output + name.removeprefix(done.stem) for name in done.outputs]
         for name, old, content in zip(names, done.outputs, done.hashes, strict=True):
@@ -122,7 +142,7 @@ class _Job:
                 return None
             if name != old:
                 place(file, f"{self.out}/{name}")
-        return Known(self.row, self.found["key"], tuple(names))
+        return Known(self.row, done.key, tuple(names))
 
     def _of_output(self, name: str, stage: Path, *, move: bool) -> Path:
         """An earlier output: itself, or a copy where it is to be placed elsewhere or lies in a store."""
@@ -205,7 +225,7 @@ class _Job:
         return row_of(self.row, status=status, seconds=perf_counter() - self.started, **{**self.found, **more})
 
 
-def work(row: Row, fitted: Fitted, out: str | None) -> BatchRow | Known:
+def work(row: Row, fitted: Fitted, out: str | None) -> Found:
     """Do one row.
 
     Args:
