@@ -88,6 +88,35 @@ def test_manifests_say_the_same_in_every_form(here: Path, write: Any) -> None:
     assert [row.output for row in rows] == ["loras/a0", "loras/sub/a1", "named/it"]
 
 
+def by_pandas(file: Path, columns: dict[str, list[Any]]) -> None:
+    """As it writes a column of whole numbers with gaps: 1.0, NaN, 8.0."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"adapter": ["loras/a0", "loras/sub/a1", "loras/a2"], **columns})
+    frame.to_parquet(file) if file.suffix == ".parquet" else frame.to_csv(file, index=False)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_whole_numbers_with_gaps_are_whole_and_shares_are_shares(here: Path, suffix: str) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    file = here / f"m.{suffix}"
+    gaps = [1, None, 8]
+    by_pandas(file, {"rank": gaps, "n_inputs": [2, None, 64], "seed": gaps, "strength": gaps, "energy": [1, None, 0.5]})
+    rows = found(str(file), method="lora-x")
+    assert [row.options.settings().rank for row in rows] == [1, None, 8]
+    assert not any(isinstance(row.options.settings().rank, float) for row in rows)
+    assert [(row.options.n_inputs, row.options.seed) for row in rows] == [(2, 1), (None, 0), (64, 8)]
+    assert [row.options.strength for row in rows] == [1.0, 1.0, 8.0]
+    assert [row.options.method_options().get("energy") for row in rows] == [1.0, None, 0.5]
+    # Among shares, 1.0 is one of them: all of it.
+    by_pandas(file, {"rank": [1.0, None, 0.5], "subspace_rank": gaps})
+    rows = found(str(file), method="lora-x")
+    ranks = [row.options.settings().rank for row in rows]
+    assert ranks == [1.0, None, 0.5]
+    assert isinstance(ranks[0], float)
+    assert [row.options.method_options().get("subspace_rank") for row in rows] == gaps
+
+
 @pytest.mark.parametrize(
     ("table", "what"),
     [

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from regraft.batch.options import RANKS, whole_number
 from regraft.batch.places import is_url, path_of, persistently, store_of
 from regraft.errors import InputError, RegraftError, UsageError, first_line, reading
 
@@ -30,6 +31,8 @@ def read_manifest(place: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     readers = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}
     kind = place.lower().rpartition(".")[2]
     rows = readers[kind](raw, place)
+    for name in RANKS:
+        _read_ranks(rows, name)
     for number, row in enumerate(rows, start=1):
         if not row.get("adapter"):
             raise InputError(
@@ -38,6 +41,23 @@ def read_manifest(place: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 remedy="A manifest has a column `adapter`; `from`, `to`, `output` and options are columns, too.",
             )
         yield number, {name: value for name, value in row.items() if not name.startswith("_")}
+
+
+def _read_ranks(rows: list[dict[str, Any]], name: str) -> None:
+    """Make whole numbers of a column of ranks, in which 1.0 is a rank of 1; among shares it is one of them."""
+    found = [(row, whole_number(row.get(name))) for row in rows]
+    if any(whole is None and _is_share(row.get(name)) for row, whole in found):
+        return
+    for row, whole in found:
+        if whole is not None:
+            row[name] = whole
+
+
+def _is_share(value: Any) -> bool:
+    try:
+        return 0 < float(value) < 1
+    except (TypeError, ValueError):
+        return False
 
 
 def _bytes_of(place: str) -> bytes:

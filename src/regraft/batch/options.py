@@ -16,6 +16,9 @@ from regraft.errors import UsageError
 from regraft.formats import get_format
 from regraft.methods.task import Running
 
+#: Options that take a whole number or a share.
+RANKS = ("rank", "subspace_rank")
+
 
 class RowOptions(BaseModel):
     """Options of one row; a manifest has a column for each that it sets. ``regraft port --help`` explains them."""
@@ -101,7 +104,7 @@ def parse_options(given: Mapping[str, Any], base: RowOptions = RowOptions()) -> 
     Raises:
         UsageError: an unknown name, or a value that can't be read.
     """
-    told = {name: text for name, value in given.items() if (text := _text(value)) is not None}
+    told = {name: text for name, value in given.items() if (text := _text(name, value)) is not None}
     try:
         options = RowOptions.model_validate({**base.model_dump(), **told})
     except ValidationError as error:
@@ -118,10 +121,16 @@ def parse_options(given: Mapping[str, Any], base: RowOptions = RowOptions()) -> 
     return options
 
 
-def _text(value: Any) -> str | None:
+def _text(name: str, value: Any) -> str | None:
     """A table's value as the command line has it; None for an empty cell."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    # A column of whole numbers with gaps is one of floats, in most tools; a rank of 1.0 is a share, all of it.
-    whole = re.fullmatch(r"(\d+)\.0", str(value))
-    return whole[1] if whole and int(whole[1]) > 1 else str(value)
+    whole = whole_number(value)
+    # A rank of 1.0 is a share: all of it.
+    return str(value) if whole is None or (name in RANKS and whole == 1) else str(whole)
+
+
+def whole_number(value: Any) -> int | None:
+    """What a table holds as 8.0: most tools make floats of a column of whole numbers with gaps."""
+    found = re.fullmatch(r"(\d+)\.0+", str(value))
+    return int(found[1]) if found else None
