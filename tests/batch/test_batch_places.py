@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, main_thread
 from typing import Any
 
 import pytest
@@ -11,7 +15,9 @@ from library import Here, held, make_bases, make_library, stored
 
 from regraft.batch import Row, expand, run_batch
 from regraft.batch.options import RowOptions
+from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.batch.places import is_inside, location
+from regraft.batch.waiting import Job, Result
 from regraft.errors import OutputError, UsageError
 from regraft.report.batch_schema import BatchReport
 
@@ -104,3 +110,50 @@ def test_a_driver_that_was_killed_before_it_noted_anything_comes_back(
             batch("memory://lib", "memory://out")
     assert any(name.endswith(".safetensors") for name in held("memory://out"))
     assert batch("memory://lib", "memory://out").counts.ported == 3
+
+
+@dataclass(frozen=True)
+class Stopped(Here):
+    """Ctrl-C, or SIGTERM, after two rows."""
+
+    def run(self, jobs: Iterator[Job], out: str | None) -> Iterator[Result]:
+        for number, result in enumerate(super().run(jobs, out)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield result
+
+
+def test_what_was_done_before_ctrl_c_is_known_in_a_store(here: Path) -> None:
+    rows, out = rows_of("memory://lib"), "memory://ported"
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(rows, Stopped(), out=out)
+    # The third one's output lies there, too: it was made, and not noted.
+    record = run_batch(rows, Here(), out=out)
+    assert (record.counts.ported, record.counts.reused) == (3, 2)
+    assert [name for name in held(out) if "/.results" in name] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal to a thread")
+def test_ctrl_c_does_not_wait_for_a_fit_before_it_says_what_is_done(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted, seen, ended = Event(), Event(), Event()
+
+    def fit(spec: PairSpec, *rest: Any, **given: Any) -> Fitted:
+        if Path(spec.target).name == "newer.safetensors":
+            noted.wait(20)
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+            seen.wait(20)
+            ended.set()
+        return fit_pair(spec, *rest, **given)
+
+    monkeypatch.setattr("regraft.batch.run.fit_pair", fit)
+    (here / "m.csv").write_text("adapter,to\n" + "".join(f"loras/a0,{end}.safetensors\n" for end in ("new", "newer")))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(rows_of("m.csv"), Here(), out="memory://ported", tick=lambda *told: noted.set())
+        assert not ended.is_set()
+        (part,) = [text for name, text in held("memory://ported").items() if "/.results" in name and text]
+        assert part.count(b"\n") == 1
+    finally:
+        seen.set()

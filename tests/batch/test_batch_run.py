@@ -114,6 +114,34 @@ def test_a_row_is_told_of_itself_and_not_of_a_million_others(here: Path) -> None
     assert len(many.bytes) == len(few.bytes) + 1 == 5
 
 
+def test_equal_adapters_under_two_names_stay_where_they_are(here: Path) -> None:
+    def again() -> BatchReport:
+        rows = expand(["loras"], "old.safetensors", "new.safetensors", RowOptions())
+        return run_batch(rows, Here(), out=str(here / "out"))
+
+    shutil.copytree(here / "loras" / "a0", here / "loras" / "twin")
+    again()
+    before = contents(here / "out")
+    times = {name: (here / "out" / name).stat().st_mtime_ns for name in before}
+    noted = lines(here / "out")
+    record = again()
+    assert record.counts.reused == 5
+    assert {name: (here / "out" / name).stat().st_mtime_ns for name in contents(here / "out")} == times
+    assert lines(here / "out") == noted, "nothing is new"
+    # A third one is made of one of them, and a changed twin is no longer what the first one is known by.
+    shutil.copytree(here / "loras" / "a0", here / "loras" / "third")
+    config = here / "loras" / "twin" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 16}))
+    record = again()
+    assert {row.name for row in record.rows if not row.reused} == {"twin"}
+    after = contents(here / "out")
+    assert [name for name in before if after[name] != before[name]] == ["twin/adapter_config.json"]
+    assert after["third/adapter_model.safetensors"] == before["a0/adapter_model.safetensors"]
+    shutil.rmtree(here / "loras" / "twin")
+    record = again()
+    assert record.counts.reused == 5
+
+
 def test_pairs_and_options_by_row_each_pair_fitted_once(here: Path) -> None:
     (here / "m.csv").write_text(
         "adapter,to,method,strength\n"
@@ -178,6 +206,16 @@ def test_where_every_pair_fails_the_tables_say_so(here: Path, run: Run, monkeypa
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert batch(["loras"], here / "out").counts.ported == 4
+
+
+def test_without_a_place_for_the_outputs_it_says_what_to_give(here: Path, run: Run) -> None:
+    (here / "m.csv").write_text("adapter,from,to\nloras/a0,old.safetensors,new.safetensors\n")
+    for more, told in ((), "a folder or URL"), (("--ray", "auto"), "that every machine of the cluster reaches"):
+        ran = run("batch", "m.csv", *more)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
+        assert "--out is missing" in ran.err
+        assert told in ran.err
+    assert [file.name for file in here.glob("*") if "port" in file.name] == []
 
 
 def test_check_forecasts_a_library_and_ports_nothing(here: Path, run: Run) -> None:

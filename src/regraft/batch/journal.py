@@ -87,9 +87,10 @@ class Journal:
         """Of all that is done. What failed is tried again."""
         return Keys(self._rows)
 
-    def row(self, key: str) -> BatchRow:
-        """What is noted of a key that is done."""
-        return self._rows[key]
+    def row(self, key: str, output: str) -> BatchRow:
+        """What is noted of a key that is done: of equal adapters, what was put in this place."""
+        placed = self._placed.get(output)
+        return placed if placed is not None and placed.key == key else self._rows[key]
 
     def placed(self, output: str) -> Done | None:
         """What was put in a place."""
@@ -102,13 +103,13 @@ class Journal:
         return Done(key, lost=True) if row is None else _done(row)
 
     def note(self, row: BatchRow) -> None:
-        """Add a row, unless it says what an earlier one says; on a disk it is there at once.
+        """Add a row, unless it says what an earlier one says; on a disk it is there at once, in a store after `put`.
 
         Raises:
             OutputError: it can't be written.
         """
-        earlier = self._rows.get(row.key or "")
-        if row.reused and earlier is not None and (earlier.name, earlier.outputs) == (row.name, row.outputs):
+        earlier = self._placed.get(row.output)
+        if row.reused and earlier is not None and _told(earlier) == _told(row):
             return
         # By json, which can write half of a surrogate pair, as the name of a file that is no UTF-8 has it.
         line = json.dumps(row.model_dump(by_alias=True))
@@ -121,9 +122,14 @@ class Journal:
             return
         self._lines.append(line)
         if len(self._lines) >= _LINES or time.monotonic() - self._since > _SECONDS:
-            self._put()
+            self.put()
 
-    def _put(self) -> None:
+    def put(self) -> None:
+        """Bring to a store what was noted since the last time.
+
+        Raises:
+            OutputError: the store does not take it.
+        """
         if self._lines:
             write_text_to("\n".join(self._lines) + "\n", f"{self._parts}/{time.time_ns()}.jsonl")
         self._lines, self._since = [], time.monotonic()
@@ -133,7 +139,7 @@ class Journal:
         if not is_url(self.place):
             self._file.close()
             return
-        self._put()
+        self.put()
         store, parts = store_of(self._parts)
         texts = list(self._read())
         if texts:
@@ -144,6 +150,10 @@ class Journal:
                 store.rm(parts, recursive=True)
 
         persistently(remove, self._parts, OutputError)
+
+
+def _told(row: BatchRow) -> tuple[object, ...]:
+    return row.key, row.name, row.outputs
 
 
 def _done(row: BatchRow) -> Done:

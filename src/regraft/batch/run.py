@@ -77,6 +77,8 @@ def run_batch(
             stack.enter_context(alone_in(out))
             sweep(rows, out)
             journal = Journal(out, stem)
+            # On Ctrl-C, too: what is done is known to the next run.
+            stack.callback(journal.put)
         job = _Batch(rows, journal, check)
         found: list[BatchRow] = []
         for row in job.results(executor, out):
@@ -120,7 +122,7 @@ def _told(result: BatchRow | Known, journal: Journal | None) -> BatchRow:
     if isinstance(result, BatchRow):
         return result
     assert journal is not None
-    return reused(journal.row(result.key), row_of(result.row, status="ported"), result.outputs)
+    return reused(journal.row(result.key, result.row.output), row_of(result.row, status="ported"), result.outputs)
 
 
 def _written(record: BatchReport, out: str, stem: str) -> BatchReport:
@@ -170,13 +172,17 @@ class _Batch:
         paired = sorted(zip(specs, self.rows, strict=True), key=lambda one: order[one[0]])
         groups = [(spec, [row for _, row in group]) for spec, group in groupby(paired, key=lambda one: one[0])]
         known = self.journal.keys() if self.journal is not None else Keys()
-        with ThreadPoolExecutor(1) as fitter:
+        fitter = ThreadPoolExecutor(1)
+        try:
             fits: deque[Future[Fitted]] = deque()
             ahead = iter(groups)
             for spec, rows in groups:
                 for following, _ in islice(ahead, 2 - len(fits)):
                     fits.append(fitter.submit(fit_pair, following, known, check=self.check))
                 yield from self._jobs_of(spec, rows, fits.popleft())
+        finally:
+            # Where the driver is being stopped, the journal does not wait for a fit that takes minutes.
+            fitter.shutdown(wait=False, cancel_futures=True)
 
     def _jobs_of(self, spec: PairSpec, rows: list[Row], fit: Future[Fitted]) -> Iterator[Job]:
         told = {"source": spec.source, "target": spec.target, "method": spec.options.method, "rows": len(rows)}
