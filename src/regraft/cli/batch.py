@@ -86,7 +86,8 @@ def batch(
         raise UsageError("no adapters are named", remedy="Give a folder; one that is called check is ./check.")
     longest = o.seconds(timeout, "--timeout")
     if out is None and not check:
-        raise UsageError("--out is missing", remedy="Name the folder for the ported adapters.")
+        where = "a folder or URL that every machine of the cluster reaches" if ray is not None else "a folder or URL"
+        raise UsageError("--out is missing", remedy=f"Name {where} for the ported adapters: --out s3://bucket/ported.")
     if check and (serve or serve_from):
         raise UsageError("batch check ports nothing that could be served", remedy="Leave --serve out.")
     place = out if out is None or is_url(out) else str(path_of(out).absolute())
