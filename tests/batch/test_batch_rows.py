@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from library import make_library
+from running import Run
 
 from regraft.batch import Row, expand
 from regraft.batch.options import RowOptions
@@ -126,6 +128,7 @@ def test_whole_numbers_with_gaps_are_whole_and_shares_are_shares(here: Path, suf
         ("adapter,output\na,../b\n", "leads out"),
         ("adapter,output\na,/b\n", "leads out"),
         ("adapter,rank\na,-1\n", "row 1.*rank"),
+        ("adapter,n_inputs\na,1\n", "row 1.*n_inputs '1'"),
         ("name\na\n", "names no adapter"),
         ("adapter\na,b\n", "more cells"),
     ],
@@ -133,6 +136,67 @@ def test_whole_numbers_with_gaps_are_whole_and_shares_are_shares(here: Path, suf
 def test_a_manifest_that_is_wrong_is_told_by_row(here: Path, table: str, what: str) -> None:
     (here / "m.csv").write_text(table)
     with pytest.raises((InputError, UsageError), match=what):
+        found("m.csv")
+
+
+def test_every_option_of_a_row_is_one_of_the_command_as_port_has_it() -> None:
+    from regraft.cli.batch import batch
+    from regraft.cli.port import port
+
+    of_port, of_batch = (inspect.signature(verb, eval_str=True).parameters for verb in (port, batch))
+    # Given to `port` as what it is not to do.
+    names = set(RowOptions.model_fields) - {"weights_only"}
+    assert names <= set(of_batch)
+    assert names <= set(of_port)
+    for name in names:
+        told = [found[name].annotation.__metadata__[0].param_decls for found in (of_port, of_batch)]
+        assert told[0] == told[1]
+        assert of_batch[name].default == of_port[name].default
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "lora-x", "subspace_rank": "3", "threshold": "0.1", "block_strength": "*=0.5", "rank": "4"},
+        {"method": "lora-x", "energy": 0.9, "edge": 2.0},
+        {"method": "effect", "pull": "0.5", "ridge": 0.1, "n_inputs": 7, "seed": 3},
+        {"migration": "m.safetensors"},
+    ],
+)
+def test_options_of_the_command_are_those_of_its_rows(
+    here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    seen: list[Row] = []
+
+    def stop(rows: list[Row], *rest: Any, **more: Any) -> None:
+        seen.extend(rows)
+        raise UsageError("seen")
+
+    monkeypatch.setattr("regraft.batch.run_batch", stop)
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert run("batch", "loras/a0", "--from", "old", "--to", "new", "--out", "out", *flags).code == 2
+    (row,) = seen
+    assert row.options.given() == given
+
+
+def test_a_row_goes_by_a_migration_or_by_a_fit_and_the_nearer_word_counts(here: Path) -> None:
+    (here / "sub").mkdir()
+    (here / "sub" / "m.safetensors").write_bytes(b"")
+    (here / "sub" / "m.csv").write_text(
+        "adapter,migration,method,energy\na,m.safetensors,,\nb,,,\nc,,lora-x,0.5\nd,org/name:m.safetensors,,\n"
+    )
+    own = str(here / "sub" / "m.safetensors")
+    rows = expand(["sub/m.csv"], "old", "new", RowOptions(migration="theirs"))
+    assert [row.options.migration for row in rows] == [own, "theirs", None, "org/name:m.safetensors"]
+    rows = expand(["sub/m.csv"], "old", "new", RowOptions(method="lora-x", energy=0.9))
+    assert [(row.options.migration, row.options.method) for row in rows[:3]] == [
+        (own, "auto"),
+        (None, "lora-x"),
+        (None, "lora-x"),
+    ]
+    assert [row.options.energy for row in rows[:3]] == [None, 0.9, 0.5]
+    (here / "m.csv").write_text("adapter,migration,method,energy\na,m.safetensors,lora-x,0.9\n")
+    with pytest.raises(UsageError, match=r"row 1.*has its method: method, energy can't"):
         found("m.csv")
 
 

@@ -17,11 +17,11 @@ from library import Here, batch, contents, lines, make_bases, make_library
 from running import Run
 
 from regraft.batch import expand, run_batch
-from regraft.batch.options import RowOptions
+from regraft.batch.options import RowOptions, parse_options
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.batch.waiting import Job, Result
 from regraft.batch.work import work
-from regraft.errors import OutputError, RegraftError, UsageError
+from regraft.errors import OutputError, Refused, RegraftError, UsageError
 from regraft.report.batch_page import render_batch
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
 from regraft.report.json_schema import parse
@@ -206,6 +206,50 @@ def test_where_every_pair_fails_the_tables_say_so(here: Path, run: Run, monkeypa
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert batch(["loras"], here / "out").counts.ported == 4
+
+
+def test_options_of_methods_and_blocks_do_what_they_do_in_port(here: Path, run: Run) -> None:
+    def again(**changed: Any) -> BatchReport:
+        options = parse_options({**given, **changed})
+        rows = expand(["loras/a0"], "old.safetensors", "new.safetensors", options)
+        return run_batch(rows, Here(), out=str(here / "out"))
+
+    given = {"method": "lora-x", "subspace_rank": 3, "threshold": 0.1, "block_strength": "*.layers.1.*=0.5"}
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    pair = ("--from", here / "old.safetensors", "--to", here / "new.safetensors")
+    assert run("port", "loras/a0", *pair, *flags, "-o", "one").code == 0
+    assert again().counts.ported == 1
+    assert contents(here / "one") == contents(here / "out" / "a0")
+    assert again().counts.reused == 1
+    # Each of them makes another result.
+    for name, value in (("subspace_rank", 4), ("threshold", 0.2), ("block_strength", "*.layers.1.*=0.4")):
+        assert again(**{name: value}).counts.reused == 0
+
+
+def test_a_saved_migration_takes_the_place_of_the_fit(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors")
+    for rank in (3, 5):
+        fit = ("-m", "lora-x", "--subspace-rank", rank, "--save-migration", f"m{rank}.safetensors")
+        assert run("port", "loras/a0", *pair, *fit, "-o", f"fitted{rank}").code == 0
+    assert run("port", "loras/a0", *pair, "--migration", "m3.safetensors", "-o", "one").code == 0
+    monkeypatch.setattr("regraft.batch.pairs.fit_migration", None)
+
+    def again(migration: str, target: str = "new.safetensors", out: str = "out") -> BatchReport:
+        rows = expand(["loras/a0"], "old.safetensors", target, RowOptions(migration=migration))
+        return run_batch(rows, Here(), out=str(here / out))
+
+    record = again("m3.safetensors")
+    assert [(pair.method, pair.shared, pair.note) for pair in record.pairs] == [
+        ("lora-x", True, "migration m3.safetensors")
+    ]
+    assert contents(here / "out" / "a0") == contents(here / "one")
+    assert contents(here / "fitted5") != contents(here / "one")
+    # It is known by what it is, not by its name.
+    (here / "m3.safetensors").rename(here / "renamed.safetensors")
+    assert again("renamed.safetensors").counts.reused == 1
+    assert again("m5.safetensors").counts.reused == 0
+    with pytest.raises(Refused, match="made for another new base"):
+        again("m5.safetensors", "newer.safetensors", "other")
 
 
 def test_without_a_place_for_the_outputs_it_says_what_to_give(here: Path, run: Run) -> None:

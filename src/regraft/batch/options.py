@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from regraft import asked as o
 from regraft.adapter import Adapter
@@ -18,6 +18,8 @@ from regraft.methods.task import Running
 
 #: Options that take a whole number or a share.
 RANKS = ("rank", "subspace_rank")
+#: What a migration is fitted by; of one that was made before, it is decided.
+FITTED_BY = ("method", "subspace_rank", "energy", "threshold", "edge", "pull", "ridge", "removed")
 
 
 class RowOptions(BaseModel):
@@ -25,6 +27,7 @@ class RowOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    migration: str | None = None
     method: str = "auto"
     subspace_rank: str | None = None
     energy: float | None = None
@@ -33,7 +36,7 @@ class RowOptions(BaseModel):
     pull: str | None = None
     ridge: float | None = None
     removed: str | None = None
-    n_inputs: int | None = None
+    n_inputs: int | None = Field(default=None, ge=2)
     seed: int = 0
     weights_only: bool = True
     strength: float = 1.0
@@ -99,14 +102,23 @@ def parse_options(given: Mapping[str, Any], base: RowOptions = RowOptions()) -> 
 
     Args:
         given: name → value, of any type that a table may hold; empty cells are passed over.
-        base: those that hold where nothing is given.
+        base: those that hold where nothing is given. A way of fitting takes the place of a migration, and the other
+            way around.
 
     Raises:
-        UsageError: an unknown name, or a value that can't be read.
+        UsageError: an unknown name, a value that can't be read, or a migration beside a way of fitting one.
     """
     told = {name: text for name, value in given.items() if (text := _text(name, value)) is not None}
+    plain = RowOptions().model_dump()
+    fitting = [name for name in FITTED_BY if told.get(name, plain[name]) != plain[name]]
+    if "migration" in told and fitting:
+        what = f"a migration has its method: {', '.join(fitting)} can't change it"
+        raise UsageError(what, remedy="Give the migration, or how one is to be fitted.")
+    earlier = base.model_dump()
+    for name in FITTED_BY if "migration" in told else ["migration"] if fitting else []:
+        earlier[name] = plain[name]
     try:
-        options = RowOptions.model_validate({**base.model_dump(), **told})
+        options = RowOptions.model_validate({**earlier, **told})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import PurePath
 from time import perf_counter
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.batch.done import Keys
-from regraft.batch.options import RowOptions
+from regraft.batch.options import FITTED_BY, RowOptions
 from regraft.cache import find_cached, keep
 from regraft.fitting import fit_migration, remeasure
 from regraft.forecast import Survey
 from regraft.forecast.survey import survey
 from regraft.methods import get_method
 from regraft.migration import Migration, summarise
+from regraft.migration_file import check_fingerprints, load_migration
 from regraft.migrations.maps import in_memory
 from regraft.pairing import Pairing, pair_bases
 from regraft.plan import Selection, check_families
@@ -27,7 +29,7 @@ from regraft.port import fit_for
 from regraft.report.schema import BaseSummary
 
 #: What decides a fit; the other options are each adapter's own.
-_FITTED_BY = ("method", "subspace_rank", "energy", "threshold", "edge", "pull", "ridge", "removed", "n_inputs", "seed")
+_DECIDING = ("migration", *FITTED_BY, "n_inputs", "seed", "weights_only")
 _COMPUTING = {"device": "cpu", "dtype": torch.float32}
 # Adapters of one trainer change the same modules; a library has few such sets.
 _MOST_SURVEYS = 64
@@ -44,7 +46,7 @@ class PairSpec:
     @classmethod
     def of(cls, source: str, target: str, options: RowOptions) -> PairSpec:
         """The pair of a row, with those of its options that decide the fit."""
-        deciding = {name: getattr(options, name) for name in (*_FITTED_BY, "weights_only")}
+        deciding = {name: getattr(options, name) for name in _DECIDING}
         return cls(source, target, RowOptions(**deciding))
 
 
@@ -77,14 +79,26 @@ def fit_pair(spec: PairSpec, known: Keys, *, check: bool = False) -> Fitted:
     """Fit what the adapters of a pair can share; methods that depend on the adapter share the open bases alone.
 
     Raises:
-        RegraftError: a base can't be read, or the method does not apply.
+        RegraftError: a base or the migration that is given can't be read, or the method does not apply.
+        Refused: that migration is one of other bases.
     """
     started = perf_counter()
     old, new = open_base(spec.source), open_base(spec.target)
-    migration = _fit(spec, old, new)
-    note = f"method {spec.options.method} depends on each adapter" if migration is None else migration.reason
+    if spec.options.migration is None:
+        migration = _fit(spec, old, new)
+        note = f"method {spec.options.method} depends on each adapter" if migration is None else migration.reason
+    else:
+        migration = _read(spec.options.migration, old, new)
+        note = f"migration {PurePath(spec.options.migration).name}"
     ends = summarise(old), summarise(new)
     return Fitted(spec, migration, note, *ends, known, check, perf_counter() - started)
+
+
+def _read(place: str, old: Base, new: Base) -> Migration:
+    migration = load_migration(place)
+    check_fingerprints(migration, old, new)
+    # A worker may be on a machine that has no such file.
+    return in_memory(migration)
 
 
 def _fit(spec: PairSpec, old: Base, new: Base) -> Migration | None:

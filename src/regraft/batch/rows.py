@@ -95,6 +95,8 @@ def _row(
         for name, end in zip(("from", "to"), ends, strict=True):
             if not end:
                 raise UsageError(f"no base to go {name}", remedy=f"Give --{name}, or a column {name!r}.")
+        if columns.get("migration"):
+            columns["migration"] = _anywhere(str(columns["migration"]), home)
         key = json.dumps(columns, sort_keys=True, default=str)
         if key not in known:
             known[key] = parse_options(columns, options)
@@ -102,12 +104,12 @@ def _row(
             raise UsageError(f"output {str(output)!r} leads out of the output folder", remedy="Give a relative name.")
     except RegraftError as error:
         raise at_row(error, *found.manifest) if found.manifest else error from None
-    bases = [_base(str(end), home) for end in ends]
+    bases = [_anywhere(str(end), home) for end in ends]
     return Row(found.adapter, found.name, bases[0], bases[1], known[key], str(output or ""))
 
 
-def _base(text: str, home: Path | None) -> str:
-    """A base as any process finds it: an absolute path, or the hub id that it was given as."""
+def _anywhere(text: str, home: Path | None) -> str:
+    """A base or a migration as any process finds it: an absolute path, or the hub id that it was given as."""
     if home is not None and os.path.lexists(home / path_of(text)):
         return str((home / path_of(text)).absolute())
     return text if is_url(text) or hub_id_of(text) is not None else str(path_of(text).absolute())

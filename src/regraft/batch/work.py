@@ -88,9 +88,12 @@ def plainly(error: BaseException) -> RegraftError:
 def key_of(content: str, row: Row, fitted: Fitted) -> str:
     """What a result depends on, and on no name."""
     verb = "check" if fitted.check else "port"
-    told = [__version__, verb, content, fitted.old.fingerprint, fitted.new.fingerprint, row.options.given()]
-    # Without the word an older key stays what it was.
+    given = row.options.given()
+    read = given.pop("migration", None)
+    told: list[Any] = [__version__, verb, content, fitted.old.fingerprint, fitted.new.fingerprint, given]
+    # Without the words an older key stays what it was.
     told += ["serve", ServedModel.of(row.target).name] if row.serve else []
+    told += ["migration", fitted.migration.file_hash] if read is not None and fitted.migration is not None else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -176,7 +179,7 @@ class _Job:
         settings = options.settings(adapter)
         if not options.allow_partial and adapter.updates:
             check_understood(adapter, pair.old, "old", settings.selection)
-        apart = experts(adapter, pair.old, pair.new)
+        apart = experts(adapter, pair.old, pair.new) if options.migration is None else {}
         if self.row.serve:
             # Noted before the port may be refused: the way on is in it.
             report = self._checked(adapter, pair)

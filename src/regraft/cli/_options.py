@@ -112,6 +112,9 @@ Anchors = Annotated[
     str | None,
     typer.Option("--anchors", metavar="OLD=NEW,…|FOLDER", help="anchor-ridge: adapters that exist on both bases."),
 ]
+BlockStrength = Annotated[
+    str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
+]
 Removed = Annotated[
     str | None,
     typer.Option(

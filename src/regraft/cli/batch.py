@@ -27,12 +27,27 @@ def batch(
     out: Annotated[
         str | None, typer.Option("--out", "-o", metavar="FOLDER", help="For outputs and tables: a folder or a URL.")
     ] = None,
+    migration: Annotated[
+        str | None,
+        typer.Option(
+            "--migration", metavar="M", help="A saved one of the pair, in place of fitting: a file or hub id."
+        ),
+    ] = None,
     method: o.MethodOption = "auto",
+    subspace_rank: o.SubspaceRank = None,
+    energy: o.Energy = None,
+    threshold: o.Threshold = None,
+    edge: o.Edge = None,
+    pull: o.Pull = None,
+    ridge: o.Ridge = None,
+    n_inputs: o.NInputs = None,
+    seed: o.Seed = 0,
     run_models: Annotated[
         bool,
         typer.Option("--run-models", help="auto: under drift, run both bases for each adapter, as `port` does."),
     ] = False,
     strength: Annotated[float, typer.Option("--strength", help="Factor on each whole update.")] = 1.0,
+    block_strength: o.BlockStrength = None,
     rank: Annotated[str | None, typer.Option("--rank", metavar="N|SHARE|keep|full", help="Of the outputs.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="Of the outputs; by default each input's.")] = None,
     save_dtype: Annotated[str | None, typer.Option("--save-dtype", help="Of the outputs' tensors.")] = None,
@@ -86,14 +101,17 @@ def batch(
         raise UsageError("no adapters are named", remedy="Give a folder; one that is called check is ./check.")
     longest = o.seconds(timeout, "--timeout")
     if out is None and not check:
-        where = "a folder or URL that every machine of the cluster reaches" if ray is not None else "a folder or URL"
-        raise UsageError("--out is missing", remedy=f"Name {where} for the ported adapters: --out s3://bucket/ported.")
+        reached = " that every machine of the cluster reaches" if ray is not None else ""
+        remedy = f"Name a folder or URL{reached} for the ported adapters: --out s3://bucket/ported."
+        raise UsageError("--out is missing", remedy=remedy)
     if check and (serve or serve_from):
         raise UsageError("batch check ports nothing that could be served", remedy="Leave --serve out.")
     place = out if out is None or is_url(out) else str(path_of(out).absolute())
     given = {
-        **{"method": method, "weights_only": not run_models, "strength": strength, "rank": rank, "format": format},
-        **{"save_dtype": save_dtype, "strip_private": strip_private, "removed": removed},
+        **{"migration": migration, "method": method, "subspace_rank": subspace_rank, "energy": energy},
+        **{"threshold": threshold, "edge": edge, "pull": pull, "ridge": ridge, "n_inputs": n_inputs, "seed": seed},
+        **{"weights_only": not run_models, "strength": strength, "block_strength": block_strength, "rank": rank},
+        **{"format": format, "save_dtype": save_dtype, "strip_private": strip_private, "removed": removed},
         **{name: ",".join(globs) for name, globs in _lists(include, exclude, components).items()},
         **{"allow_partial": allow_partial, "force": force},
     }

@@ -56,9 +56,7 @@ def port(
     removed: o.Removed = None,
     anchors: o.Anchors = None,
     strength: Annotated[float, typer.Option("--strength", help="Factor on the whole update.")] = 1.0,
-    block_strength: Annotated[
-        str | None, typer.Option("--block-strength", metavar="1,0.5,…|GLOB=F,…", help="Factors per block.")
-    ] = None,
+    block_strength: o.BlockStrength = None,
     rank: Annotated[str | None, typer.Option("--rank", metavar="N|SHARE|keep|full", help="Rank of the output.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="Of the output; by default the input's.")] = None,
     save_dtype: Annotated[str | None, typer.Option("--save-dtype", help="Of the output's tensors.")] = None,
