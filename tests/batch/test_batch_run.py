@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from library import Here, batch, contents, lines, make_bases, make_library
 from running import Run
 
 from regraft.batch import expand, run_batch
+from regraft.batch.lean import lean
 from regraft.batch.options import RowOptions, parse_options
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
+from regraft.batch.tables import parquet
 from regraft.batch.waiting import Job, Result
 from regraft.batch.work import work
 from regraft.errors import OutputError, Refused, RegraftError, UsageError
@@ -277,12 +281,67 @@ def test_check_forecasts_a_library_and_ports_nothing(here: Path, run: Run) -> No
 
 def test_the_table_as_parquet_has_every_row(here: Path) -> None:
     pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow import parquet as files
 
     record = batch(["loras"], here / "out")
-    table = parquet.read_table(here / "out" / "results.parquet").to_pylist()
+    table = files.read_table(here / "out" / "results.parquet").to_pylist()
     assert [row["name"] for row in table] == [row.name for row in record.rows]
     assert table[0]["modules_ported"] == 9
+
+
+def test_the_table_as_parquet_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import BufferReader
+    from pyarrow import parquet as files
+
+    monkeypatch.setattr("regraft.batch.tables._AT_ONCE", 2)
+    for number in (0, 1, 5):
+        table = parquet([row_from_afar(index) for index in range(number)])
+        assert table is not None
+        assert [row["name"] for row in files.read_table(BufferReader(table)).to_pylist()] == [
+            f"folder/a{index}" for index in range(number)
+        ]
+
+
+def row_from_afar(number: int) -> BatchRow:
+    """A row as a worker's process gives it back."""
+    name = f"folder/a{number}"
+    row = BatchRow(
+        adapter=f"/library/{name}",
+        name=name,
+        source="/bases/old",
+        target="/bases/new",
+        key=f"{number:032x}",
+        status="ported",
+        verdict="survives",
+        reason="all of its modules are carried",
+        counts={"ported": 96, "skipped": 0, "refused": number % 2},
+        output=name,
+        outputs=[name],
+        output_hashes=[f"sha256:{number:064x}"],
+    )
+    return pickle.loads(pickle.dumps(row))
+
+
+def test_a_driver_holds_rows_in_less_than_half_of_what_they_come_as() -> None:
+    def bytes_of(made: Callable[[int], BatchRow]) -> int:
+        gc.collect()
+        tracemalloc.start()
+        held = [made(number) for number in range(300)]
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(held) == 300
+        return size
+
+    assert bytes_of(lambda number: lean(row_from_afar(number))) < 0.5 * bytes_of(row_from_afar)
+    for number in (1, 2):
+        row = row_from_afar(number)
+        assert lean(row) == row
+        assert lean(row).to_json() == row.to_json()
+        # Of a row that changes, no other one hears.
+        changed = lean(row).model_copy(update={"reused": True, "outputs": []})
+        assert (lean(row) == row, changed == row) == (True, False)
 
 
 def test_output_folders_that_are_something_else_are_left_alone(here: Path) -> None:

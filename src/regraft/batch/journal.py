@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from regraft.batch.done import Done, Keys
+from regraft.batch.lean import lean
 from regraft.batch.places import is_url, path_of, persistently, store_of, write_text_to
 from regraft.errors import InputError, OutputError
 from regraft.report.batch_schema import BatchRow
@@ -76,7 +77,7 @@ class Journal:
     def _take(self, text: str) -> None:
         for line in text.split("\n"):
             try:
-                row = BatchRow.model_validate(json.loads(line))
+                row = lean(BatchRow.model_validate(json.loads(line)))
             except (ValueError, ValidationError):
                 continue
             if row.key is not None and _KEY.fullmatch(row.key) and row.status != "failed":

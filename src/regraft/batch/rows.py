@@ -21,7 +21,7 @@ from regraft.hub import hub_id_of
 from regraft.output import ADAPTER_CONFIG, names_file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One adapter to be carried.
 

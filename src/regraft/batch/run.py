@@ -14,6 +14,7 @@ from typing import Protocol
 from regraft._version import __version__
 from regraft.batch.done import Keys
 from regraft.batch.journal import Journal, reused
+from regraft.batch.lean import lean
 from regraft.batch.out_place import alone_in, check_out, sweep
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.batch.places import write_bytes_to, write_text_to
@@ -82,7 +83,7 @@ def run_batch(
         job = _Batch(rows, journal, check)
         found: list[BatchRow] = []
         for row in job.results(executor, out):
-            row = _told(row, journal)
+            row = lean(_told(row, journal))
             found.append(row)
             if journal is not None:
                 journal.note(row)
@@ -164,10 +165,12 @@ class _Batch:
         return lost
 
     def _jobs(self) -> Iterator[Job]:
-        order: dict[PairSpec, int] = {}
-        specs = [PairSpec.of(row.source, row.target, row.options) for row in self.rows]
-        for spec in specs:
-            order.setdefault(spec, len(order))
+        shared: dict[PairSpec, PairSpec] = {}
+        # One for all rows of a pair, of which there may be a million.
+        specs = [
+            shared.setdefault(spec, spec) for spec in (PairSpec.of(r.source, r.target, r.options) for r in self.rows)
+        ]
+        order = {spec: number for number, spec in enumerate(shared)}
         # Sorted by pair, in the order of their first rows.
         paired = sorted(zip(specs, self.rows, strict=True), key=lambda one: order[one[0]])
         groups = [(spec, [row for _, row in group]) for spec, group in groupby(paired, key=lambda one: one[0])]

@@ -10,6 +10,7 @@ from typing import Any
 from regraft.output import in_utf8
 from regraft.report.batch_schema import BatchCounts, BatchRow
 
+_AT_ONCE = 50_000
 _SEVERITY = {"failed": 0, "refused": 1, "refine": 2, "survives": 3}
 
 
@@ -77,9 +78,12 @@ def parquet(rows: Sequence[BatchRow]) -> bytes | None:
         "seconds": number,
         "reused": pyarrow.bool_(),
     }
-    table = pyarrow.Table.from_pylist([_flat(row) for row in rows], schema=pyarrow.schema(list(types.items())))
-    stream = io.BytesIO()
-    files.write_table(table, stream)
+    schema, stream = pyarrow.schema(list(types.items())), io.BytesIO()
+    with files.ParquetWriter(stream, schema) as writer:
+        # All of them at once, flat, would be the most that a large library has in memory.
+        for start in range(0, len(rows), _AT_ONCE):
+            flat = [_flat(row) for row in rows[start : start + _AT_ONCE]]
+            writer.write_table(pyarrow.Table.from_pylist(flat, schema=schema))
     return stream.getvalue()
 
 
