@@ -10,7 +10,7 @@ from typing import Any
 from regraft.output import in_utf8
 from regraft.report.batch_schema import BatchCounts, BatchRow
 
-_AT_ONCE = 50_000
+_AT_ONCE = 10_000
 _SEVERITY = {"failed": 0, "refused": 1, "refine": 2, "survives": 3}
 
 
