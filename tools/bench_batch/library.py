@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.tensors import InMemory
-from regraft.updates import LowRank
+from regraft.updates import LoHa, LowRank, Update
 
-#: Formats that LoRAs of SD 1.5 come in, in turn.
-FORMATS = ("kohya", "diffusers", "lycoris", "onetrainer", "comfyui")
+#: Formats and kinds that adapters of SD 1.5 come in, in turn.
+LORAS = tuple((name, "lora") for name in ("kohya", "diffusers", "lycoris", "onetrainer", "comfyui", "peft"))
+MIXED = (*LORAS, ("lycoris", "loha"), ("lycoris", "dora"))
 # Every other block of the U-Net at a quarter of its width.
 _WIDTH, _CONTEXT, _BLOCKS, _RANK = 80, 192, 4, 8
 _DRIFT = 0.1
@@ -33,7 +35,7 @@ def make_small(place: Path, count: int) -> Library:
         moved = {n: w + _DRIFT * 0.02 * torch.randn(w.shape, generator=generator) for n, w in state.items()}
         save_file(state, old)
         save_file(moved, new)
-    return (old, new), _adapters(open_base(old), place / f"small-{count}", count)
+    return (old, new), _adapters(open_base(old), place / f"mixed-{count}", count, MIXED)
 
 
 def make_full_size(place: Path, count: int) -> Library:
@@ -41,7 +43,7 @@ def make_full_size(place: Path, count: int) -> Library:
     old, new = place / "sd15" / "old", place / "sd15" / "new"
     if not (new / "model_index.json").exists():
         make_pair(place / "sd15")
-    return (old, new), _adapters(open_base(old), place / f"full-{count}", count)
+    return (old, new), _adapters(open_base(old), place / f"loras-{count}", count, LORAS)
 
 
 def _unet() -> dict[str, Tensor]:
@@ -56,25 +58,34 @@ def _unet() -> dict[str, Tensor]:
     return state
 
 
-def _adapters(base: Base, folder: Path, count: int) -> Path:
-    """Adapters in turn of each format; those that are there already are left as they are."""
+def _adapters(base: Base, folder: Path, count: int, ways: Sequence[tuple[str, str]]) -> Path:
+    """Adapters in turn of each format and kind; those that are there already are left as they are."""
     folder.mkdir(exist_ok=True)
     component = "unet" if "unet" in base.components else next(iter(base.components))
-    modules = [path for path in base.modules(component) if ".attn" in path]
+    modules = {path: ModuleRef(component, path) for path in base.modules(component) if ".attn" in path}
     for number in range(count):
-        file = folder / f"{number:05d}.safetensors"
+        format, kind = ways[number % len(ways)]
+        file = folder / (f"{number:05d}" if format == "peft" else f"{number:05d}.safetensors")
         if file.exists():
             continue
         generator = torch.Generator().manual_seed(number)
-        updates = {
-            ModuleRef("unet", path): _update(base.shape(ModuleRef(component, path)), generator) for path in modules
-        }
-        adapter = Adapter(updates, "diffusers", family="sd15")
-        replace(adapter, format=FORMATS[number % len(FORMATS)]).save(file)
+        updates = {ModuleRef("unet", path): _update(kind, base, ref, generator) for path, ref in modules.items()}
+        Adapter(updates, format, family="sd15").save(file)
     return folder
 
 
-def _update(shape: tuple[int, ...], generator: torch.Generator) -> LowRank:
-    up = torch.randn(shape[0], _RANK, generator=generator) * 0.02
-    down = torch.randn(_RANK, shape[1], generator=generator) * 0.02
+def _update(kind: str, base: Base, module: ModuleRef, generator: torch.Generator) -> Update:
+    shape = base.shape(module)
+    if kind == "loha":
+        one, two = (_lora(shape, _RANK // 2, generator) for _ in range(2))
+        return LoHa(one.up, one.down, two.up, two.down, 1.0)
+    lora = _lora(shape, _RANK, generator)
+    if kind == "lora":
+        return lora
+    # As a trainer begins: m is the norm of each of the weight's rows.
+    return replace(lora, magnitude=InMemory(base.weight(module).float().norm(dim=1, keepdim=True)))
+
+
+def _lora(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> LowRank:
+    up, down = (torch.randn(*size, generator=generator) * 0.02 for size in ((shape[0], rank), (rank, shape[1])))
     return LowRank(InMemory(up.half()), InMemory(down.half()), 1.0)
