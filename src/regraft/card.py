@@ -97,7 +97,7 @@ def _port(port: Port) -> str:
 def _measured(ports: Sequence[Port]) -> str:
     figures = [figure for port in ports for figure in port.fidelity]
     if not figures:
-        return "Nothing: `regraft verify` measures, and `regraft lineage stamp --record` writes it into the file."
+        return "Nothing: `regraft verify` measures, and `regraft lineage stamp --measured` writes it into the file."
     lines = ["| figure | value | interval | how |", "|---|---:|---|---|"]
     for figure in figures:
         value = "–" if figure.value is None else f"{figure.value:.3f}"

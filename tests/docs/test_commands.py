@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from command_line import WRONG, unknown_in, verb_of, whole
 from page_blocks import PAGES, ROOT, Command, commands, fences, python
 from running import Run
 
 import regraft.methods
 from regraft import load_adapter
-from regraft.cli import app
 from regraft.demo import data_folder
 from regraft.runtime import load_model
 from verify import tiny
@@ -49,34 +48,9 @@ def named(page: Path) -> str:
     return page.stem
 
 
-#: What a wrong option raises. Typer has a click of its own in later versions, and the installed one before.
-WRONG: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
-
-
-@pytest.fixture(scope="module")
-def told() -> Any:
-    """The whole command line, as typer makes it."""
-    return typer.main.get_command(app)
-
-
-def below(command: Any) -> dict[str, Any]:
-    """Its sub-verbs."""
-    if not hasattr(command, "list_commands"):
-        return {}
-    # Those of regraft itself are loaded when they are asked for, and are in no table before.
-    return {name: command.get_command(None, name) for name in command.list_commands(None)}
-
-
-def verb_of(group: Any, arguments: list[str]) -> tuple[Any, list[str]]:
-    """The command that the arguments name, sub-verbs included, and the rest of them."""
-    rest = list(arguments)
-    while rest and rest[0] in below(group):
-        group = below(group)[rest.pop(0)]
-    return group, rest
-
-
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_command_of_a_page_parses(page: Path, told: Any) -> None:
+def test_every_command_of_a_page_parses(page: Path) -> None:
+    told = whole()
     for command in commands(page):
         verb, rest = verb_of(told, re.findall(r"\S+", command.line)[1:] if command.is_synopsis else command.arguments)
         assert verb is not told, f"no such verb: {command.line}"
@@ -91,19 +65,9 @@ def test_every_command_of_a_page_parses(page: Path, told: Any) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_the_options_that_a_page_speaks_of_exist(page: Path, told: Any) -> None:
+def test_the_options_that_a_page_speaks_of_exist(page: Path) -> None:
     """In running text: `--option` alone, or `regraft verb --option`."""
-
-    def options(command: Any) -> set[str]:
-        own = {option for parameter in command.params for option in parameter.opts}
-        return own.union(*(options(sub) for sub in below(command).values()))
-
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for code in re.findall(r"`regraft ([^`\n]+)`", text):
-        verb, rest = verb_of(told, code.split())
-        if verb is told:
-            assert rest[0].startswith("-"), f"no such verb: regraft {code}"
-        assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", " ".join(rest))) <= options(verb), code
+    assert unknown_in(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)) == []
 
 
 @pytest.fixture

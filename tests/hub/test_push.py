@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import unknown_in
 from hub_server import Hub
 from running import Run
 
@@ -82,6 +83,7 @@ def test_the_card_alone_needs_no_hub(run: Run, lora: Path, tmp_path: Path) -> No
     assert document["base"]["fingerprint"] in text
     assert "modules were carried" in text
     assert "Nothing: `regraft verify` measures" in text
+    assert unknown_in(text) == []
     assert _front(text)["tags"][:2] == ["lora", "regraft"]  # type: ignore[index]
     again = run("push", lora, "--card", file)
     assert (again.code, "exists already" in again.err) == (1, True)
