@@ -87,3 +87,27 @@ def test_the_action_checks_each_adapter_and_fails_for_one(
     env |= {"ADAPTERS": str(tmp_path / "none*")}
     done = subprocess.run(["bash", "-c", step["run"]], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, "no adapter at" in done.stdout) == (1, True)
+
+
+@pytest.mark.parametrize("install", ["", "regraft[run]==0.1.0 s3fs"])
+def test_the_action_installs_its_own_checkout_or_what_is_asked_for(install: str, tmp_path: Path) -> None:
+    action = yaml.safe_load(ACTION.read_text(encoding="utf-8"))
+    assert action["inputs"]["install"]["default"] == ""
+    step = action["runs"]["steps"][0]
+    assert step["if"] == "inputs.install != 'none'"
+    # A pip that tells what it is to install. A file that the brackets would match as a pattern lies there.
+    (tmp_path / "regraftr==0.1.0").touch()
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "INSTALL": install, "GITHUB_ACTION_PATH": str(ACTION.parent)}
+    done = subprocess.run(
+        ["bash", "-euc", step["run"]], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    pip, named = done.stdout.splitlines()[:3], done.stdout.splitlines()[3:]
+    assert pip == ["-m", "pip", "install"]
+    if install:
+        assert named == install.split()
+    else:
+        (place,) = named
+        assert 'name = "regraft"' in (Path(place) / "pyproject.toml").read_text(encoding="utf-8")
