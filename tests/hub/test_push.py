@@ -17,6 +17,7 @@ from regraft.card import card
 from regraft.lineage.stamp import stamp
 from regraft.report.json_schema import parse
 from regraft.report.push_schema import PushReport
+from regraft.report.schema import CheckReport, Effect, Interval, VerifyReport
 from regraft.runtime import load_model
 from verify import tiny
 
@@ -100,6 +101,87 @@ def test_what_was_measured_is_told(lora: Path) -> None:
     assert "| effect\\_cosine | 0.931 | 0.910 to 0.950 | a \\| b &lt;i&gt; |" in told
     assert "Forecast beforehand: *refused*, overridden" in told
     assert (_front(told)["base_model"], _front(told)["base_model_relation"]) == ("org/new-base", "adapter")
+
+
+def _forecast(run: Run, adapter: Path, old: Path, new: Path, file: Path) -> CheckReport:
+    result = run("check", adapter, "--from", old, "--to", new, "--json")
+    assert result.code == 0, result.err
+    file.write_text(result.out, encoding="utf-8")
+    return parse(CheckReport, result.out)
+
+
+def _measured(file: Path, **more: object) -> VerifyReport:
+    """A record of `verify`, with figures that tell themselves apart."""
+
+    def effect(mean: float) -> dict[str, Interval]:
+        names = ("effect_cosine", "effect_norm_ratio", "kl")
+        return {name: Interval(mean=mean + i, low=mean + i - 0.1, high=mean + i + 0.1) for i, name in enumerate(names)}
+
+    undefined = Interval(mean=None, low=None, high=None, reason="it changes nothing")
+    none = Effect(effect_cosine=undefined, effect_norm_ratio=undefined)
+    facts = {"original": "/home/me/secret/a", "ported": "/home/me/secret/b", "model_class": "M", "n_inputs": 12}
+    facts |= {"source": "/home/me/secret/v1", "target": "org/v2", "inputs": "texts | of both", "summary": "s"}
+    given = {**facts, "seconds": 1.0, "controls": {"copy": Effect(**effect(0.2)), "none": none}, **more}
+    record = VerifyReport(**effect(0.5), **given)  # type: ignore[arg-type]
+    file.write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def test_given_figures_stand_on_the_card_with_their_intervals_and_controls(
+    run: Run, hub: Hub, lora: Path, old: Path, drifted: Path, folder: Path, tmp_path: Path
+) -> None:
+    check, verify, page = tmp_path / "check.json", tmp_path / "verify.json", tmp_path / "the report.html"
+    expected = _forecast(run, folder / "stamped", old, drifted, check).forecast.port
+    assert expected is not None
+    _measured(verify)
+    page.write_text("<html></html>", encoding="utf-8")
+    result = run("push", lora, "me/told", "--forecast", check, "--measured", verify, "--report", page, "--json")
+    assert result.code == 0, result.err
+    assert "the report.html" in hub.repos["me/told"]
+    text = hub.repos["me/told"]["README.md"].decode()
+    assert "[The report](the%20report.html)" in text
+    share, low, high = (f"{100 * value:.0f} %" for value in (expected.recovery, expected.low, expected.high))
+    assert f"| port | {share} | {low} to {high} |" in text
+    assert f"it rests on {expected.adapters} adapters on {expected.pairs} pairs of bases" in text
+    assert "| this port | 0.50 (0.40 to 0.60) | 1.50 (1.40 to 1.60) | 2.5 (2.4 to 2.6) |" in text
+    assert "| plain copy | 0.20 (0.10 to 0.30) | 1.20 (1.10 to 1.30) | 2.2 (2.1 to 2.3) |" in text
+    assert "| new base alone | – | – | – |" in text
+    assert "on **org/v2** beside that of the original on **v1**, over 12 inputs (texts \\| of both)" in text
+    assert "secret" not in text
+    assert "Nothing: `regraft verify`" not in text
+    assert unknown_in(text) == []
+
+
+def test_figures_of_a_file_without_a_lineage_are_told_too(run: Run, folder: Path, lora: Path, tmp_path: Path) -> None:
+    _measured(tmp_path / "verify.json")
+    card_ = tmp_path / "card.md"
+    result = run("push", folder / "plain", "--card", card_, "--measured", tmp_path / "verify.json")
+    assert result.code == 0, result.err
+    text = card_.read_text(encoding="utf-8")
+    assert "does not say that it was carried over" in text
+    assert "| this port |" in text
+
+
+def test_records_that_are_none_or_another_adapters_are_refused(
+    run: Run, lora: Path, old: Path, folder: Path, tmp_path: Path
+) -> None:
+    check, verify, bad = tmp_path / "check.json", tmp_path / "verify.json", tmp_path / "bad.json"
+    other = tiny.llama(folder / "wider", width=48)
+    tiny.lora(load_model(other).main, ("q_proj",)).save(folder / "of another")
+    _forecast(run, folder / "of another", other, other, check)
+    _measured(verify)
+    bad.write_text("{", encoding="utf-8")
+    for options, words in (
+        (("--forecast", check), "bases of other shapes"),
+        (("--forecast", verify), "is no CheckReport"),
+        (("--measured", check), "is no VerifyReport"),
+        (("--measured", bad), "is no JSON"),
+        (("--measured", tmp_path / "gone.json"), "no such file"),
+    ):
+        told = run("push", lora, "--card", tmp_path / "card.md", *options)
+        assert (told.code, words in told.err) == (1, True), told.err
+        assert len(told.err.strip().splitlines()) == 1
+    assert not (tmp_path / "card.md").exists()
 
 
 def regraft_with(adapter: regraft.Adapter, document: dict[str, object]) -> regraft.Adapter:

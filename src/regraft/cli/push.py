@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -11,12 +11,16 @@ from regraft._version import __version__
 from regraft.card import card
 from regraft.cli import _options as o
 from regraft.cli._sink import emit
-from regraft.errors import InputError, UsageError
+from regraft.errors import InputError, UsageError, reading
 from regraft.formats import load_adapter
 from regraft.hub.upload import upload
 from regraft.output import check_writable, write_text
+from regraft.report.json_schema import parse
 from regraft.report.push_schema import PushReport
 from regraft.report.push_table import push_table
+from regraft.report.schema import CheckReport, VerifyReport, VersionedRecord
+
+R = TypeVar("R", bound=VersionedRecord)
 
 _CARD = "README.md"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -35,7 +39,16 @@ def push(
         list[Path] | None, typer.Option("--picture", metavar="FILE", help="To show on the card; repeatable.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="A report of regraft's, to put beside it.")
+        Path | None,
+        typer.Option("--report", metavar="FILE.html", help="A report of regraft's, to put beside it and link to."),
+    ] = None,
+    forecast: Annotated[
+        Path | None,
+        typer.Option("--forecast", metavar="RECORD.json", help="Show the figures of `check --json` on the card."),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option("--measured", metavar="RECORD.json", help="Likewise of `verify --json`, beside the controls."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Adapter and card",
@@ -59,7 +72,15 @@ def push(
             raise UsageError(f"two files are called {file.name}", remedy="Rename one of them.")
         files[file.name] = file
     title = (repo or str(adapter.resolve())).rstrip("/").rpartition("/")[2]
-    text = card(read, title, license=license, pictures=[picture.name for picture in pictures or ()])
+    text = card(
+        read,
+        title,
+        license=license,
+        pictures=[picture.name for picture in pictures or ()],
+        report=report.name if report is not None else None,
+        forecast=_record(CheckReport, forecast),
+        measured=_record(VerifyReport, measured),
+    )
     address = ""
     if card_only is not None:
         check_writable(card_only, overwrite=overwrite, source=adapter)
@@ -76,6 +97,13 @@ def push(
         outputs=[] if card_only is None else [str(card_only)],
     )
     emit(record, json=json, quiet=quiet, table=lambda console: push_table(record, console))
+
+
+def _record(record_class: type[R], file: Path | None) -> R | None:
+    if file is None:
+        return None
+    with reading(file):
+        return parse(record_class, file.read_text(encoding="utf-8"), file=file)
 
 
 def _files(adapter: Path) -> dict[str, Path]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from regraft.report.schema import CheckedModule, CheckReport, Forecast, PortedModule
+from regraft.report.schema import CheckedModule, CheckReport, Effect, Forecast, PortedModule, VerifyReport
 
 Module = CheckedModule | PortedModule
 
@@ -214,6 +214,13 @@ CONTROLS = {
     "random": "random update of equal norm",
     "native": "trained natively",
 }
+
+
+def effects(verify: VerifyReport) -> dict[str, Effect]:
+    """The port's effect and the controls', in one list."""
+    port = Effect(effect_cosine=verify.effect_cosine, effect_norm_ratio=verify.effect_norm_ratio, kl=verify.kl)
+    return {"this port": port, **verify.controls}
+
 
 #: What each tier asks of the user, in the fewest words.
 TIERS = {

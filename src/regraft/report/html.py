@@ -26,7 +26,6 @@ from regraft.report.refine_schema import RefineReport, verdict_of
 from regraft.report.schema import (
     SCHEMA_VERSION,
     CheckReport,
-    Effect,
     Interval,
     Picture,
     PortReport,
@@ -198,15 +197,9 @@ class Scale:
         return round(100 * (min(max(value, self.low), self.high) - self.low) / (self.high - self.low), 2)
 
 
-def effects(verify: VerifyReport) -> dict[str, Effect]:
-    """The port's effect and the controls', in one list."""
-    port = Effect(effect_cosine=verify.effect_cosine, effect_norm_ratio=verify.effect_norm_ratio, kl=verify.kl)
-    return {"this port": port, **verify.controls}
-
-
 def scales(verify: VerifyReport) -> dict[str, Scale]:
     """One axis for each figure, common to the port and its controls."""
-    rows = effects(verify).values()
+    rows = depth.effects(verify).values()
 
     def ends(intervals: Iterable[Interval | None]) -> list[float]:
         return [
@@ -283,7 +276,7 @@ def _shown(
     here = {name for name in ("similarity", "distance", "share") if any(getattr(m, name) is not None for m in modules)}
     here |= {"energy_kept"} if port and any(m.energy_kept is not None for m in port.modules) else set()
     here |= {"effect_cosine", "effect_norm_ratio"} if verify else set()
-    here |= {"kl"} if verify and any(e.kl for e in effects(verify).values()) else set()
+    here |= {"kl"} if verify and any(e.kl for e in depth.effects(verify).values()) else set()
     here |= {name for picture in pictures for name in picture.figures}
     if check and depth.forecasts_of(check):
         here.add("forecast")
@@ -320,7 +313,7 @@ def environment() -> Environment:
         significant=depth.significant,
         in_order=depth.in_depth_order,
         total=depth.total,
-        effects=effects,
+        effects=depth.effects,
         scales=scales,
         check_banner=check_banner,
         refine_banner=refine_banner,

@@ -17,6 +17,7 @@ from regraft.report.depth import (
     Module,
     after_word,
     component_of,
+    effects,
     forecasts_of,
     further,
     groups,
@@ -32,7 +33,6 @@ from regraft.report.refine_schema import RefineReport, verdict_of
 from regraft.report.schema import (
     BaseSummary,
     CheckReport,
-    Effect,
     Forecast,
     Interval,
     PortedModule,
@@ -116,17 +116,16 @@ def verify_table(report: VerifyReport, console: Console) -> None:
             ("inputs", f"{report.n_inputs}: {escape(report.inputs)}"),
         ],
     )
-    own = Effect(effect_cosine=report.effect_cosine, effect_norm_ratio=report.effect_norm_ratio, kl=report.kl)
-    effects = {"this port": own, **report.controls}
-    with_kl = any(effect.kl for effect in effects.values())
+    beside = effects(report)
+    with_kl = any(effect.kl for effect in beside.values())
     table = _table("", "effect cosine", "norm ratio", *(["KL"] if with_kl else []))
-    for name, effect in effects.items():
+    for name, effect in beside.items():
         cells = [_interval(effect.effect_cosine), _interval(effect.effect_norm_ratio)]
         table.add_row(
             escape(CONTROLS.get(name, name)), *cells, *([_interval(effect.kl, significant)] if with_kl else [])
         )
     console.print(table)
-    notes = dict.fromkeys(e.effect_cosine.reason for e in effects.values() if e.effect_cosine.mean is not None)
+    notes = dict.fromkeys(e.effect_cosine.reason for e in beside.values() if e.effect_cosine.mean is not None)
     _reasons(console, [note for note in notes if note])
     console.print("[dim]cosine 1: the same direction; ratio 1: as strong. 95 % intervals over inputs.[/]")
 
