@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import get_token
 
 from regraft._version import __version__
 from regraft.cache import cache_folder
@@ -24,7 +25,9 @@ _PACKAGES = {
     "bitsandbytes": ("training over a base in 4 or 8 bits, 8-bit optimisers", "pip install bitsandbytes"),
     "ray": ("batches on a cluster", "pip install 'regraft[batch]'"),
     "pyarrow": ("parquet tables of a batch", "pip install 'regraft[batch]'"),
-    "fsspec": ("batches from and to object stores; s3:// needs s3fs, too", "pip install 'regraft[batch]'"),
+    "fsspec": ("batches from and to object stores", "pip install 'regraft[batch]'"),
+    "s3fs": ("stores at s3://", "pip install s3fs"),
+    "gcsfs": ("stores at gs://", "pip install gcsfs"),
     "cairosvg": ("the benchmark's pictures", "pip install 'regraft[bench]'"),
     "gradio": ("the page in the browser", "pip install 'regraft[ui]'"),
 }
@@ -39,6 +42,8 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
         ("ray", "pyarrow", "fsspec"),
         "Ray, parquet and stores; a folder on this machine's processors needs none",
     ),
+    "batch s3://": (("fsspec", "s3fs"), ""),
+    "batch gs://": (("fsspec", "gcsfs"), ""),
     "bridge": (_RUN, ""),
     "demo": (_RUN, ""),
     "bench": ((*_RUN, "cairosvg"), ""),
@@ -70,6 +75,7 @@ def doctor() -> DoctorReport:
         tools={name: shutil.which(name) or "" for name in _TOOLS},
         cache=str(cache_folder()),
         cache_mb=round(_size(cache_folder()) / 1e6, 1),
+        hub_token=get_token() is not None,
     )
 
 

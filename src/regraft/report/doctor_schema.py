@@ -49,3 +49,4 @@ class DoctorReport(VersionedRecord):
     tools: dict[str, str] = Field(description="programs outside of Python, and where they are")
     cache: str
     cache_mb: float
+    hub_token: bool = Field(default=False, description="a token for the hub is set; it is told to nobody")

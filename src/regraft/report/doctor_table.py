@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from regraft.hub.access import LOGIN
 from regraft.report.doctor_schema import DoctorReport
 
 
@@ -22,6 +23,8 @@ def doctor_table(report: DoctorReport, console: Console) -> None:
         f"{report.processors} processors"
     )
     console.print(f"  {'cache':<8}{escape(report.cache)}, {report.cache_mb:.1f} MB")
+    token = "set" if report.hub_token else f"not set; push and gated bases take one: {LOGIN}"
+    console.print(f"  {'hub':<8}token {escape(token)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for title in ("package", "version", "for"):
         table.add_column(title)
