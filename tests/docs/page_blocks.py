@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,18 @@ class Command:
     def arguments(self) -> list[str]:
         """What a shell would hand over, ``regraft`` left out; what another command gives is one word."""
         return shlex.split(re.sub(r"\$\(.*\)", "GIVEN", self.line))[1:]
+
+    @property
+    def typed(self) -> list[str]:
+        """The same with a shell's patterns replaced by what they match."""
+        words = [sorted(glob(word)) or [word] if "*" in word else [word] for word in self.arguments]
+        return [word for found in words for word in found]
+
+    def simplest(self, given: Mapping[str, str]) -> Command:
+        """Of a synopsis the least that can be typed: no option, the first alternative, ``given`` for its words."""
+        line = re.sub(r"\[[^\]]*\]", "", self.line)
+        line = re.sub(r"\(([^|)]*)[^)]*\)", r"\1", line)
+        return Command(" ".join(given.get(word, word) for word in line.split()), self.code)
 
     @property
     def is_synopsis(self) -> bool:

@@ -20,27 +20,60 @@ from running import Run
 import regraft.methods
 from regraft import load_adapter
 from regraft.demo import data_folder
+from regraft.report.schema import Interval, VerifyReport
 from regraft.runtime import load_model
 from verify import tiny
 
 #: Verbs that the fast tier doesn't run, and why. Under ``-m slow`` those that end in minutes are run, too.
 MINUTES = {"refine": "trains", "train": "trains", "verify": "draws pictures by both bases"}
-NEVER = {
-    "demo": "tests/demo runs it",
-    "bench": "trains bases for hours on first use",
-    "push": "needs a hub",
-    "bridge": "tests/bridge runs it, on models small enough",
-    "ui": "serves until Ctrl-C: tests/ui has it",
-}
 #: Pages whose commands are run as they stand, and others, run with files under the names that they use.
 OWN = ("start", "for-lora-makers", "for-llm-teams", "for-foundries", "for-researchers")
-STANDING = ("README", "batch", "training")
-#: What isn't run of the verbs that are.
-NEEDS = {
-    "refine style.safetensors": "over four minutes of training: tests/demo does it, by `demo --refine`",
-    "--migrations FOLDER": "my_lora has a lineage only once it is stamped",
-    "s3://": "a store: tests/batch has one",
-    "--in-place": "the name after -o is stamped too, and a file is stamped once",
+STANDING = ("README", "batch", "training", "adapters", "standard", "serving")
+#: Files and values for the letters of docs/adapters.md.
+GIVEN = {"F": "style.safetensors", "A": "a.safetensors", "B": "b.safetensors", "NAME": "kohya", "N": "4"}
+
+_TRAINS = "trains for long: tests/training does it, on a few steps"
+_REFINES = "over four minutes of training: tests/demo does it, by `demo --refine`"
+_BRIDGE = "tests/bridge runs it, on models small enough"
+_HUB = "needs a hub: tests/hub has one"
+_SERVES = "serves until Ctrl-C: tests/ui has it"
+_DEMO = "tests/demo runs it"
+#: Commands that are run in no tier, and why; `bench` beside them, which trains bases for hours on first use.
+NOT_RUN = {
+    "regraft batch manifest.parquet --out s3://bucket/ported --ray auto": "a store: tests/batch has one",
+    'regraft bridge run ADAPTER --from OLD --to NEW --prompt "a boat" --prompt "the sun" -o grid.png': _BRIDGE,
+    'regraft bridge run ADAPTER --from OLD --to NEW --prompt "function" --strength 0.85 -o texts.txt': _BRIDGE,
+    "regraft bridge train --from OLD --to NEW --self -o mapper.safetensors": _BRIDGE,
+    'regraft bridge run ADAPTER --from OLD --to NEW --mapper mapper.safetensors --prompt "a boat" -o grid.png': _BRIDGE,
+    'regraft bridge run --from OLD --to NEW --controlnet NET --control-image edges.png --prompt "a boat" -o grid.png': (
+        _BRIDGE
+    ),
+    "regraft bridge run my_lora.safetensors --from OLD --to NEW --prompt TEXT -o grid.png": _BRIDGE,
+    "regraft train --subject 'my-cat=<v1> cat' --subject 'my-dog=<v2> dog' --cut-mix 0.6 --unmix 1 --prior 50 "
+    "--base my-sd-folder -o both.safetensors": _TRAINS,
+    "regraft train --subject 'my-cat=<v1> cat' --subject 'my-dog=<v2> dog' --unmix 1 --prior 50 --base my-sd-folder "
+    "-o both.safetensors": _TRAINS,
+    "regraft train PICTURES --base my-sd-folder -o my_lora.safetensors --steps 1500": _TRAINS,
+    "regraft train TEXTS.jsonl --base my-llm-folder -o my_adapter --kind dora --rank 32": _TRAINS,
+    "regraft train PICTURES --base $(python -c \"import regraft.demo; print(regraft.demo.data_folder() / 'v1')\") "
+    "-o mine.safetensors --rank 8 --rate 2e-3 --steps 100": _TRAINS,
+    "regraft train PICTURES --base OLD -o my_lora.safetensors": _TRAINS,
+    "regraft refine style.safetensors --from v1 --to v3 -o refined.safetensors": _REFINES,
+    "regraft refine my_lora.safetensors --from OLD --to NEW -o refined.safetensors": _REFINES,
+    "regraft refine my_lora.safetensors --from OLD --to NEW -o refined.safetensors [--report page.html]": _REFINES,
+    "regraft push ported.safetensors ORG/NAME --forecast check.json --measured verify.json --report report.html": _HUB,
+    "regraft push my_lora.safetensors ORG/NAME": _HUB,
+    "regraft port my-lora-stamped.safetensors --to new.safetensors --migrations foundry/migrations:sdxl "
+    "-o ported.safetensors": "needs a hub: tests/hub has one with migrations",
+    "regraft port my_lora.safetensors --to NEW --migrations FOLDER -o ported.safetensors": (
+        "my_lora has a lineage only once it is stamped: docs/standard.md does both"
+    ),
+    "regraft lineage stamp my_lora.safetensors --base sd_xl_base_1.0.safetensors --in-place": (
+        "the name after -o is stamped too, and a file is stamped once"
+    ),
+    "regraft ui": _SERVES,
+    "regraft demo": _DEMO,
+    "regraft demo --refine": _DEMO,
 }
 
 
@@ -94,14 +127,44 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def standing(place: Path) -> Path:
-    """The same, with the words that stand for files in older pages."""
-    for word, base in (("OLD", "v1"), ("NEW", "v2"), ("BASE", "v1"), ("OTHER", "v2")):
+def standing(place: Path, request: pytest.FixtureRequest, run: Run) -> Path:
+    """The same, with the words that stand for files in other pages; the test's parameter ``page`` says in which."""
+    page = request.getfixturevalue("page")
+    language = page == "serving"
+    old, new = ("llm-v1", "llm-v2") if language else ("v1", "v2")
+    for word, base in (("OLD", old), ("NEW", new), ("BASE", old), ("OTHER", new)):
         (place / word).symlink_to(place / base)
-    for name in ("my_lora", "a", "b"):
+    for name in ("my_lora", "my-lora", "a", "b"):
         shutil.copy(place / "style.safetensors", place / f"{name}.safetensors")
-    (place / "sd_xl_base_1.0.safetensors").symlink_to(place / "v1" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, base in (("sd_xl_base_1.0", "v1"), ("old", "v1"), ("new", "v2"), ("newer", "v3")):
+        (place / f"{name}.safetensors").symlink_to(place / base / "unet" / "diffusion_pytorch_model.safetensors")
+    if language:
+        shutil.rmtree(place / "LORAS")
+        shutil.copytree(place / "support", place / "LORAS" / "people" / "anna")
+        (place / "REFINED").mkdir()
+        (place / "prompts.txt").write_text("the river is in\na rain on the river\n", encoding="utf-8")
+    if page == "standard":
+        with_migrations(place, run)
+        figure = Interval(mean=0.9, low=0.8, high=1.0)
+        facts = {"original": "a", "ported": "b", "source": "old", "target": "new", "model_class": "", "inputs": ""}
+        record = VerifyReport(
+            **facts, n_inputs=8, effect_cosine=figure, effect_norm_ratio=figure, controls={}, summary="", seconds=1
+        )
+        (place / "verify.json").write_text(record.to_json(), encoding="utf-8")
     return place
+
+
+def with_migrations(place: Path, run: Run) -> None:
+    """What docs/standard.md has from elsewhere: migrations to compose, and a folder of them."""
+    (place / "FOLDER").mkdir()
+    for old, new, output in (
+        ("old", "new", "FOLDER/old-new"),
+        ("old", "new", "v1-v2"),
+        ("new", "newer", "v2-v3"),
+    ):
+        made = ("--from", f"{old}.safetensors", "--to", f"{new}.safetensors", "-o", f"{output}.safetensors")
+        ran = run("migration", "make", *made, "--method", "lora-x")
+        assert ran.code == 0, ran.err
 
 
 def minutes(command: Command) -> bool:
@@ -113,9 +176,13 @@ def minutes(command: Command) -> bool:
     return words[0] in MINUTES or bool(runs)
 
 
+def typed(command: Command) -> str:
+    """A command's line with one space between words."""
+    return " ".join(command.line.split())
+
+
 def runnable(page: Path, *, slow: bool) -> list[Command]:
-    found = [c for c in commands(page) if not c.is_synopsis and c.arguments[0] not in NEVER]
-    found = [c for c in found if not any(part in c.line for part in NEEDS)]
+    found = [c for c in commands(page) if c.arguments[0] != "bench" and typed(c) not in NOT_RUN]
     return [command for command in found if slow or not minutes(command)]
 
 
@@ -128,11 +195,13 @@ def made(files: set[str], command: Command) -> bool:
 
 def run_page(page: Path, run: Run, place: Path, *, slow: bool) -> int:
     done = 0
-    for command in runnable(page, slow=slow):
+    for number, command in enumerate(runnable(page, slow=slow)):
+        if command.is_synopsis or set(GIVEN) & set(command.arguments):
+            command = command.simplest({**GIVEN, "G": f"made-{number}.safetensors", "BASE...": "BASE"})
         present = {file.relative_to(place).as_posix() for file in place.rglob("*.safetensors")}
         if not slow and not made(present, command):
             continue
-        ran = run(*command.arguments)
+        ran = run(*command.typed)
         assert ran.code == command.code, f"{command.line}: {ran.code}\n{ran.err}{ran.out}"
         done += 1
     return done
@@ -158,6 +227,20 @@ def test_the_commands_of_a_page_do_what_it_says(page: str, run: Run, place: Path
 def test_the_commands_of_other_pages_run_where_files_have_their_names(page: str, run: Run, standing: Path) -> None:
     (file,) = [file for file in PAGES if file.stem == page]
     assert run_page(file, run, standing, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", STANDING)
+def test_the_slow_commands_of_other_pages_too(page: str, run: Run, standing: Path) -> None:
+    (file,) = [file for file in PAGES if file.stem == page]
+    assert run_page(file, run, standing, slow=True)
+
+
+def test_every_command_is_run_or_it_is_said_why_not() -> None:
+    pages = {file.stem: file for file in PAGES}
+    ran = {typed(command) for page in (*OWN, *STANDING) for command in runnable(pages[page], slow=True)}
+    told = {typed(command) for page in PAGES for command in commands(page) if command.arguments[0] != "bench"}
+    assert told - ran == set(NOT_RUN)
 
 
 @pytest.mark.slow
