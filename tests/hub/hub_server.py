@@ -4,7 +4,8 @@ Facts: ``GET /api/models/ID/revision/REV?blobs=true`` lists the files; ``/ID/res
 ``X-Repo-Commit`` and ``ETag``, and for LFS files redirects to a signed link of another host, with ``X-Linked-Size`` and
 ``X-Linked-ETag``. Refusals have ``X-Error-Code``. ``POST /api/repos/create`` makes a repository; before a commit
 ``preupload`` says of each file whether it goes into the commit itself or by LFS's batch API to a link; the commit is a
-line of JSON for its header and one for each file.
+line of JSON for its header and one for each file. ``GET /api/models/ID/tree/REV/FOLDER`` lists a folder, and
+``POST /api/models/ID/paths-info/REV`` tells of the paths that its form names.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 LFS = (".safetensors", ".bin", ".gguf")
@@ -126,6 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
                 for one in asked
             ]
             self._plain(200, json.dumps({"transfer": "basic", "objects": links}).encode())
+        elif "/paths-info/" in path:
+            repo, _, revision = path.removeprefix("/api/models/").partition("/paths-info/")
+            if not self._refused(repo) and self._commit(revision) is not None:
+                entries = {entry["path"]: entry for entry in self._entries(repo)}
+                asked = parse_qs(raw.decode())["paths"]
+                self._plain(200, json.dumps([entries[path] for path in asked if path in entries]).encode())
         elif "/preupload/" in path:
             files = [
                 {"path": name, "uploadMode": self._mode(name), "shouldIgnore": False, "oid": None}
@@ -156,6 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 self.hub.repos[repo][value["path"]] = self.hub.blobs[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del self.hub.repos[repo][value["path"]]
+            elif entry["key"] == "deletedFolder":
+                folder = value["path"].rstrip("/") + "/"
+                self.hub.repos[repo] = {n: c for n, c in self.hub.repos[repo].items() if not n.startswith(folder)}
         address = {"commitUrl": f"{self.hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None}
         self._plain(200, json.dumps({"success": True, "hookOutput": "", **address}).encode())
 
@@ -171,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.name == "cdn":
             content = self.hub.blobs.get(urlsplit(self.path).path.rpartition("/")[2])
             self._plain(404, b"") if content is None else self._file(content, {}, fault)
+        elif self.path.startswith("/api/models/") and "/tree/" in self.path:
+            self._tree()
         elif self.path.startswith("/api/models/"):
             self._listing()
         else:
@@ -205,6 +220,35 @@ class _Handler(BaseHTTPRequestHandler):
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
         self._plain(200, json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode())
+
+    def _entries(self, repo: str) -> list[dict[str, Any]]:
+        """Every file and folder of a repository, as the tree tells of it."""
+        files, folders = [], set()
+        for name, content in self.hub.repos[repo].items():
+            digest = self.hub.digest(content)
+            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": digest[:40]}
+            if name.endswith(LFS):
+                entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+            files.append(entry)
+            folders |= {str(parent) for parent in PurePosixPath(name).parents} - {"."}
+        return [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)] + files
+
+    def _tree(self) -> None:
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        repo, _, rest = path.removeprefix("/api/models/").partition("/tree/")
+        revision, _, folder = rest.partition("/")
+        folder = unquote(folder)
+        if self._refused(repo) or self._commit(unquote(revision)) is None:
+            return
+        entries = self._entries(repo)
+        below = [e for e in entries if not folder or e["path"].startswith(f"{folder}/")]
+        if folder and not any(e["path"] == folder and e["type"] == "directory" for e in entries):
+            self._plain(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            return
+        if query.get("recursive", ["false"])[0].lower() != "true":
+            depth = folder.count("/") + 1 if folder else 0
+            below = [e for e in below if e["path"].count("/") == depth]
+        self._plain(200, json.dumps(below).encode())
 
     def _resolve(self, fault: Fault | None) -> None:
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(urlsplit(self.path).path))

@@ -25,6 +25,13 @@ Location = tuple[object, tuple[str, ...]]
 
 # Stores that show an object once all of it is there; on others a file grows under its name.
 _WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "memory"}
+# Protocol → the package that fsspec has it from.
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "hf": "huggingface_hub",
+}
 _TRIES, _PAUSE = 3, 0.5
 
 
@@ -46,11 +53,18 @@ def store_of(url: str) -> tuple[Any, str]:
     """
     try:
         import fsspec
-
+    except ImportError:
+        raise RegraftError("URLs need fsspec", file=url, remedy="pip install 'regraft[batch]'") from None
+    protocol = url.partition("://")[0]
+    try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
         return found
     except ImportError as error:
-        raise RegraftError(f"URLs like this need another package ({first_line(error)})", file=url) from None
+        package = _PACKAGES.get(protocol)
+        what = f"need {package}" if package else f"need another package ({first_line(error)})"
+        raise RegraftError(
+            f"URLs of {protocol}:// {what}", file=url, remedy=f"pip install {package}" if package else None
+        ) from None
     except ValueError as error:
         raise InputError(f"is no URL that can be read ({first_line(error)})", file=url) from None
 
@@ -98,7 +112,9 @@ def persistently(action: Callable[[], T], file: str, error_class: type[RegraftEr
         try:
             return action()
         except FileNotFoundError:
-            raise error_class("no such file", file=file, remedy="Check the URL.") from None
+            # The hub says the same of what a token may not see.
+            token = " What is private needs a token: HF_TOKEN." if file.startswith("hf://") else ""
+            raise error_class("no such file", file=file, remedy=f"Check the URL.{token}") from None
         except Exception as error:
             # Each store has errors of its own, and no common class.
             if not left:

@@ -1,0 +1,93 @@
+"""URLs of stores: which file system fsspec has for each, and what is said where its package is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+
+from regraft.batch.places import fetch, is_url, put, store_of
+from regraft.errors import InputError, RegraftError
+
+fsspec = pytest.importorskip("fsspec", reason="stores need fsspec: pip install 'regraft[batch]'")
+
+from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402 (needs fsspec)
+
+
+class Buckets(MemoryFileSystem):
+    """What stands for Google's store, of which fsspec knows the class by name alone."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.partition("://")[2] or path)
+
+
+@pytest.fixture(autouse=True)
+def unloaded() -> Iterator[None]:
+    """fsspec without the file systems that it has loaded, which come back afterwards."""
+    # `fsspec.registry` is a view of it.
+    loaded = import_module("fsspec.registry")._registry
+    before = dict(loaded)
+    loaded.clear()
+    yield
+    loaded.clear()
+    loaded.update(before)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "gcs"])
+def test_a_bucket_of_google_is_read_and_written_by_gcsfs(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("gcsfs")
+    package.GCSFileSystem = Buckets  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gcsfs", package)
+    store, path = store_of(f"{scheme}://bucket/styles/ink.safetensors")
+    assert type(store) is Buckets
+    assert path.lstrip("/") == "bucket/styles/ink.safetensors"
+    (tmp_path / "ink.safetensors").write_bytes(b"weights")
+    put(tmp_path / "ink.safetensors", f"{scheme}://bucket/styles/ink.safetensors")
+    # Such a store shows an object once it is whole: nothing is written under another name and moved.
+    assert [name.lstrip("/") for name in store.find("bucket")] == ["bucket/styles/ink.safetensors"]
+    (tmp_path / "got").mkdir()
+    assert fetch(f"{scheme}://bucket/styles/ink.safetensors", tmp_path / "got").read_bytes() == b"weights"
+    Buckets.store.clear()
+
+
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [
+        ("s3://bucket/x", "s3fs"),
+        ("gs://bucket/x", "gcsfs"),
+        ("gcs://bucket/x", "gcsfs"),
+        ("az://container/x", "adlfs"),
+        ("abfs://container/x", "adlfs"),
+        ("hf://org/name/x", "huggingface_hub"),
+    ],
+)
+def test_the_package_that_a_url_lacks_is_named(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RegraftError) as told:
+        store_of(url)
+    scheme = url.partition("://")[0]
+    assert str(told.value) == f"{url}: URLs of {scheme}:// need {package}. pip install {package}"
+
+
+def test_without_fsspec_no_url_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(RegraftError, match=r"URLs need fsspec\. pip install 'regraft\[batch\]'"):
+        store_of("gs://bucket/x")
+
+
+def test_a_scheme_that_nobody_knows_is_no_url_to_read() -> None:
+    assert is_url("nosuch://bucket/x")
+    with pytest.raises(InputError, match=r"is no URL that can be read.*nosuch"):
+        store_of("nosuch://bucket/x")
