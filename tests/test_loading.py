@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from running import Run
+from safetensors.torch import load_file, save_file
 
 import regraft
 from regraft import InputError, open_base
@@ -84,10 +88,64 @@ def test_what_was_made_for_these_weights_is_loaded_as_it_is(
     for (component, path), update in read.updates.items():
         up, down = (tensors[f"{component}.{path}.lora_{side}.weight"] for side in "BA")
         assert torch.allclose(up.float() @ down.float(), update.delta(), atol=1e-5)
-    with pytest.raises(InputError, match=r"was made for other weights.*Give old="):
-        regraft.ported(stamped, to=load_model(pipelines[1]).pipeline)
-    with pytest.raises(InputError, match=r"does not say that it was made for these weights"):
-        regraft.ported(lora, to=pipeline)
+
+
+def test_what_to_give_is_said_where_the_lineage_names_other_weights(
+    pipelines: tuple[Path, Path], lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamped = tmp_path / "stamped.safetensors"
+    stamp(lora, open_base(pipelines[0]), stamped)
+    pipeline = load_model(pipelines[1]).pipeline
+    with pytest.raises(InputError, match=r"was made for other weights: those of sd\. ") as told:
+        regraft.ported(stamped, to=pipeline)
+    assert told.value.remedy == (
+        "Give old=, the path or hub id of 'sd', which it names as its base; "
+        "or migration=, a file of `regraft migration make` from there to this model."
+    )
+    # Where the name is a path from here, it can be given as it stands.
+    monkeypatch.chdir(pipelines[0].parent)
+    with pytest.raises(InputError, match=r"Give old='sd', the base that it was trained on"):
+        regraft.ported(stamped, to=pipeline)
+    assert regraft.ported(stamped, to=pipeline, old="sd", method="copy")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "given"),
+    [
+        ({}, "old=, the base that it was trained on: a file, a folder or a hub id; or migration="),
+        ({"ss_sd_model_name": "sd15.ckpt"}, "old=, the path or hub id of 'sd15.ckpt', which it names as its base; or"),
+        ({"ss_sd_model_name": "org/name"}, "old='org/name', the base that it was trained on: a file, a folder or"),
+        ({"ss_sd_model_name": "x" * 5000}, f"old=, the path or hub id of '{'x' * 100}…{'x' * 100}', which"),
+    ],
+)
+def test_what_to_give_is_said_where_there_is_no_lineage(
+    pipelines: tuple[Path, Path], lora: Path, tmp_path: Path, metadata: dict[str, str], given: str
+) -> None:
+    file = tmp_path / "told.safetensors"
+    save_file(load_file(lora), file, metadata=metadata)
+    with pytest.raises(InputError, match="does not say which weights it was made for: it has no lineage") as told:
+        regraft.ported(file, to=load_model(pipelines[1]).pipeline)
+    assert str(told.value.remedy).startswith(f"Give {given}")
+    assert f"regraft lineage stamp {file} --base {pipelines[1]} --in-place" in str(told.value.remedy)
+
+
+def test_the_stamp_that_the_error_names_makes_the_line_work(
+    pipelines: tuple[Path, Path], lora: Path, tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    shutil.copy(lora, file)
+    pipeline = load_model(pipelines[0]).pipeline
+    with pytest.raises(InputError) as told:
+        regraft.ported(file, to=pipeline)
+    (command,) = re.findall(r"stamp it once: regraft (.*)\.$", str(told.value.remedy))
+    assert run(*command.split()).code == 0
+    assert regraft.ported(file, to=pipeline)
+
+
+def test_a_language_model_says_what_to_give_too(old: Path, drifted: Path, tmp_path: Path) -> None:
+    tiny.lora(load_model(old).main, ("q_proj",), size=1.0).save(tmp_path / "lora")
+    with pytest.raises(InputError, match=r"Give old=.*or migration=.*stamp it once"):
+        regraft.load_ported(load_model(drifted).main, tmp_path / "lora")
 
 
 def test_peft_and_transformers_load_ported_adapters(old: Path, drifted: Path, tmp_path: Path) -> None:

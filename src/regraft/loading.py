@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from regraft.adapter import MODEL, Adapter
 from regraft.base import Base, open_base
 from regraft.carry import Settings
-from regraft.errors import InputError
+from regraft.errors import InputError, shortened
 from regraft.formats import load_adapter
+from regraft.hub import hub_id_of
+from regraft.identify import clues_of
 from regraft.lineage import lineage_of
 from regraft.lineage.model import BaseId
 from regraft.methods.task import Running
 from regraft.migration import Migration
 from regraft.migration_file import load_migration
-from regraft.migrations.base_id import base_id
+from regraft.migrations.base_id import base_id, called
 from regraft.migrations.recognise import recognise
 from regraft.pairing import names_of
 from regraft.port import apply_migration, port
@@ -31,6 +34,9 @@ from regraft.updates import LowRank
 _log = logging.getLogger("regraft")
 # Of a pipeline, what adapters change, by diffusers' names.
 _COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+# Names come from strangers' files.
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def ported(
     Args:
         adapter: a file, a folder, or read.
         to: the pipeline.
-        old: the base that it was trained on.
+        old: the base that it was trained on: a file, a folder or a hub id, or open. Not needed where the adapter's
+            lineage names the weights in memory.
         migration: a saved one, in place of the old base.
         method: see `regraft.port`.
         force: port against a refusal.
@@ -92,7 +99,8 @@ def ported(
         magnitude beside them.
 
     Raises:
-        InputError: nothing says what it was made for, or it is no LoRA.
+        InputError: its lineage doesn't name these weights, and neither ``old`` nor ``migration`` is given; or it is
+            no LoRA.
         Refused: it would not survive.
     """
     carried = _carried(adapter, base_in(to), old, migration, method, force)
@@ -129,7 +137,8 @@ def load_ported(
         model: PEFT's, or transformers' own.
         adapter: PEFT's folder, any other file, or read.
         adapter_name: that it gets in the model.
-        old: the base that it was trained on.
+        old: the base that it was trained on: a file, a folder or a hub id, or open. Not needed where the adapter's
+            lineage names the weights in memory.
         migration: a saved one, in place of the old base.
         method: see `regraft.port`.
         force: port against a refusal.
@@ -138,7 +147,8 @@ def load_ported(
         What the model's ``load_adapter`` does.
 
     Raises:
-        InputError: nothing says what it was made for, or the model loads no adapters.
+        InputError: its lineage doesn't name these weights, and neither ``old`` nor ``migration`` is given; or the
+            model loads no adapters.
         Refused: it would not survive.
     """
     if not hasattr(model, "load_adapter"):
@@ -161,15 +171,12 @@ def _carried(
     """The adapter for the new base, or the very same where it is for it already."""
     read = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter), names=names_of(new))
     lineage = lineage_of(read)
-    if lineage is not None and _is(new, BaseId.model_validate(lineage["base"]), read):
+    wanted = None if lineage is None else BaseId.model_validate(lineage["base"])
+    if wanted is not None and _is(new, wanted, read):
         _log.info("%s was made for these weights", read.path or "the adapter")
         return read
     if old is None and migration is None:
-        raise InputError(
-            "does not say that it was made for these weights" if lineage is None else "was made for other weights",
-            file=read.path,
-            remedy="Give old= (the base that it was trained on) or migration=; or stamp it: regraft lineage stamp.",
-        )
+        raise _lacking(read, wanted, new)
     settings = Settings(running=Running(weights_only=True), force=force)
     if migration is not None:
         known = migration if isinstance(migration, Migration) else load_migration(Path(migration))
@@ -179,6 +186,26 @@ def _carried(
         result = port(read, first, new, method, settings=settings)
     _log.warning("%s was ported: %s", read.path or "the adapter", result.report.summary)
     return result.adapter
+
+
+def _lacking(adapter: Adapter, wanted: BaseId | None, new: Base) -> InputError:
+    """What to give for an adapter of other weights: the old base, by the name that the file has for it."""
+    remedies = ["or migration=, a file of `regraft migration make` from there to this model"]
+    if wanted is None:
+        what = "does not say which weights it was made for: it has no lineage"
+        name = next((clue.value for clue in clues_of(adapter) if clue.kind == "name"), None)
+        stamp = f"regraft lineage stamp {adapter.path or 'FILE'} --base {new.path} --in-place"
+        remedies.append(f"or, if it was trained on this very model, stamp it once: {stamp}")
+    else:
+        what, name = f"was made for other weights: those of {shortened(called(wanted), _LONGEST_NAME)}", wanted.name
+    whole = "the base that it was trained on: a file, a folder or a hub id"
+    if name is None:
+        given = f"old=, {whole}"
+    elif hub_id_of(name) is not None or os.path.exists(name):
+        given = f"old={shortened(name, _LONGEST_NAME)!r}, {whole}"
+    else:
+        given = f"old=, the path or hub id of {shortened(name, _LONGEST_NAME)!r}, which it names as its base"
+    return InputError(what, file=adapter.path, remedy=f"Give {'; '.join([given, *remedies])}.")
 
 
 def _is(base: Base, wanted: BaseId, adapter: Adapter) -> bool:
