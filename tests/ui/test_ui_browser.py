@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -14,11 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from regraft.demo import data_folder
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'regraft[ui]'")
+from regraft.report.schema import Interval, Picture, VerifyReport
+from regraft.ui import shown
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'regraft[test]'")
 
 CHROMIUM = os.environ.get("REGRAFT_CHROMIUM") or next(
@@ -172,6 +178,70 @@ def test_it_is_worked_by_keyboard_alone(page: Page) -> None:
     page.shows("#result-forecast .verdict")
 
 
+def _shown(window: Any) -> float:
+    """How much of the left picture the slider lets be seen, in percent of its width."""
+    at = window.locator(".stage").evaluate("e => getComputedStyle(e).getPropertyValue('--at')")
+    return float(at.removesuffix("%"))
+
+
+def _png(size: int, colour: str) -> str:
+    made = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(made, "PNG")
+    return base64.b64encode(made.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def pair() -> str:
+    """A document with the slider over a red and a blue picture, both named by a stranger."""
+    figure = Interval(mean=0.9, low=0.8, high=1.0)
+    facts = {"original": "a", "ported": "b", "source": "old", "target": "new", "model_class": "", "inputs": ""}
+    record = VerifyReport(
+        **facts,
+        n_inputs=1,
+        effect_cosine=figure,
+        effect_norm_ratio=figure,
+        controls={},
+        summary="",
+        seconds=1,
+        prompts=[f"a boat {HOSTILE}"],
+        pictures=[
+            Picture(title=f"{name} {HOSTILE}", group="", png=[_png(32, colour)])
+            for name, colour in (("left", "red"), ("right", "blue"))
+        ],
+    )
+    names = [picture.title for picture in record.pictures]
+    return f"<!doctype html><style>{shown.style()}</style>{shown.beside(record, *names, 0)}"
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_line_between_two_pictures_is_moved_by_keys_mouse_and_finger(browser: Any, pair: str, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, has_touch=True)
+    window = context.new_page()
+    window.set_content(pair)
+    slider = window.get_by_role("slider", name="How much of the left picture")
+    assert _shown(window) == 50
+    window.keyboard.press("Tab")
+    assert slider.evaluate("e => e === document.activeElement")
+    for key, share in (("ArrowRight", 51), ("ArrowLeft", 50), ("ArrowUp", 51), ("Home", 0), ("End", 100)):
+        window.keyboard.press(key)
+        assert _shown(window) == share
+        assert slider.get_attribute("aria-valuetext") == (f"{share} % left {HOSTILE}, {100 - share} % right {HOSTILE}")
+    box = window.locator(".stage").bounding_box()
+    middle = box["y"] + box["height"] / 3
+    window.mouse.click(box["x"] + box["width"] / 4, middle)
+    assert _shown(window) == pytest.approx(25, abs=1)
+    window.touchscreen.tap(box["x"] + 0.9 * box["width"], middle)
+    assert _shown(window) == pytest.approx(90, abs=1)
+    seen = Image.open(io.BytesIO(window.screenshot())).convert("RGB")
+    assert [seen.getpixel((round(box["x"] + at * box["width"]), round(middle))) for at in (0.8, 0.97)] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
+    assert window.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert window.title() != "owned"
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_whole_in_the_colours_that_it_likes(browser: Any, address: str, scheme: str) -> None:
     page = Page(browser, address, viewport={"width": 390, "height": 844}, color_scheme=scheme)
@@ -254,6 +324,8 @@ def test_the_whole_path_on_the_demo(page: Page, out: Path) -> None:
     page.window.click("#do-measure")
     page.shows("#result-measure .sheet img")
     page.shows("#slider img")
+    page.window.get_by_role("slider", name="How much of the left picture").press("ArrowRight")
+    assert _shown(page.window) == 51
     page.tab("A whole folder")
     page.window.fill("#folder textarea", str(DATA / "loras"))
     page.window.click("#do-check-all")

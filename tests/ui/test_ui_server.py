@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from regraft.adapter import ModuleRef
 from regraft.errors import RegraftError
-from regraft.report.schema import InspectReport
+from regraft.report.schema import InspectReport, Interval, Picture, VerifyReport
 from regraft.ui import shown
 from regraft.ui.desk import Desk
 from regraft.ui.server import _listen, make_app
@@ -159,3 +160,29 @@ def test_hostile_names_and_metadata_are_text() -> None:
         assert "<img" not in html
         assert "&lt;img" in html
     assert len(shown.inspected(record)) < 5000
+
+
+def test_two_pictures_are_told_apart_from_none_yet_and_none_drawn() -> None:
+    figure = Interval(mean=0.9, low=0.8, high=1.0)
+    facts = {"original": "a", "ported": "b", "source": "old", "target": "new", "model_class": "", "inputs": ""}
+    # A PNG's first 24 bytes, which hold its size, and no picture.
+    head = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (32).to_bytes(4, "big") * 2
+    png = base64.b64encode(head).decode()
+    record = VerifyReport(
+        **facts,
+        n_inputs=2,
+        effect_cosine=figure,
+        effect_norm_ratio=figure,
+        controls={},
+        summary="",
+        seconds=1,
+        prompts=["a boat", "a sun"],
+        pictures=[Picture(title="old", group="", png=[png, png]), Picture(title="new", group="", png=[png, ""])],
+    )
+    # Half a choice, and one of an older comparison, leave what is shown.
+    for choice in ((None, "new", 0), ("old", None, 0), ("old", "new", None), ("older", "new", 0), ("old", "new", 2)):
+        assert shown.beside(record, *choice) is None
+    assert 'type="range"' in str(shown.beside(record, "old", "new", 0))
+    undrawn = str(shown.beside(record, "old", "new", 1))
+    assert "could not be drawn" in undrawn
+    assert "<img" not in undrawn

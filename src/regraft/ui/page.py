@@ -46,7 +46,9 @@ def theme() -> gr.Theme:
     }
     # Gradio's first page makes a variable of its own of this one, also called --bg: it can't be named by that.
     ground = {"body_background_fill": "#f7f5f0", "body_background_fill_dark": "#171816"}
-    return given.set(**ground, **ours, **{f"{name}_dark": value for name, value in ours.items()})
+    # Of the marked tab: Gradio's green is too light for words on our ground, and knows no dark one.
+    accent = {"color_accent": "var(--good)"}
+    return given.set(**ground, **accent, **ours, **{f"{name}_dark": value for name, value in ours.items()})
 
 
 def build(desk: Desk, models: Sequence[Path] = ()) -> gr.Blocks:
@@ -193,10 +195,11 @@ class _Page:
         self.do_measure = gr.Button("Compare", variant="primary", elem_id="do-measure")
         with gr.Column(visible=False) as self.compared:
             with gr.Row():
-                self.left = gr.Dropdown([], label="Left", elem_id="left")
-                self.right = gr.Dropdown([], label="Right", elem_id="right")
-                self.row = gr.Dropdown([], label="Prompt", elem_id="row")
-            self.slider = gr.ImageSlider(label="Drag the line", type="pil", interactive=False, elem_id="slider")
+                # On a phone one below the other: half of its width is too little for their titles.
+                self.left = gr.Dropdown([], label="Left", elem_id="left", min_width=260)
+                self.right = gr.Dropdown([], label="Right", elem_id="right", min_width=260)
+                self.row = gr.Dropdown([], label="Prompt", elem_id="row", min_width=260)
+            self.slider = _html(elem_id="slider")
         self._result("measure")
 
     def _library(self) -> None:
@@ -395,7 +398,11 @@ class _Page:
 
     def _pair(self, left: str | None, right: str | None, row: int | None) -> Any:
         record = self._drawn()
-        return None if record is None else beside.two(record, left, right, row)
+        if record is None:
+            return ""
+        # While the three choices are filled in, each asks for itself: the answer to half of them may come last.
+        told = shown.beside(record, left, right, row)
+        return gr.skip() if told is None else told
 
 
 def _html(value: str = "", **more: Any) -> gr.HTML:

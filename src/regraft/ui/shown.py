@@ -22,6 +22,7 @@ from regraft.report.public import without_folders
 from regraft.report.refine_chart import draw_course, draw_looks
 from regraft.report.refine_schema import RefineReport
 from regraft.report.schema import CheckReport, InspectReport, PortReport, VerifyReport
+from regraft.ui.beside import two
 from regraft.ui.desk import Desk, Progress
 from regraft.ui.work import Made
 
@@ -111,6 +112,22 @@ def result(desk: Desk, name: str) -> str:
         )
     groups = groups_of(record)
     return _part("library.html", record=record, groups=groups, expected=expected, links=links)
+
+
+def beside(record: VerifyReport, left: str | None, right: str | None, row: int | None) -> str | None:
+    """Two pictures of a comparison under a line that is moved by mouse, finger or keys.
+
+    Args:
+        record: the comparison.
+        left: column of the left picture.
+        right: of the right one.
+        row: which of the prompts.
+
+    Returns:
+        None where the choice is not made yet, or is of an older comparison.
+    """
+    pair = two(record, left, right, row)
+    return None if pair is None else _part("beside.html", pair=pair)
 
 
 def _verdict(
