@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.pairing import mapper_config
 from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.refine import RefineSettings, drawn, refine
-from regraft.refine.bridged import painter_of
+from regraft.refine.bridged import check_teacher, painter_of
 from regraft.refine.kept import inputs_file
 from regraft.refine.samples import objective_of, samples_of
+from regraft.refine.unported import taught
 from regraft.runtime import load_model
-from regraft.runtime.both import BothModels
+from regraft.runtime.both import BothModels, Side
+from regraft.runtime.load import Loaded
 from verify import tiny
 
 QUICK = RefineSettings(
@@ -82,6 +86,97 @@ def test_the_teachers_pictures_are_the_bridges(both: BothModels, adapter: Adapte
         assert {batch.made_by for batch in batches.fit} == {"adapter"}
 
 
+ASKED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"guidance": 1.0}, {"guidance_scale": 1.0}),
+    ({"bridge_strength": 0.3}, {"strength": 0.3}),
+]
+ASKED_OF_MAPPERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"bridge_start": 0.3}, {"start": 0.3}),
+    ({"lead": 0.1}, {"lead": 0.1}),
+    ({"reading": "drawing"}, {"reading": "drawing"}),
+    ({"new_prompt": "rain"}, {"new_prompt": "rain"}),
+    ({"new_prompt": "rain", "new_guidance": 4.0}, {"new_prompt": "rain", "new_guidance_scale": 4.0}),
+]
+
+
+def test_the_teacher_draws_as_it_is_asked_to(both: BothModels, adapter: Adapter, mapper: Path) -> None:
+    bridge = BridgePipeline.from_pretrained(both.old.path, both.new.path, mapper)
+    bridge.load_lora_weights(adapter)
+    for file, pipeline, cases in (
+        (None, DeltaPipeline(both.old, both.new, adapter), ASKED),
+        (mapper, bridge, ASKED + ASKED_OF_MAPPERS),
+    ):
+        drawn_before = []
+        for settings, call in ({}, {}), *cases:
+            painter = painter_of(both, adapter, replace(QUICK, mapper=file, **settings))
+            assert painter is not None
+            made = (painter(["a cat"], 1, 7).pictures + 1) / 2
+            generator = [torch.Generator().manual_seed(7)]
+            wanted = pipeline(["a cat"], num_inference_steps=2, generator=generator, output_type="pt", **call).images
+            assert torch.allclose(made, wanted.float().cpu(), atol=1e-4), settings
+            assert all((made - before).abs().max() > 1e-3 for before in drawn_before), settings
+            drawn_before.append(made)
+
+
+def test_with_little_memory_the_teachers_bases_take_turns(
+    both: BothModels, adapter: Adapter, mapper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing moves here, but who is asked for is seen: whoever runs is the only one on the device."""
+    turns = replace(both, turns="device")
+    place: dict[Side, str] = {"old": "cpu", "new": "cpu"}
+    ran: set[Side] = set()
+
+    def side_of(model: Loaded) -> Side:
+        return "new" if model.main is both.new.main else "old"
+
+    def alone(side: Side) -> Any:
+        def check(*_: Any) -> None:
+            ran.add(side)
+            assert place == {"old": "device", "new": "cpu"} if side == "old" else {"old": "cpu", "new": "device"}
+
+        return check
+
+    monkeypatch.setattr(Loaded, "to", lambda self, device: place.update({side_of(self): device}))
+    monkeypatch.setattr(Mapper, "to", lambda self, device: self)
+    hooks = [
+        module.register_forward_pre_hook(alone(side))
+        for side, model in (("old", both.old), ("new", both.new))
+        for module in model.main.modules()
+    ]
+    painter = painter_of(turns, adapter, replace(QUICK, mapper=mapper, low_memory=True))
+    assert painter is not None
+    painter(["a cat"], 1, 7)
+    for hook in hooks:
+        hook.remove()
+    assert ran == {"old", "new"}
+    assert place["old"] == "device"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"teacher": "adapter", "mapper": Path("m")}, "--mapper is a bridge's"),
+        ({"teacher": "adapter", "guidance": 2.0}, "--guidance is a bridge's"),
+        ({"teacher": "adapter", "bridge_strength": 0.5}, "--bridge-strength is a bridge's"),
+        ({"teacher": "adapter", "bridge_start": 0.5}, "--bridge-start is a bridge's"),
+        ({"bridge_start": 0.5}, "--bridge-start is a mapper's"),
+        ({"new_guidance": 2.0}, "--new-guidance is a mapper's"),
+        ({"low_memory": True}, "can't take turns"),
+    ],
+)
+def test_settings_of_another_teacher_are_told(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_teacher(replace(QUICK, **settings))
+    check_teacher(replace(QUICK, guidance=2.0, mapper=Path("m"), lead=0.1, low_memory=True))
+
+
+def test_what_changes_no_weights_has_no_bridge(here: Path, there: Path) -> None:
+    prompt: Any = SimpleNamespace(noun="soft prompt", retains=True)
+    for settings in (QUICK, RefineSettings(mapper=Path("m"))):
+        with pytest.raises(UsageError, match="a soft prompt is learnt from what the old base writes"):
+            taught(prompt, open_base(here), open_base(there), settings)
+
+
 def test_the_adapter_of_the_new_base_alone_is_what_comes_of_it(
     adapter: Adapter, here: Path, there: Path, mapper: Path, tmp_path: Path
 ) -> None:
@@ -115,11 +210,12 @@ def test_inputs_of_another_teacher_or_mapper_are_not_read(
     files = [
         inputs_file(adapter, old, new, settings, True)
         for settings in (
-            replace(QUICK, teacher="adapter"), QUICK, replace(QUICK, mapper=mapper), replace(QUICK, mapper=copy)
+            replace(QUICK, teacher="adapter"), QUICK, replace(QUICK, mapper=mapper), replace(QUICK, mapper=copy),
+            *(replace(QUICK, mapper=mapper, **asked) for asked, _ in (*ASKED, *ASKED_OF_MAPPERS)),
         )
     ]  # fmt: skip
-    assert len(set(files)) == 3
     assert files[2] == files[3]
+    assert len(set(files)) == len(files) - 1
 
 
 def test_the_command_takes_a_bridge(
@@ -131,6 +227,7 @@ def test_the_command_takes_a_bridge(
     told = run(*asked, "--mapper", mapper)
     assert (told.code, "--teacher bridge" in told.err) == (2, True)
     (tmp_path / "prompts.txt").write_text("a cat\nrain\n")
+    asked += ("--bridge-strength", 0.9, "--guidance", 2, "--new-guidance", 2)
     few = ("--steps", 2, "--n-inputs", 32, "--retention", 0, "--prompts", tmp_path / "prompts.txt")
     made = run(*asked, "--teacher", "bridge", "--mapper", mapper, *few, "--json")
     assert made.code == 0, made.err

@@ -15,6 +15,7 @@ from regraft.bench.variants import Variant
 from regraft.errors import UsageError
 from regraft.methods import get_method
 from regraft.refine import RefineResult, RefineSettings, refine
+from regraft.refine.bridged import check_teacher
 from regraft.refine.starting import ZERO
 
 if TYPE_CHECKING:
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 _OWN = ("seed", "prompts", "config", "device", "low_memory", "checkpointing")
 
 
-def check_refine(options: Mapping[str, Any]) -> None:
-    """Look through what is asked of a refine.
+def check_refine(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked of a refine, as its settings hold it: a path of a text, a tuple of a list.
 
     Args:
         options: settings by name, and ``start``: ``zero`` or a method.
 
     Raises:
-        UsageError: there is no such setting or method, or it takes no such value.
+        UsageError: there is no such setting or method, it takes no such value, or one is of another teacher.
     """
+    found = dict(options)
     hints = {name: hint for name, hint in get_type_hints(RefineSettings).items() if name not in _OWN}
     for name, value in options.items():
         if name == "start":
@@ -42,12 +44,14 @@ def check_refine(options: Mapping[str, Any]) -> None:
         if name not in hints:
             raise UsageError(f"refine has no option {name}", remedy=f"Known: start, {', '.join(hints)}.")
         try:
-            TypeAdapter(hints[name]).validate_python(value)
+            found[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             choices = ", ".join(map(str, get_args(hints[name])))
             raise UsageError(
                 f"refine takes no {name}={value}", remedy=f"It takes {choices}." * bool(choices)
             ) from error
+    check_teacher(replace(RefineSettings(), **{name: value for name, value in found.items() if name != "start"}))
+    return found
 
 
 def refined(group: Group, variant: Variant) -> tuple[Cell, Adapter]:
@@ -57,14 +61,14 @@ def refined(group: Group, variant: Variant) -> tuple[Cell, Adapter]:
         group: the adapter and both bases.
         variant: settings of the refine, and how it is to start.
     """
-    asked = {name: value for name, value in variant.options.items() if name != "start"}
+    asked = check_refine(variant.options)
+    how = asked.pop("start", None)
     rank = variant.rank if isinstance(variant.rank, int) else None
     known = {field.name for field in fields(RefineSettings)} & group.inputs.keys()
     given = {name: group.inputs[name] for name in known if name in ("prompts", "config")}
     if "prompts" in given:
         given["prompts"] = tuple(given["prompts"])
     settings = replace(RefineSettings(), rank=rank, n_inputs=variant.n_inputs, seed=group.seed, **given, **asked)
-    how = variant.options.get("start")
     with Cost() as cost:
         start = how if how is None or how == ZERO else group.ported(Variant(how, how)).adapter
         result = refine(group.adapter, group.old, group.new, start=start, settings=settings)

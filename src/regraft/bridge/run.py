@@ -18,8 +18,7 @@ from regraft.base import Base
 from regraft.bridge.control import load_controlnet
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
-from regraft.bridge.x_adapter.pipeline import START
-from regraft.bridge.x_adapter.sampling import Reading
+from regraft.bridge.x_adapter.settings import Joining
 from regraft.errors import InputError, UsageError, first_line, reading
 from regraft.output import check_writable, readable, whole, write_text
 from regraft.probes.pictures import Images, png
@@ -47,11 +46,7 @@ class BridgeSettings:
         config: of bare weights files.
         device: to run on.
         mapper: of `regraft bridge train`, to bridge pictures by; None for delta sampling.
-        start: with a mapper, share of the schedule at which the new base joins.
-        lead: with a mapper, share of the new base's noise that the old one's states have; None for its default.
-        reading: with a mapper, see `regraft.bridge.x_adapter.sampling.Reading`.
-        new_prompt: with a mapper, for the new base.
-        new_guidance: with a mapper, guidance of the new base.
+        joining: with a mapper, how the new base joins.
         controlnet: folder of a ControlNet for the old base.
         image: that it is shown.
         control_scale: of what it adds.
@@ -67,11 +62,7 @@ class BridgeSettings:
     config: Path | None = None
     device: str = "cpu"
     mapper: Path | None = None
-    start: float = START
-    lead: float | None = None
-    reading: Reading = "plain"
-    new_prompt: str = ""
-    new_guidance: float = 1.0
+    joining: Joining = Joining()
     controlnet: Path | None = None
     image: Path | None = None
     control_scale: float = 1.0
@@ -267,17 +258,11 @@ def _drawer(
     bridge = BridgePipeline(models.old, models.new, mapper, net, turns=models.turns)
     if adapter is not None:
         bridge.load_lora_weights(adapter)
-    joined: dict[str, Any] = {
-        "new_prompt": settings.new_prompt,
-        "new_guidance_scale": settings.new_guidance,
-        "start": settings.start,
-        "lead": settings.lead,
-        "reading": settings.reading,
-    }
+    asked = {**common, **settings.joining.arguments}
     way = "X-Adapter: two passes for a step"
-    if settings.reading != "drawing":
+    if settings.joining.reading != "drawing":
         way += ", after the old base's own sampling"
-    return lambda prompt, generator: bridge(prompt, generator=generator, **common, **joined).images[0], way, []
+    return lambda prompt, generator: bridge(prompt, generator=generator, **asked).images[0], way, []
 
 
 def _opened(image: Path | None) -> Any:

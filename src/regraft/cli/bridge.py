@@ -10,9 +10,9 @@ import typer
 from regraft.base import open_base
 from regraft.bridge.run import BridgeSettings, run_bridge
 from regraft.bridge.x_adapter.mapper import Fusion
-from regraft.bridge.x_adapter.sampling import Reading
-from regraft.bridge.x_adapter.settings import MapperSettings
+from regraft.bridge.x_adapter.settings import Joining, MapperSettings
 from regraft.bridge.x_adapter.training import state_file, train_mapper
+from regraft.cli import _bridging as b
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
 from regraft.cli.train import told
@@ -64,25 +64,11 @@ def run(
     ] = None,
     start: Annotated[
         float, typer.Option("--start", help="--mapper: share of the schedule at which the new base joins.")
-    ] = BridgeSettings.start,
-    lead: Annotated[
-        float | None,
-        typer.Option("--lead", help="--mapper: share of the new base's noise that the old one's states have."),
-    ] = None,
-    reading: Annotated[
-        str,
-        typer.Option(
-            "--reading",
-            metavar="|".join(get_args(Reading)),
-            help="--mapper: the old base's picture is read by it without its plug-ins, with them, or while it draws.",
-        ),
-    ] = BridgeSettings.reading,
-    new_prompt: Annotated[
-        str, typer.Option("--new-prompt", metavar="TEXT", help="--mapper: for the new base; by default empty.")
-    ] = BridgeSettings.new_prompt,
-    new_guidance: Annotated[
-        float, typer.Option("--new-guidance", help="--mapper: of the new base; --guidance is the old one's then.")
-    ] = BridgeSettings.new_guidance,
+    ] = Joining.start,
+    lead: b.Lead = None,
+    reading: b.ReadingName = Joining.reading,
+    new_prompt: b.NewPrompt = Joining.new_prompt,
+    new_guidance: b.NewGuidance = Joining.new_guidance,
     controlnet: Annotated[
         Path | None, typer.Option("--controlnet", metavar="FOLDER", help="A ControlNet for the old base.")
     ] = None,
@@ -109,17 +95,10 @@ def run(
         raise UsageError("--prompt is missing", remedy="Give at least one.")
     if output is not None:
         check_writable(output, overwrite=overwrite)
-    theirs = {
-        "--start": start != BridgeSettings.start,
-        "--lead": lead is not None,
-        "--reading": reading != BridgeSettings.reading,
-        "--new-prompt": new_prompt != BridgeSettings.new_prompt,
-        "--new-guidance": new_guidance != BridgeSettings.new_guidance,
-        "--low-memory": low_memory,
-    }
-    if mapper is None and any(theirs.values()):
-        option = next(name for name, given in theirs.items() if given)
-        raise UsageError(f"{option} is a mapper's", remedy="Give --mapper with it.")
+    joined = b.joining(start, lead, reading, new_prompt, new_guidance)
+    theirs = [*joined.asked, *(["low_memory"] if low_memory else [])]
+    if mapper is None and theirs:
+        raise UsageError(f"--{theirs[0].replace('_', '-')} is a mapper's", remedy="Give --mapper with it.")
     settings = BridgeSettings(
         strength=o.finite(strength, "--strength"),
         seed=seed,
@@ -130,11 +109,7 @@ def run(
         config=config,
         device=device,
         mapper=mapper,
-        start=o.above_zero(o.share(start, "--start"), "--start"),
-        lead=None if lead is None else o.share(lead, "--lead"),
-        reading=o.one_of(reading, "--reading", get_args(Reading)),
-        new_prompt=new_prompt,
-        new_guidance=o.at_least_zero(new_guidance, "--new-guidance"),
+        joining=joined,
         controlnet=controlnet,
         image=image,
         control_scale=o.finite(control_scale, "--control-scale"),

@@ -11,6 +11,7 @@ import typer
 
 from regraft.adapter import Adapter
 from regraft.base import Base, open_base
+from regraft.cli import _bridging as b
 from regraft.cli import _options as o
 from regraft.cli._sink import emit, progress
 from regraft.errors import UsageError
@@ -19,6 +20,7 @@ from regraft.output import check_writable, write_text
 from regraft.refine import Look, RefineSettings, Strip
 from regraft.refine import refine as refine_adapter
 from regraft.refine.bottleneck import is_bottleneck, load_bottlenecks, refine_bottlenecks
+from regraft.refine.bridged import check_teacher
 from regraft.refine.quantised import Quantize
 from regraft.refine.settings import STEPS, Objective, TeacherKind
 from regraft.refine.starting import ZERO
@@ -67,6 +69,20 @@ def refine(
             "--mapper", metavar="FILE", help="--teacher bridge: of `regraft bridge train`; else delta sampling."
         ),
     ] = None,
+    bridge_strength: Annotated[
+        float, typer.Option("--bridge-strength", help="--teacher bridge: factor of what the adapter changes.")
+    ] = RefineSettings.bridge_strength,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="--teacher bridge: of both bases; by default each pipeline's own."),
+    ] = None,
+    bridge_start: Annotated[
+        float, typer.Option("--bridge-start", help="--mapper: share of the schedule at which the new base joins.")
+    ] = RefineSettings.bridge_start,
+    lead: b.Lead = None,
+    reading: b.ReadingName = RefineSettings.reading,
+    new_prompt: b.NewPrompt = RefineSettings.new_prompt,
+    new_guidance: b.NewGuidance = RefineSettings.new_guidance,
     hidden: Annotated[
         float,
         typer.Option(
@@ -130,12 +146,18 @@ def refine(
             check_writable(path, overwrite=overwrite, source=adapter)
     if format is not None:
         get_format(format)
-    if mapper is not None and teacher != "bridge":
-        raise UsageError("--mapper is a bridge's", remedy="Give --teacher bridge with it.")
+    joined = b.joining(bridge_start, lead, reading, new_prompt, new_guidance, named="--bridge-start")
     settings = RefineSettings(
         objective=o.one_of(objective, "--objective", get_args(Objective)),
         teacher=o.one_of(teacher, "--teacher", get_args(TeacherKind)),
         mapper=mapper,
+        bridge_strength=o.finite(bridge_strength, "--bridge-strength"),
+        guidance=None if guidance is None else o.at_least_zero(guidance, "--guidance"),
+        bridge_start=joined.start,
+        lead=joined.lead,
+        reading=joined.reading,
+        new_prompt=joined.new_prompt,
+        new_guidance=joined.new_guidance,
         steps=steps,
         rate=o.above_zero(rate, "--rate"),
         hidden=o.at_least_zero(hidden, "--hidden"),
@@ -156,6 +178,7 @@ def refine(
         checkpointing=checkpointing,
         optimizer=o.one_of(optimizer, "--optimizer", ("adamw", "adamw8bit")),
     )
+    check_teacher(settings)
     o.use_hardware(device, "float32", threads)
     run = _Run(
         adapter,

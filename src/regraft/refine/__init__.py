@@ -20,7 +20,7 @@ from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import COPY, NATIVE, alone, placed, rows, worse_than_none
-from regraft.refine.bridged import check_bridge
+from regraft.refine.bridged import check_bridge, check_teacher
 from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, train
@@ -93,12 +93,14 @@ def refine(
         native: an adapter that was trained on ``new``, to be measured beside the refined one.
 
     Raises:
+        UsageError: settings don't go together.
         Refused: the adapter is for another family.
         InputError: the bases can't be run or compared, the adapter has no effect, nothing of it can be trained, or no
             module of ``native`` has a place in the new base.
     """
     began = perf_counter()
     check_quantiser(settings.quantize)
+    check_teacher(settings)
     if settings.mapper is not None:
         # Before anything is loaded: it may be for other bases.
         check_mapper(settings.mapper, old, new)

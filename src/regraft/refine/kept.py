@@ -26,7 +26,9 @@ from regraft.refine.settings import RefineSettings
 from regraft.runtime.training_state import kept_file
 
 # Of the settings, those that inputs depend on; of the retention, whether there is any.
-_ASKED = ("n_inputs", "prompts", "filter", "seed", "config", "teacher")
+_ASKED = (
+    "n_inputs", "prompts", "filter", "seed", "config", "teacher", "bridge_strength", "guidance", "joining"
+)  # fmt: skip
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (TextBatch, DiffusionBatch, PreparedBatch, PictureBatch)
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from regraft.bridge.x_adapter.settings import Joining, Reading
 from regraft.refine.quantised import Quantize
 
 #: What is matched: the adapter's effect, the old base's own outputs with it, something between; or no outputs at all,
@@ -31,6 +32,13 @@ class RefineSettings:
         rate: AdamW's learning rate at its peak.
         teacher: see `TeacherKind`.
         mapper: of a bridge by X-Adapter; None for one by delta sampling.
+        bridge_strength: λ of a bridge.
+        guidance: that a bridge draws with; None: each pipeline's own default.
+        bridge_start: with a mapper, see `regraft.bridge.x_adapter.settings.Joining`, as the next four.
+        lead: likewise.
+        reading: likewise.
+        new_prompt: likewise.
+        new_guidance: likewise.
         hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
         retention: share of the steps that are spent on inputs that the new base made.
         stay: how far the new base is to stay itself there, 0 (with the adapter's effect) to 1 (as it is alone).
@@ -55,6 +63,13 @@ class RefineSettings:
     objective: Objective = "auto"
     teacher: TeacherKind = "adapter"
     mapper: Path | None = None
+    bridge_strength: float = 1.0
+    guidance: float | None = None
+    bridge_start: float = Joining.start
+    lead: float | None = Joining.lead
+    reading: Reading = Joining.reading
+    new_prompt: str = Joining.new_prompt
+    new_guidance: float = Joining.new_guidance
     steps: int | None = None
     rate: float = 2e-3
     hidden: float = 0.0
@@ -76,6 +91,11 @@ class RefineSettings:
     low_memory: bool = False
     checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+
+    @property
+    def joining(self) -> Joining:
+        """How the new base joins, in a bridge by X-Adapter."""
+        return Joining(self.bridge_start, self.lead, self.reading, self.new_prompt, self.new_guidance)
 
 
 def settled(settings: RefineSettings, *, far: bool, texts: bool) -> RefineSettings:

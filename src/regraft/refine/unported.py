@@ -101,7 +101,7 @@ def taught(
         tick: told of what is at work.
 
     Raises:
-        UsageError: ``settings`` ask for a rank, targets, hidden states or a quantised base.
+        UsageError: ``settings`` ask for a rank, targets, hidden states, a quantised base or a bridge.
         InputError: the bases can't be run with it or compared, or it has no effect.
     """
     if settings.rank is not None or settings.targets:
@@ -109,6 +109,11 @@ def taught(
     if settings.hidden > 0 or settings.quantize != "none":
         raise UsageError(
             f"a {adapter.noun} is learnt from outputs of the whole base", remedy="Leave --hidden and --quantize out."
+        )
+    if settings.teacher == "bridge" or settings.mapper is not None:
+        raise UsageError(
+            f"a {adapter.noun} is learnt from what the old base writes with it: no bridge runs one",
+            remedy="Leave --teacher and --mapper out.",
         )
     began = perf_counter()
     settings = settings if adapter.retains else replace(settings, retention=0.0)

@@ -21,7 +21,8 @@ from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.places import channels_of
-from regraft.bridge.x_adapter.sampling import Reading, Sampling
+from regraft.bridge.x_adapter.sampling import Sampling
+from regraft.bridge.x_adapter.settings import START, Reading
 from regraft.errors import InputError
 from regraft.formats import load_adapter
 from regraft.runtime.both import BothModels, Side, twin
@@ -29,8 +30,6 @@ from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import Loaded
 
-#: Share of the noise schedule at which the new base joins, by default: the paper's T0 (section 4.4).
-START = 0.8
 #: Share of the new base's noise that the old one's states have, by default.
 LEAD = 0.5
 

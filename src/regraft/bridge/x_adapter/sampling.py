@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,11 @@ from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter.lesson import changes_of
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.places import changed, heard
+from regraft.bridge.x_adapter.settings import Reading
 from regraft.errors import InputError, RegraftError
 from regraft.runtime.both import Side
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import library
-
-#: How the old base is heard: its finished picture is read by the base without its plug-ins, or with them; or it is
-#: heard while it draws, as in the paper.
-Reading = Literal["plain", "plugged", "drawing"]
 
 
 @dataclass(frozen=True)

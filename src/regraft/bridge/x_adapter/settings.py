@@ -1,12 +1,49 @@
-"""How a mapper is trained."""
+"""How a mapper is trained, and how bases are joined by one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
 
 from regraft.bridge.x_adapter.mapper import Fusion
 from regraft.runtime.optim import Optimizer, Precision
+
+#: How the old base is heard: its finished picture is read by the base without its plug-ins, or with them; or it is
+#: heard while it draws, as in the paper.
+Reading = Literal["plain", "plugged", "drawing"]
+#: Share of the noise schedule at which the new base joins, by default: the paper's T0 (section 4.4).
+START = 0.8
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How the new base joins what the old one draws; see `regraft.bridge.x_adapter.pipeline.BridgePipeline`.
+
+    Attributes:
+        start: share of the schedule at which it joins.
+        lead: share of the new base's noise that the old one's states have; None for the pipeline's default.
+        reading: see `Reading`.
+        new_prompt: for the new base.
+        new_guidance: of the new base.
+    """
+
+    start: float = START
+    lead: float | None = None
+    reading: Reading = "plain"
+    new_prompt: str = ""
+    new_guidance: float = 1.0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline's call."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "new_guidance"}
+        return {**own, "new_guidance_scale": self.new_guidance}
+
+    @property
+    def asked(self) -> list[str]:
+        """Names of what is not as it is by default."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
 @dataclass(frozen=True)
