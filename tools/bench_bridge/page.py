@@ -4,54 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from tools.bench_bridge.summary import goals
+
 from regraft.bench.table import markdown, replaced
 
 BEGIN, END = "<!-- bridge: written by `python -m tools.bench_bridge` -->", "<!-- /bridge -->"
+# Of ways whose figures tell what the others depend on.
+_ABLATED = ("X-Adapter, ", "X-Adapter trained", "delta, ")
+_STYLE = ["way", "style", "look", "thing", "share of style", "of look", "kept"]
 
 
 def section(record: dict[str, Any]) -> str:
-    """Tables of styles, ablations and the ControlNet, as Markdown."""
+    """Tables of goals, styles, ablations, the ControlNet and cost, as Markdown."""
     found = record["summary"]
-    styles = found["styles"]
-    plain = [way for way in styles if not way.startswith(("X-Adapter, ", "X-Adapter trained", "delta, "))]
-    ablated = [way for way in styles if way not in plain]
-    cases = styles["native"]["cases"]
-    seeds = max((len(rows) for rows in record["styles"].values()), default=0)
-    parts = [
-        f"Styles, v1 → v3 of the demo (other width and autoencoder): {_several(len(record['styles']), 'style')} that "
-        f"no mapper has seen, {_several(seeds, 'seed')}, {record['pictures']} pictures each, {record['steps']} steps. "
-        "*Style* is the share of the pixels on the style's palette, *look* and *thing* the share of pictures in which "
-        "a judge sees the style and what was asked for; *share* is the gain over the new base alone as a share of the "
-        "native LoRA's, *kept* the things seen as a share of the native LoRA's; *seconds* are for a picture, beside "
-        "other work on two cores.",
-        markdown(
-            ["way", "style", "look", "thing", "share of style", "of look", "kept", "seconds"],
-            [_style(way, styles[way], cases) for way in plain],
-        ),
-    ]
-    if ablated:
-        parts += [
-            "What it depends on, first style and seed:",
-            markdown(
-                ["way", "style", "look", "thing", "share of style", "of look", "kept", "seconds"],
-                [_style(way, styles[way], styles[way]["cases"]) for way in ablated],
-            ),
-        ]
-    nets = found["controlnet"]
-    if nets:
-        parts += [
-            f"A ControlNet of v1 on silhouettes, {_several(nets['native']['cases'], 'seed')}. *Agreement* is the "
-            "intersection over union of what was asked for and what is drawn, *share* the gain over the new base alone "
-            "as a share of a native ControlNet's.",
-            markdown(
-                ["way", "agreement", "share", "thing", "seconds"],
-                [
-                    [way, *(f"{row[name]:.2f}" for name in ("agreement", "share", "concept", "seconds"))]
-                    for way, row in nets.items()
-                ],
-            ),
-        ]
-    return "\n\n".join([*parts, f"`{record['command']}`, {record['date']}."])
+    parts = [*_goals(found), *_styles(record), *_nets(found["controlnet"]), *_cost(record.get("cost"))]
+    commands = [f"`{command}`" for command in record["commands"]]
+    return "\n\n".join([*parts, *commands, f"{record['date']}, regraft {record['regraft_version']}."])
 
 
 def page(text: str, record: dict[str, Any]) -> str:
@@ -64,6 +32,86 @@ def page(text: str, record: dict[str, Any]) -> str:
     return replaced(text, BEGIN, END, section(record))
 
 
+def _goals(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [goal.claim, f"≥ {goal.least:.2f}", f"{goal.measured:.2f}", "yes" if goal.measured >= goal.least else "**no**"]
+        for goal in goals(found)
+    ]
+    best = found["best_strength"]
+    told = (
+        [f"Of all λ and schedules of delta sampling, most style and things together came by *{best}*."] if best else []
+    )
+    return [markdown(["goal", "asked", "measured", "reached"], rows), *told] if rows else told
+
+
+def _styles(record: dict[str, Any]) -> list[str]:
+    styles = record["summary"]["styles"]
+    if not styles:
+        return []
+    plain = [way for way in styles if not way.startswith(_ABLATED)]
+    ablated = [way for way in styles if way not in plain]
+    cases = styles["native"]["cases"]
+    seeds = max(len(rows) for rows in record["styles"].values())
+    parts = [
+        f"Styles, v1 → v3 of the demo (other width and autoencoder): {_several(len(record['styles']), 'style')} that "
+        f"no mapper has seen, {_several(seeds, 'seed')}, {record['pictures']} pictures each, {record['steps']} steps. "
+        "*Style* is the share of the pixels on the style's palette, *look* and *thing* the share of pictures in which "
+        "a judge sees the style and what was asked for; *share* is the gain over the new base alone as a share of the "
+        "native LoRA's, *kept* the things seen as a share of the native LoRA's.",
+        markdown(_STYLE, [_style(way, styles[way], cases) for way in plain]),
+    ]
+    shown = record["summary"]["distilled"]
+    if shown:
+        told = ", ".join(
+            f"{word} {shown[name]:.2f}" for word, name in (("style", "style"), ("look", "judge")) if name in shown
+        )
+        parts.append(
+            f"*distilled*, share of what the bridge shows (gain over the new base alone as a share of X-Adapter's): "
+            f"{told}; things kept, of X-Adapter's: {shown['concept']:.2f} ({_several(shown['cases'], 'case')})."
+        )
+    if ablated:
+        rows = [_style(way, styles[way], styles[way]["cases"]) for way in ablated]
+        parts += ["What it depends on, first style and seed:", markdown(_STYLE, rows)]
+    return parts
+
+
+def _nets(nets: dict[str, Any]) -> list[str]:
+    if not nets:
+        return []
+    rows = [[way, *(f"{row[name]:.2f}" for name in ("agreement", "share", "concept"))] for way, row in nets.items()]
+    return [
+        f"A ControlNet of v1 on silhouettes, {_several(nets['native']['cases'], 'seed')}. *Agreement* is the "
+        "intersection over union of what was asked for and what is drawn, *share* the gain over the new base alone "
+        "as a share of a native ControlNet's.",
+        markdown(["way", "agreement", "share", "thing"], rows),
+    ]
+
+
+def _cost(cost: dict[str, Any] | None) -> list[str]:
+    if not cost:
+        return []
+    alone = cost["ways"]["new alone"]["seconds"]
+    rows = [
+        [
+            way,
+            f"{row['new_passes']:.2f}",
+            f"{row['old_passes']:.2f}",
+            f"{row['pictures']:.2f}",
+            f"{row['seconds']:.3f}",
+            f"{row['seconds'] / alone:.2f}",
+        ]
+        for way, row in cost["ways"].items()
+    ]
+    return [
+        f"Cost of a step: {cost['pictures']} pictures at once, {cost['steps']} steps, "
+        f"{_several(cost['threads'], 'thread')}, the median of {cost['runs']} runs after one to warm up, of the whole "
+        "call by its steps; X-Adapter's holds the old base's own drawing. *Passes* are of a denoiser, *pictures* what "
+        "both were run on for each picture: guidance runs one twice. What is ported, refined or distilled costs what "
+        "the new base alone does.",
+        markdown(["way", "passes: new", "passes: old", "pictures", "seconds", "× new alone"], rows),
+    ]
+
+
 def _style(way: str, row: dict[str, Any], cases: int) -> list[str]:
     few = "" if row["cases"] == cases else f" ({_several(row['cases'], 'case')})"
     share = row["share"]
@@ -71,7 +119,6 @@ def _style(way: str, row: dict[str, Any], cases: int) -> list[str]:
         way + few,
         *(f"{row[name]:.2f}" for name in ("style", "judge", "concept")),
         *(f"{share[name]:.2f}" if name in share else "–" for name in ("style", "judge", "concept")),
-        f"{row['seconds']:.2f}",
     ]
 
 

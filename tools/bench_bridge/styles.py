@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,9 +37,9 @@ STEPS, GUIDANCE = 20, 2.0
 DEMO = "demo"
 _GROUNDS = len(art.BACKGROUNDS)
 #: Each concept on three backgrounds.
-PROMPTS = [
+PROMPTS = tuple(
     f"{concept} on {ground}" for i, concept in enumerate(art.CONCEPTS) for ground in list(art.BACKGROUNDS)[i % 2 :: 2]
-]
+)
 WANTED = np.arange(len(PROMPTS)) // (_GROUNDS // 2)
 
 #: Pictures (n, 32, 32, 3) from 0 to 1.
@@ -48,10 +48,17 @@ Pictures = art.Floats
 
 @dataclass
 class Bench:
-    """Both bases, what was trained for them, and the judge."""
+    """Both bases, what was trained for them, and the judge.
+
+    Attributes:
+        shop: where all of it lies.
+        judge: of things and looks.
+        refine_steps: of a refine's training, at most; None for its own number.
+    """
 
     shop: Workshop
     judge: Judge
+    refine_steps: int | None = None
 
     @cached_property
     def old(self) -> Loaded:
@@ -91,22 +98,23 @@ class Bench:
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter of v1, and the noise that its pictures begin from."""
+    """An adapter of v1, what is drawn, and the noise that its pictures begin from."""
 
     bench: Bench
     name: str
     seed: int
+    prompts: tuple[str, ...] = PROMPTS
 
     def generators(self) -> list[torch.Generator]:
         first = 1_000 * (self.seed + 1)
-        return [torch.Generator().manual_seed(first + i) for i in range(len(PROMPTS))]
+        return [torch.Generator().manual_seed(first + i) for i in range(len(self.prompts))]
 
     def plain(self, which: str, adapter: Adapter | None, output: str = "np") -> Any:
         """Pictures of a base as its own pipeline draws them."""
         model = self.bench.old if which == OLD else self.bench.new
         with applied(model.components, adapter):
             made = model.pipeline(
-                PROMPTS,
+                list(self.prompts),
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
                 generator=self.generators(),
@@ -116,6 +124,9 @@ class Case:
 
     def teacher(self) -> Pictures:
         return self.plain(OLD, self.bench.adapter(OLD, self.name, self.seed))
+
+    def alone(self) -> Pictures:
+        return self.plain(NEW, None)
 
     def native(self) -> Pictures:
         return self.plain(NEW, self.bench.adapter(NEW, self.name, self.seed))
@@ -135,7 +146,7 @@ class Case:
             given = torch.from_numpy(self.teacher()).permute(0, 3, 1, 2) * 2 - 1
             space, pipeline = Latents(self.bench.new), self.bench.new.pipeline
             clean = space.encode(given)
-            side = Prompted.of(self.bench.new, PROMPTS, None, GUIDANCE, clean.shape[2:], STEPS)
+            side = Prompted.of(self.bench.new, self.prompts, None, GUIDANCE, clean.shape[2:], STEPS)
             scheduler = pipeline.scheduler
             times = [time for time in scheduler.timesteps if float(time) <= start * space.steps]
             noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in self.generators()])
@@ -147,7 +158,7 @@ class Case:
 
     def through(self, bridge: Callable[..., Any], **settings: Any) -> Pictures:
         pictures: Pictures = bridge(
-            PROMPTS,
+            list(self.prompts),
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=self.generators(),
@@ -167,18 +178,3 @@ def timed(make: Callable[[], Pictures]) -> tuple[Pictures, float]:
 def _quick(model: Loaded) -> Loaded:
     plain_attention(model.main)
     return model
-
-
-def shares(ways: dict[str, dict[str, float]], way: str) -> dict[str, float]:
-    """A way's gain in style and look over the new base alone, as shares of the native adapter's; and concepts kept."""
-    alone, native, here = ways["new alone"], ways["native"], ways[way]
-    found = {
-        name: (here[name] - alone[name]) / (native[name] - alone[name])
-        for name in ("style", "judge")
-        if native[name] != alone[name]
-    }
-    return {**found, "concept": here["concept"] / native["concept"] if native["concept"] else float("nan")}
-
-
-def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
