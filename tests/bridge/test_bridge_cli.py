@@ -140,6 +140,12 @@ def test_a_mapper_is_trained_and_run(run: Run, tmp_path: Path) -> None:
     alone = new.pipeline("a sun", num_inference_steps=2, generator=generator, output_type="np").images[0]
     assert np.abs(pixels[:, :half] - alone).max() < 0.01
     assert np.abs(pixels[:, half:] - alone).max() > 0.01
+    narrow = run(*asked, "--steps", 2, "-o", tmp_path / "half.png", "--dtype", "bfloat16", "--json")
+    assert narrow.code == 0, narrow.err
+    # Eight bits of a number are left.
+    assert 0 < np.abs(imread(tmp_path / "half.png")[:, :half, :3] - pixels[:, :half]).mean() < 0.02
+    unknown = run(*asked, "-o", tmp_path / "x.png", "--dtype", "int8")
+    assert (unknown.code, "--dtype" in unknown.err) == (2, True)
     switched = run(*asked, "--to", old.path, "--steps", 2, "-o", tmp_path / "x.png")
     assert (switched.code, "made for another new base" in switched.err) == (3, True)
     assert not (tmp_path / "x.png").exists()

@@ -11,6 +11,7 @@ import torch
 
 from bridge import drawing
 from regraft.base import open_base
+from regraft.bridge.delta import DeltaPipeline
 from regraft.bridge.guided import Prompted
 from regraft.bridge.levels import Levels
 from regraft.bridge.x_adapter.files import load_mapper, save_mapper
@@ -23,7 +24,7 @@ from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.bridge.x_adapter.training import Averaged, _split, paired_pictures, state_file, train_mapper
 from regraft.bridge.x_adapter.variety import varied
 from regraft.errors import InputError, Refused
-from regraft.runtime import Loaded, applied
+from regraft.runtime import Loaded, applied, room
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
 from regraft.runtime.optim import checkpoint_activations
@@ -379,18 +380,45 @@ def test_noise_is_what_diffusers_draws(pair: tuple[Loaded, Loaded]) -> None:
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
 
-def test_half_precision_trains_and_draws(tmp_path: Path) -> None:
+def test_half_precision_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = (open_base(tiny.pipeline(tmp_path / name, drift=drift)) for name, drift in (("old", 0.0), ("new", 0.3)))
     for precision in ("no", "bf16"):
         file = tmp_path / f"{precision}.safetensors"
         settings = replace(QUICK, dtype="bfloat16", precision=precision)  # type: ignore[arg-type]
-        report = train_mapper(old, new, file, settings=settings)
+        report = train_mapper(old, new, file, settings=settings, strip=tmp_path / f"{precision}.png")
         assert report.looks[-1].held == report.looks[-1].held
-        models = BothModels.load(old, new)
-        for model in (models.old, models.new):
-            for part in (*model.components.values(), model.pipeline.vae):
-                part.to(torch.bfloat16)
-        assert np.isfinite(_drawn(BridgePipeline(models.old, models.new, load_mapper(file, old, new)))).all()
+        assert (tmp_path / f"{precision}.png").is_file()
+        # Half the room is enough for half precision, and only for that.
+        monkeypatch.setattr(room, "free_bytes", lambda device: int(0.8 * room.needed([old, new])))
+        with pytest.raises(InputError, match="free on cpu"):
+            BridgePipeline.from_pretrained(old.path, new.path, file)
+        bridge = BridgePipeline.from_pretrained(old.path, new.path, file, dtype="bfloat16")
+        monkeypatch.undo()
+        parts = (bridge.old.main, bridge.old.components["text_encoder"], bridge.new.main, bridge.new.pipeline.vae)
+        assert {part.dtype for part in parts} == {torch.bfloat16}
+        assert np.isfinite(_drawn(bridge)).all()
+        # Eight bits of a number are left; another noise would be another picture.
+        assert np.abs(_drawn(bridge, start=1.0, strength=0, **SAME) - _alone(bridge.new)).mean() < 0.02
+        delta = DeltaPipeline(bridge.old, bridge.new, tiny.lora({"unet": bridge.old.main}, ("to_v",), size=1.0))
+        assert np.abs(_drawn(delta) - _alone(bridge.new)).max() > 0.01
+
+
+def test_an_autoencoder_too_wide_for_float16_is_run_in_float32(pair: tuple[Loaded, Loaded]) -> None:
+    space, vae = Latents(copy.deepcopy(pair[0])), copy.deepcopy(pair[0].pipeline.vae)
+    space.model.pipeline.vae = vae
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wanted = space.encode(picture), space.decode(space.encode(picture))
+    vae.to(torch.float16)
+    seen: list[torch.dtype] = []
+    for place in (vae.encoder, vae.decoder):
+        place.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    found = space.encode(picture), space.decode(wanted[0])
+    assert seen == [torch.float32] * 2
+    assert vae.dtype == torch.float16
+    assert all(torch.allclose(a, b, atol=0.02) for a, b in zip(found, wanted, strict=True))
+    vae.register_to_config(force_upcast=False)
+    space.encode(picture)
+    assert seen[-1] == torch.float16
 
 
 def test_activations_that_are_computed_twice_give_the_same_gradient(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class BridgeSettings:
         temperature: texts are drawn at; 0: the likeliest token each time.
         config: of bare weights files.
         device: to run on.
+        dtype: name of the one that both bases are held in.
         mapper: of `regraft bridge train`, to bridge pictures by; None for delta sampling.
         joining: with a mapper, how the new base joins.
         controlnet: folder of a ControlNet for the old base.
@@ -61,6 +62,7 @@ class BridgeSettings:
     temperature: float = 0.0
     config: Path | None = None
     device: str = "cpu"
+    dtype: str = "float32"
     mapper: Path | None = None
     joining: Joining = Joining()
     controlnet: Path | None = None
@@ -105,7 +107,9 @@ def run_bridge(
     # Before the bases are loaded: it may be for others.
     mapper = None if settings.mapper is None else load_mapper(settings.mapper, old, new)
     with quiet_libraries():
-        models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
+        models = BothModels.load(
+            old, new, settings.config, settings.device, in_turns=settings.low_memory, dtype=settings.dtype
+        )
         if models.new.kind == "denoiser":
             if output is None:
                 raise UsageError("--output is missing", remedy="Name the PNG that the pictures are to be in with -o.")

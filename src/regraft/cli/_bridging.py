@@ -9,6 +9,9 @@ import typer
 from regraft.bridge.x_adapter.settings import Joining, Reading
 from regraft.cli import _options as o
 
+HeldDtype = Annotated[
+    str, typer.Option("--dtype", metavar="|".join(o.BASE_DTYPES), help="That both bases are held and run in.")
+]
 Lead = Annotated[
     float | None,
     typer.Option("--lead", help="--mapper: share of the new base's noise that the old one's states have."),

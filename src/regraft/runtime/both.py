@@ -18,7 +18,7 @@ from regraft.errors import InputError
 from regraft.names import resolve_names
 from regraft.runtime.libraries import quiet_libraries
 from regraft.runtime.load import Loaded, load_model
-from regraft.runtime.room import check_room
+from regraft.runtime.room import bytes_of, check_room
 
 #: Which of two bases.
 Side = Literal["old", "new"]
@@ -39,7 +39,14 @@ class BothModels:
 
     @classmethod
     def load(
-        cls, old: Base, new: Base, config: Path | None = None, device: str = "cpu", *, in_turns: bool = False
+        cls,
+        old: Base,
+        new: Base,
+        config: Path | None = None,
+        device: str = "cpu",
+        *,
+        in_turns: bool = False,
+        dtype: str = "float32",
     ) -> BothModels:
         """Load both; see `regraft.runtime.load_model`.
 
@@ -49,6 +56,7 @@ class BothModels:
             config: of bare weights files.
             device: where they are run.
             in_turns: keep them in the machine's memory, and bring each to the device for its `turn` alone.
+            dtype: name of the dtype that they run in.
 
         Raises:
             InputError: they don't fit into memory, one can't be loaded, or one is a diffusion model and the other is
@@ -56,12 +64,11 @@ class BothModels:
         """
         in_turns = in_turns and device != "cpu"
         place = "cpu" if in_turns else device
-        check_room((old, new), place)
+        check_room((old, new), place, each=bytes_of(dtype))
         for base in (old, new) if in_turns else ():
-            check_room((base,), device)
+            check_room((base,), device, each=bytes_of(dtype))
         with quiet_libraries():
-            first = load_model(old.path, config=config, device=place)
-            second = load_model(new.path, config=config, device=place)
+            first, second = (load_model(base.path, config=config, device=place, dtype=dtype) for base in (old, new))
         if first.kind != second.kind:
             what = f"is a model of another kind ({second.kind}) than the old base ({first.kind})"
             raise InputError(what, file=new.path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regraft.runtime.load import Loaded
@@ -36,15 +39,29 @@ class Latents:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (n, 3, h, w), from −1 to 1."""
         factor, shift = self.scale
-        vae = self.model.pipeline.vae
-        picture: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / factor + shift).sample
+        with self._vae() as vae:
+            picture: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / factor + shift).sample
         return picture.float().clamp(-1, 1)
 
     def encode(self, pictures: Tensor) -> Tensor:
         factor, shift = self.scale
-        vae = self.model.pipeline.vae
-        mode: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
+        with self._vae() as vae:
+            mode: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
         return ((mode - shift) * factor).float()
+
+    @contextmanager
+    def _vae(self) -> Iterator[Any]:
+        """The autoencoder; in float32 where its values overflow float16 (SDXL's), as diffusers' pipelines run it."""
+        vae = self.model.pipeline.vae
+        narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if not narrow:
+            yield vae
+            return
+        vae.to(torch.float32)
+        try:
+            yield vae
+        finally:
+            vae.to(torch.float16)
 
     @property
     def noise_is_known(self) -> bool:

@@ -11,8 +11,8 @@ import torch
 from regraft.base import Base
 from regraft.errors import InputError
 
-# Of a number in float32, which models are loaded in unless told otherwise.
-_BYTES = 4
+# Which models are loaded in unless told otherwise.
+_BYTES = torch.float32.itemsize
 # Beside the weights: activations, and one tensor twice while it is read.
 _MORE = 1.15
 
@@ -21,6 +21,12 @@ def needed(bases: Sequence[Base], each: int = _BYTES) -> int:
     """Bytes that the weights of some bases take when they are loaded, with so many for each number."""
     shapes = (ref.shape for base in bases for part in base.components.values() for ref in part.values())
     return sum(prod(shape) for shape in shapes) * each
+
+
+def bytes_of(dtype: str) -> int:
+    """Of a number, by the name of torch's dtype."""
+    named: torch.dtype = getattr(torch, dtype)
+    return named.itemsize
 
 
 def fast_half() -> bool:

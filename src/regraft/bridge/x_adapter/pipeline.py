@@ -80,6 +80,7 @@ class BridgePipeline:
         *,
         controlnet: Any = None,
         device: str = "cpu",
+        dtype: str = "float32",
         low_memory: bool = False,
     ) -> BridgePipeline:
         """Load both bases and their mapper.
@@ -90,6 +91,7 @@ class BridgePipeline:
             mapper: a file of `regraft bridge train`, or the released X_Adapter_v1.bin.
             controlnet: as in `BridgePipeline`.
             device: to run on.
+            dtype: name of the one that both bases are held in; the mapper stays in float32.
             low_memory: the bases take turns on the device.
 
         Raises:
@@ -97,7 +99,7 @@ class BridgePipeline:
         """
         first, second = open_base(Path(old)), open_base(Path(new))
         found = load_mapper(Path(mapper), first, second)
-        models = BothModels.load(first, second, device=device, in_turns=low_memory)
+        models = BothModels.load(first, second, device=device, in_turns=low_memory, dtype=dtype)
         return cls(models.old, models.new, found, controlnet, turns=models.turns)
 
     def load_lora_weights(self, adapter: Adapter | str | Path) -> None:

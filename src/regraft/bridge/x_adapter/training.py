@@ -85,7 +85,7 @@ def train_mapper(
     state = state or state_file(old, new, data, settings)
     with quiet_libraries():
         tick(0, settings.steps, "loading the bases")
-        models = BothModels.load(old, new, settings.config, settings.device)
+        models = BothModels.load(old, new, settings.config, settings.device, dtype=settings.dtype)
         check_kinds(models.old, models.new, "denoiser", "diffusion model")
         check_pipelines(models)
         torch.manual_seed(settings.seed)
@@ -101,10 +101,6 @@ def train_mapper(
         learner = Averaged(Mapper(config).to(settings.device), settings.average)
         pictures, made = paired_pictures(models, data, settings, state.with_suffix(".pictures.pt"), tick)
         fit, apart = _split(pictures, settings)
-        for model in (models.old, models.new):
-            # Only the mapper is trained; gradients pass through the new base on their way to it.
-            for part in model.components.values():
-                part.requires_grad_(False).to(getattr(torch, settings.dtype))
         lesson = BridgeLesson(
             models.old,
             models.new,
