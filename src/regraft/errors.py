@@ -101,11 +101,29 @@ def reading(file: str | Path, key: str | None = None) -> Iterator[None]:
     except PermissionError:
         remedy = "Change its permissions, or copy it."
         raise InputError("no permission to read", file=file, key=key, remedy=remedy) from None
-    except MemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, OverflowError) as error:
+    except (MemoryError, OSError, ValueError, KeyError, RuntimeError, EOFError, OverflowError) as error:
+        if is_full(error):
+            raise
         what = f"can't be read ({first_line(error)})"
         raise InputError(what, file=file, key=key, remedy="Download or copy it again.") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a device's, or the machine's, of which torch speaks in a bare RuntimeError."""
+    # By name, for torch is not imported here.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def having_room(what: str, file: str | Path, remedy: str) -> Iterator[None]:
+    """Turn memory that runs out inside into an `InputError` that says ``what`` was too large, and what else to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
+            raise
+        raise InputError(what, file=file, remedy=remedy) from error
 
 
 @contextmanager

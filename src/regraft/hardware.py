@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from regraft.errors import RegraftError, UsageError, first_line
+from regraft.errors import RegraftError, UsageError, first_line, is_full
 
 _NO_MEMORY = "not enough memory for this; close other programs, or leave modules out with --exclude"
 
@@ -46,9 +46,7 @@ def free_processors() -> int:
 
 def said_of(error: MemoryError | RuntimeError) -> str | None:
     """One line for an error that a user can do something about; None for any other, which is a bug."""
-    # On the CPU, torch's is a bare RuntimeError, known by its words alone.
-    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-    if full:
+    if is_full(error):
         return _NO_MEMORY
     if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # public, by torch's docs
         return f"the weights could not be decomposed ({first_line(error)}): is a base damaged? --exclude leaves it out"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from matplotlib.image import imread
 from running import Run
 
 from bridge import drawing, letters
+from regraft.bridge.run import BridgeSettings, _smaller
+from regraft.errors import InputError, reading
 from regraft.formats import load_adapter
 from regraft.report.bridge_schema import BridgeReport, BridgeTrainReport
 from regraft.report.json_schema import parse
-from regraft.runtime import applied, load_model
+from regraft.runtime import applied, load_model, room
 from verify import tiny
 
 
@@ -175,6 +178,63 @@ def test_a_controlnet_alone_is_a_plug_in(run: Run, tmp_path: Path) -> None:
     (tmp_path / "edges.png").write_bytes(b"no picture")
     told = run("bridge", "run", *bases, *given, "--overwrite")
     assert (told.code, "edges.png" in told.err, len(told.err.strip().splitlines())) == (1, True, 1), told.err
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+FULL_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+def test_memory_that_runs_out_ends_in_what_takes_less(
+    run: Run, lora: Path, numbered: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("--from", numbered[0], "--to", numbered[1], "--prompt", "w1")
+    pair = [tiny.pipeline(tmp_path / name) for name in ("old", "new")]
+    bases = ("--from", pair[0], "--to", pair[1])
+    pictures = (*bases, "--prompt", "w1", "-o", tmp_path / "grid.png")
+    training = ("train", *bases, "--self", "-o", tmp_path / "m.safetensors")
+    learning = ("--batch", "--gradient-checkpointing", "--dtype bfloat16")
+
+    def fail(error: BaseException) -> Any:
+        def failing(*_: object, **__: object) -> None:
+            raise error
+
+        return failing
+
+    for place, error, asked, ways in (
+        ("regraft.bridge.logits.LogitBridge.__call__", FULL, ("run", lora, *texts), ("--dtype bfloat16",)),
+        ("regraft.bridge.run._drawer", FULL_CPU, ("run", lora, *pictures), ("--dtype bfloat16",)),
+        ("regraft.bridge.run._drawer", MemoryError(), ("run", lora, *pictures, "--dtype", "float16"), ("with more",)),
+        ("regraft.bridge.x_adapter.training.paired_pictures", FULL, training, learning),
+        ("", None, training, ("--dtype bfloat16",)),
+        ("", None, ("run", lora, *texts), ("--dtype bfloat16",)),
+    ):
+        with monkeypatch.context() as patch:
+            if error is None:
+                patch.setattr(room, "free_bytes", lambda device: 0)
+            else:
+                patch.setattr(place, fail(error))
+            told = run("bridge", *asked)
+        assert told.code == 1, (place, told.err)
+        assert all(way in told.err for way in ways), told.err
+        assert not any(other in told.err for other in ("--exclude", "--weights-only", "Download"))
+        assert len(told.err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_what_takes_less_memory_depends_on_what_was_asked_for() -> None:
+    assert _smaller(BridgeSettings()) == "Free some, or take --dtype bfloat16 or a machine with more."
+    on_gpu = _smaller(BridgeSettings(device="cuda", mapper=Path("m")))
+    assert "--dtype bfloat16 or --low-memory or --device cpu" in on_gpu
+    assert "--low-memory (with --mapper)" in _smaller(BridgeSettings(device="cuda"))
+    assert "--low-memory" not in _smaller(BridgeSettings(device="cuda", mapper=Path("m"), low_memory=True))
+
+
+def test_memory_that_runs_out_while_a_file_is_read_is_no_damage_to_it() -> None:
+    for error in (FULL, FULL_CPU, MemoryError()):
+        with pytest.raises(type(error)), reading("base"):
+            raise error
+    with pytest.raises(InputError, match="can't be read"), reading("base"):
+        raise RuntimeError("a bad zip")
 
 
 def test_what_can_not_be_trained_is_told_in_one_line(run: Run, numbered: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from regraft.bridge.control import load_controlnet
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.settings import Joining
-from regraft.errors import InputError, UsageError, first_line, reading
+from regraft.errors import InputError, UsageError, first_line, having_room, reading
 from regraft.output import check_writable, readable, whole, write_text
 from regraft.probes.pictures import Images, png
 from regraft.report.bridge_schema import BridgedText, BridgeReport
@@ -106,9 +106,16 @@ def run_bridge(
     _check(adapter, settings)
     # Before the bases are loaded: it may be for others.
     mapper = None if settings.mapper is None else load_mapper(settings.mapper, old, new)
-    with quiet_libraries():
+    remedy = _smaller(settings)
+    with quiet_libraries(), having_room("both bases take more memory than there is", new.path, remedy):
         models = BothModels.load(
-            old, new, settings.config, settings.device, in_turns=settings.low_memory, dtype=settings.dtype
+            old,
+            new,
+            settings.config,
+            settings.device,
+            in_turns=settings.low_memory,
+            dtype=settings.dtype,
+            remedy=remedy,
         )
         if models.new.kind == "denoiser":
             if output is None:
@@ -189,6 +196,15 @@ def _check(adapter: Adapter | None, settings: BridgeSettings) -> None:
     _opened(settings.image)
 
 
+def _smaller(settings: BridgeSettings) -> str:
+    """What takes less memory than is asked for."""
+    ways = [] if settings.dtype != "float32" else ["--dtype bfloat16"]
+    if settings.device != "cpu":
+        turns = "--low-memory" if settings.mapper is not None else "--low-memory (with --mapper)"
+        ways += [*([] if settings.low_memory else [turns]), "--device cpu"]
+    return f"Free some, or take {' or '.join([*ways, 'a machine with more'])}."
+
+
 def _plugins(adapter: Adapter | None, settings: BridgeSettings) -> str:
     named = [] if adapter is None else [str(adapter.path or adapter.format)]
     return " + ".join([*named, *([] if settings.controlnet is None else [str(settings.controlnet)])])
@@ -213,11 +229,6 @@ def _pictures(
             with models.turn("new"):
                 alone = _alone(models.new, prompt, settings, generator)
             bridged = draw(prompt, generator.manual_seed(settings.seed + i))
-        except torch.OutOfMemoryError as error:
-            remedy = "Give --low-memory (with --mapper), or --device cpu."
-            raise InputError(
-                "both bases are more than the device holds", file=models.new.path, remedy=remedy
-            ) from error
         except (ValueError, TypeError) as error:
             # By the pipelines themselves, of steps or sizes that they can't do.
             raise InputError(f"can't be drawn with ({first_line(error)})", file=models.new.path) from error

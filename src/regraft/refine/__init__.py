@@ -29,7 +29,7 @@ from regraft.refine.prompting import picture_prompts
 from regraft.refine.quantised import check_quantiser
 from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, samples_of
-from regraft.refine.settings import PULLS, Objective, RefineSettings, settled
+from regraft.refine.settings import PULLS, REMEDY, Objective, RefineSettings, settled
 from regraft.refine.starting import STREAM, ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
 from regraft.refine.student import Student, student_of, why_not
@@ -115,7 +115,9 @@ def refine(
     else:
         begin = start_of(adapter, old, new, running, tick) if start is None else _given(start)
     with quiet_libraries():
-        models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
+        models = BothModels.load(
+            old, new, settings.config, settings.device, in_turns=settings.low_memory, remedy=REMEDY
+        )
         check_bridge(models, settings)
         chosen, why = objective_of(settings.objective, models, settings.teacher)
         sampled = chosen == "sample"

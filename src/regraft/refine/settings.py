@@ -17,6 +17,8 @@ TeacherKind = Literal["adapter", "bridge"]
 #: Objective → how far its aim is pulled from the new base's own outputs to the old base's.
 PULLS = {"effect": 0.0, "mixed": 0.5, "output": 1.0}
 
+#: Where there is no room for both bases.
+REMEDY = "Free some, take --low-memory, or a device or a machine with more."
 #: By default, at most; from afar much is yet to be learnt, and few texts are soon learnt by heart.
 STEPS, FAR_STEPS, FAR_TEXTS = 240, 480, 768
 

@@ -18,7 +18,7 @@ from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, train
 from regraft.refine.retained import with_own
 from regraft.refine.samples import objective_of, sample_aims, texts_of
-from regraft.refine.settings import PULLS, RefineSettings, settled
+from regraft.refine.settings import PULLS, REMEDY, RefineSettings, settled
 from regraft.refine.starting import ZERO
 from regraft.refine.student import Student
 from regraft.refine.teacher import Teacher
@@ -118,7 +118,9 @@ def taught(
     began = perf_counter()
     settings = settings if adapter.retains else replace(settings, retention=0.0)
     with quiet_libraries():
-        models = BothModels.load(old, new, settings.config, settings.device, in_turns=settings.low_memory)
+        models = BothModels.load(
+            old, new, settings.config, settings.device, in_turns=settings.low_memory, remedy=REMEDY
+        )
         teacher = adapter.teacher(models)
         chosen, why = objective_of(settings.objective, models)
         sampled = chosen == "sample"

@@ -18,7 +18,7 @@ from regraft.errors import InputError
 from regraft.names import resolve_names
 from regraft.runtime.libraries import quiet_libraries
 from regraft.runtime.load import Loaded, load_model
-from regraft.runtime.room import bytes_of, check_room
+from regraft.runtime.room import REMEDY, bytes_of, check_room
 
 #: Which of two bases.
 Side = Literal["old", "new"]
@@ -47,6 +47,7 @@ class BothModels:
         *,
         in_turns: bool = False,
         dtype: str = "float32",
+        remedy: str = REMEDY,
     ) -> BothModels:
         """Load both; see `regraft.runtime.load_model`.
 
@@ -57,6 +58,7 @@ class BothModels:
             device: where they are run.
             in_turns: keep them in the machine's memory, and bring each to the device for its `turn` alone.
             dtype: name of the dtype that they run in.
+            remedy: what can be done where there is no room for them.
 
         Raises:
             InputError: they don't fit into memory, one can't be loaded, or one is a diffusion model and the other is
@@ -64,9 +66,9 @@ class BothModels:
         """
         in_turns = in_turns and device != "cpu"
         place = "cpu" if in_turns else device
-        check_room((old, new), place, each=bytes_of(dtype))
+        check_room((old, new), place, each=bytes_of(dtype), remedy=remedy)
         for base in (old, new) if in_turns else ():
-            check_room((base,), device, each=bytes_of(dtype))
+            check_room((base,), device, each=bytes_of(dtype), remedy=remedy)
         with quiet_libraries():
             first, second = (load_model(base.path, config=config, device=place, dtype=dtype) for base in (old, new))
         if first.kind != second.kind:

@@ -42,10 +42,13 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-_REMEDY = "Free some, take a device or a machine with more, or a method that runs no model (--weights-only)."
+#: Of a method that can do without running models.
+REMEDY = "Free some, take a device or a machine with more, or a method that runs no model (--weights-only)."
+#: Of a training.
+TRAINING = "Free some, take --dtype bfloat16, or a device or a machine with more."
 
 
-def check_room(bases: Sequence[Base], device: str, *, each: int = _BYTES, remedy: str = _REMEDY) -> None:
+def check_room(bases: Sequence[Base], device: str, *, each: int = _BYTES, remedy: str = REMEDY) -> None:
     """Fail before the loading where it can't end well.
 
     Args:

@@ -22,7 +22,7 @@ from regraft.refine.quantised import check_quantiser, quantise
 from regraft.report.train_schema import TrainLook, TrainReport
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import Loaded, load_model
-from regraft.runtime.room import bytes_of, check_room
+from regraft.runtime.room import TRAINING, bytes_of, check_room
 from regraft.runtime.training_state import kept_file
 from regraft.training.kinds import KINDS, config_of, default_targets, kind_of, settle
 from regraft.training.lessons import Lesson, PictureLesson, TextLesson, split
@@ -207,8 +207,7 @@ def changes_base(settings: TrainSettings) -> bool:
 
 
 def _load(base: Base, settings: TrainSettings) -> Loaded:
-    remedy = "Free some, take --dtype bfloat16, or a device or a machine with more."
-    check_room((base,), settings.device, each=bytes_of(settings.dtype), remedy=remedy)
+    check_room((base,), settings.device, each=bytes_of(settings.dtype), remedy=TRAINING)
     model = load_model(base.path, config=settings.config, device=settings.device, dtype=settings.dtype)
     if model.kind == "encoder" or getattr(model.main.config, "is_encoder_decoder", False):
         raise InputError(

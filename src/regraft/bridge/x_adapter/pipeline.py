@@ -99,7 +99,8 @@ class BridgePipeline:
         """
         first, second = open_base(Path(old)), open_base(Path(new))
         found = load_mapper(Path(mapper), first, second)
-        models = BothModels.load(first, second, device=device, in_turns=low_memory, dtype=dtype)
+        remedy = "Give dtype='bfloat16', low_memory=True, or another device."
+        models = BothModels.load(first, second, device=device, in_turns=low_memory, dtype=dtype, remedy=remedy)
         return cls(models.old, models.new, found, controlnet, turns=models.turns)
 
     def load_lora_weights(self, adapter: Adapter | str | Path) -> None:

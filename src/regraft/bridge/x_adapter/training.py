@@ -22,7 +22,7 @@ from regraft.bridge.x_adapter.pairing import mapper_config
 from regraft.bridge.x_adapter.settings import MapperSettings
 from regraft.bridge.x_adapter.strip import MapperStrip
 from regraft.bridge.x_adapter.variety import varied
-from regraft.errors import InputError
+from regraft.errors import InputError, having_room
 from regraft.memory import peak_mb
 from regraft.migration import summarise
 from regraft.output import check_writable, undisturbed
@@ -32,6 +32,7 @@ from regraft.report.bridge_schema import BridgeTrainReport, MapperLevel
 from regraft.runtime.both import BothModels
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import quiet_libraries
+from regraft.runtime.room import TRAINING
 from regraft.runtime.training_state import keep, kept_file, taken_up
 from regraft.training import rows_of
 from regraft.training.lessons import split
@@ -43,6 +44,7 @@ Tick = Callable[[int, int, str], None]
 
 # What may differ between a run and the one that goes on from it.
 _FREE = ("steps", "budget", "look", "device", "precision", "checkpointing")
+_REMEDY = "Take a smaller --batch, --gradient-checkpointing, --dtype bfloat16 or --precision bf16."
 # Pictures that are encoded together, and channels at which the learning rate is 1e-3.
 _TOGETHER, _CHANNELS = 16, 64
 
@@ -83,9 +85,9 @@ def train_mapper(
         if file is not None:
             check_writable(file, overwrite=overwrite)
     state = state or state_file(old, new, data, settings)
-    with quiet_libraries():
+    with quiet_libraries(), having_room("the training takes more memory than there is", new.path, _REMEDY):
         tick(0, settings.steps, "loading the bases")
-        models = BothModels.load(old, new, settings.config, settings.device, dtype=settings.dtype)
+        models = BothModels.load(old, new, settings.config, settings.device, dtype=settings.dtype, remedy=TRAINING)
         check_kinds(models.old, models.new, "denoiser", "diffusion model")
         check_pipelines(models)
         torch.manual_seed(settings.seed)
