@@ -10,12 +10,15 @@ from matplotlib.image import imread
 from running import Run
 
 from bridge import drawing, letters
+from regraft.bridge.delta import DeltaPipeline, strength_of
 from regraft.bridge.run import BridgeSettings, _smaller
-from regraft.errors import InputError, reading
+from regraft.cli._bridging import course
+from regraft.errors import InputError, UsageError, reading
 from regraft.formats import load_adapter
 from regraft.report.bridge_schema import BridgeReport, BridgeTrainReport
 from regraft.report.json_schema import parse
 from regraft.runtime import applied, load_model, room
+from regraft.runtime.both import BothModels
 from verify import tiny
 
 
@@ -87,6 +90,50 @@ def test_pictures_are_a_grid_of_prompts_by_new_and_bridged(run: Run, tmp_path: P
     assert (without.code, "--output is missing" in without.err) == (2, True)
 
 
+def test_size_negative_prompt_and_a_course_of_strength_are_the_pipelines(run: Run, tmp_path: Path) -> None:
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", drift=0.3)
+    lora = tmp_path / "lora.safetensors"
+    tiny.lora({"unet": old.main}, ("to_v",), size=1.0).save(lora, format="diffusers")
+    asked = ["--from", old.path, "--to", new.path, "--prompt", "a sun", "--steps", 3, "-o", tmp_path / "grid.png"]
+    asked += ["--height", 16, "--width", 32, "--negative-prompt", "a boat", "--strength", "1.5:0.5", "--json"]
+    result = run("bridge", "run", "--lora", lora, *asked)
+    assert result.code == 0, result.err
+    record = parse(BridgeReport, result.out)
+    assert (record.strength, record.adapter) == ((1.5, 0.5), str(lora))
+    call = {"num_inference_steps": 3, "negative_prompt": "a boat", "height": 16, "width": 32, "output_type": "np"}
+    generator = torch.Generator()
+    alone = new.pipeline("a sun", generator=generator.manual_seed(0), **call).images[0]
+    bridge = DeltaPipeline(old, new, load_adapter(lora))
+    made = bridge("a sun", generator=generator.manual_seed(0), strength=lambda done: 1.5 - done, **call).images[0]
+    grid = imread(tmp_path / "grid.png")[:, :, :3]
+    assert grid.shape == (16, 64, 3)
+    assert np.abs(grid[:, :32] - alone).max() < 0.01
+    assert np.abs(grid[:, 32:] - made).max() < 0.01
+    twice = run("bridge", "run", lora, "--lora", lora, *asked, "--overwrite")
+    assert (twice.code, "named twice" in twice.err) == (2, True)
+
+
+def test_pictures_without_a_file_are_told_before_a_base_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (tiny.pipeline(tmp_path / name) for name in ("old", "new"))
+    tiny.lora({"unet": load_model(old).main}, ("to_v",)).save(tmp_path / "lora.safetensors", format="diffusers")
+    monkeypatch.setattr(BothModels, "load", lambda *_, **__: pytest.fail("a base was loaded"))
+    told = run("bridge", "run", tmp_path / "lora.safetensors", "--from", old, "--to", new, "--prompt", "a")
+    assert (told.code, "--output is missing" in told.err) == (2, True)
+
+
+def test_a_course_of_strength_is_a_number_or_two() -> None:
+    assert course("0.85") == 0.85
+    assert course("1.5:-0.5") == (1.5, -0.5)
+    ramp = strength_of((1.5, 0.5))
+    assert callable(ramp)
+    assert [ramp(done) for done in (0.0, 0.25, 1.0)] == [1.5, 1.25, 0.5]
+    for text in ("", "much", "1:2:3", "1:", "nan", "1:inf"):
+        with pytest.raises(UsageError, match="--strength"):
+            course(text)
+
+
 def test_what_can_not_be_bridged_is_told_in_one_line(
     run: Run, lora: Path, numbered: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -101,6 +148,8 @@ def test_what_can_not_be_bridged_is_told_in_one_line(
         (("--from", first, "--to", strangers), 1, "shares no token"),
         (("--from", pipeline, "--to", pipeline, "-o", tmp_path / "x.png"), 1, "has no place"),
         (("--from", first, "--to", second, "--strength", "nan"), 2, "--strength"),
+        (("--from", first, "--to", second, "--strength", "1:0"), 2, "--strength of a text"),
+        (("--from", first, "--to", second, "--height", 16), 2, "--height is of pictures"),
     ]
     for options, code, words in cases:
         told = run("bridge", "run", lora, *options, "--prompt", "w1")

@@ -89,6 +89,7 @@ def test_the_teachers_pictures_are_the_bridges(both: BothModels, adapter: Adapte
 ASKED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"guidance": 1.0}, {"guidance_scale": 1.0}),
     ({"bridge_strength": 0.3}, {"strength": 0.3}),
+    ({"bridge_strength": (1.5, 0.0)}, {"strength": lambda done: 1.5 - 1.5 * done}),
 ]
 ASKED_OF_MAPPERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bridge_start": 0.3}, {"start": 0.3}),

@@ -28,6 +28,8 @@ from regraft.runtime.load import Loaded
 
 #: λ, or λ at a share of the sampling that is done, from 0 to below 1.
 Strength = float | Callable[[float], float]
+#: λ as settings hold it: one number, or what it is at the beginning and what it comes to at the end.
+Course = float | tuple[float, float]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -196,6 +198,14 @@ class _Run:
         without, adapted = self._sides
         with controlled(adapted.model.main, self._control):
             return without.predict(z, time), adapted.predict(z, time)
+
+
+def strength_of(course: Course) -> Strength:
+    """λ by the share of the sampling that is done, on a straight line between its two ends."""
+    if not isinstance(course, tuple):
+        return course
+    first, last = course
+    return lambda done: first + (last - first) * done
 
 
 def seeds_of(generator: Generators, n: int) -> list[int]:

@@ -16,6 +16,7 @@ from regraft._version import __version__
 from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.bridge.control import load_controlnet
+from regraft.bridge.delta import Course, DeltaPipeline, strength_of
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.settings import Joining
@@ -26,7 +27,7 @@ from regraft.report.bridge_schema import BridgedText, BridgeReport
 from regraft.report.bridge_table import bridge_text
 from regraft.runtime.both import BothModels
 from regraft.runtime.libraries import library, quiet_libraries
-from regraft.runtime.load import Loaded
+from regraft.runtime.load import DENOISERS, Loaded
 
 #: Called with (prompts done, prompts in all, what is at work now).
 Tick = Callable[[int, int, str], None]
@@ -37,10 +38,13 @@ class BridgeSettings:
     """How the prompts are run.
 
     Attributes:
-        strength: λ.
+        strength: λ; for pictures it may go from one number to another over the sampling.
         seed: of the noise of the first picture, the next has the next; of texts that are drawn.
         steps: of the new pipeline's sampler.
         guidance: of both pipelines; None: each one's own default.
+        negative_prompt: what guidance leads away from.
+        height: of pictures; None: what the new pipeline draws.
+        width: likewise.
         tokens: of a text, at most.
         temperature: texts are drawn at; 0: the likeliest token each time.
         config: of bare weights files.
@@ -54,10 +58,13 @@ class BridgeSettings:
         low_memory: with a mapper, the bases take turns on the device.
     """
 
-    strength: float = 1.0
+    strength: Course = 1.0
     seed: int = 0
     steps: int = 30
     guidance: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
     tokens: int = 64
     temperature: float = 0.0
     config: Path | None = None
@@ -104,6 +111,8 @@ def run_bridge(
     if output is not None:
         check_writable(output, overwrite=overwrite)
     _check(adapter, settings)
+    if output is None and not new.components.keys().isdisjoint(DENOISERS):
+        raise _unnamed()
     # Before the bases are loaded: it may be for others.
     mapper = None if settings.mapper is None else load_mapper(settings.mapper, old, new)
     remedy = _smaller(settings)
@@ -119,7 +128,7 @@ def run_bridge(
         )
         if models.new.kind == "denoiser":
             if output is None:
-                raise UsageError("--output is missing", remedy="Name the PNG that the pictures are to be in with -o.")
+                raise _unnamed()
             way, texts, notes = _pictures(models, adapter, prompts, output, settings, mapper, tick)
         elif adapter is None or mapper is not None or settings.controlnet is not None:
             raise UsageError(
@@ -153,6 +162,11 @@ def _texts(
 ) -> tuple[str, list[BridgedText], list[str]]:
     from regraft.bridge.logits import LogitBridge
 
+    for name in ("negative_prompt", "height", "width"):
+        if getattr(settings, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is of pictures", remedy="Leave it out: these are texts.")
+    if isinstance(settings.strength, tuple):
+        raise UsageError("--strength of a text is one number", remedy="Give one such as 0.85.")
     new = models.new
     bridge = LogitBridge(models.old, new, adapter, settings.strength)
     if new.tokenizer is None:
@@ -205,6 +219,10 @@ def _smaller(settings: BridgeSettings) -> str:
     return f"Free some, or take {' or '.join([*ways, 'a machine with more'])}."
 
 
+def _unnamed() -> UsageError:
+    return UsageError("--output is missing", remedy="Name the PNG that the pictures are to be in with -o.")
+
+
 def _plugins(adapter: Adapter | None, settings: BridgeSettings) -> str:
     named = [] if adapter is None else [str(adapter.path or adapter.format)]
     return " + ".join([*named, *([] if settings.controlnet is None else [str(settings.controlnet)])])
@@ -240,12 +258,21 @@ def _pictures(
 
 
 def _alone(new: Loaded, prompt: str, settings: BridgeSettings, generator: torch.Generator) -> Images:
-    guided = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
-    made = new.pipeline(
-        prompt=prompt, num_inference_steps=settings.steps, generator=generator, output_type="np", **guided
-    )
+    asked = {**_drawn(settings), "num_inference_steps": settings.steps, "output_type": "np"}
+    made = new.pipeline(prompt=prompt, generator=generator, **asked)
     image: Images = made.images[0]
     return image
+
+
+def _drawn(settings: BridgeSettings) -> dict[str, Any]:
+    """What pipelines are told beyond the prompt, where it is asked for."""
+    asked = {
+        "guidance_scale": settings.guidance,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _drawer(
@@ -254,16 +281,14 @@ def _drawer(
     """What draws a prompt through the bridge, what that is called, and what is to be said of it."""
     net = None if settings.controlnet is None else load_controlnet(settings.controlnet, models.old)
     common: dict[str, Any] = {
+        **_drawn(settings),
         "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "strength": settings.strength,
+        "strength": strength_of(settings.strength),
         "image": _opened(settings.image),
         "controlnet_conditioning_scale": settings.control_scale,
         "output_type": "np",
     }
     if mapper is None:
-        from regraft.bridge.delta import DeltaPipeline
-
         delta = DeltaPipeline(models.old, models.new, adapter, net)
         notes = [] if delta.shared else ["the autoencoders differ: each step goes through pixels"]
         way = "delta sampling: three passes for a step, each doubled by guidance"

@@ -6,9 +6,19 @@ from typing import Annotated, get_args
 
 import typer
 
+from regraft.bridge.delta import Course
 from regraft.bridge.x_adapter.settings import Joining, Reading
 from regraft.cli import _options as o
+from regraft.errors import UsageError
 
+CourseText = Annotated[
+    str,
+    typer.Option(
+        "--strength",
+        metavar="λ|FROM:TO",
+        help="Factor of what the adapter changes; of pictures it may go from one to another over the sampling.",
+    ),
+]
 HeldDtype = Annotated[
     str, typer.Option("--dtype", metavar="|".join(o.BASE_DTYPES), help="That both bases are held and run in.")
 ]
@@ -30,6 +40,21 @@ NewPrompt = Annotated[
 NewGuidance = Annotated[
     float, typer.Option("--new-guidance", help="--mapper: of the new base; --guidance is the old one's then.")
 ]
+
+
+def course(text: str, named: str = "--strength") -> Course:
+    """``0.85`` → 0.85; ``1.5:0.5`` → from 1.5 to 0.5.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        numbers = [o.finite(float(part), named) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise UsageError(f"{named} {text!r} is neither a number nor FROM:TO", remedy="Give 0.85, or 1.5:0.5.")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def joining(

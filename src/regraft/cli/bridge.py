@@ -37,6 +37,7 @@ def run(
         Path | None,
         typer.Argument(metavar="ADAPTER", help="For the old base: a file, a PEFT folder, or its hub id."),
     ] = None,
+    lora: Annotated[Path | None, typer.Option("--lora", metavar="FILE", help="ADAPTER, as an option.")] = None,
     old: o.From = None,
     new: o.To = None,
     prompts: Annotated[
@@ -46,14 +47,17 @@ def run(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="Of pictures a PNG, new alone | bridged; of texts a file."),
     ] = None,
-    strength: Annotated[
-        float, typer.Option("--strength", help="Factor of what the adapter changes.")
-    ] = BridgeSettings.strength,
+    strength: b.CourseText = "1",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of noise and draws.")] = BridgeSettings.seed,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of the sampler of pictures.")] = BridgeSettings.steps,
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Of both bases; by default each pipeline's own.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", min=8, help="Of pictures; by default as NEW draws.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=8, help="Likewise.")] = None,
     tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of a text.")] = BridgeSettings.tokens,
     temperature: Annotated[
         float, typer.Option("--temperature", help="Of texts; 0 takes the likeliest token.")
@@ -92,6 +96,9 @@ def run(
     """Run prompts through the new base alone, and with the adapter on the old base beside it."""
     if old is None or new is None:
         raise UsageError("--from and --to are both needed: a bridge runs the old base beside the new one")
+    if adapter is not None and lora is not None:
+        raise UsageError("an adapter is named twice", remedy="Leave --lora out.")
+    adapter = lora if adapter is None else adapter
     if not prompts:
         raise UsageError("--prompt is missing", remedy="Give at least one.")
     if output is not None:
@@ -101,10 +108,13 @@ def run(
     if mapper is None and theirs:
         raise UsageError(f"--{theirs[0].replace('_', '-')} is a mapper's", remedy="Give --mapper with it.")
     settings = BridgeSettings(
-        strength=o.finite(strength, "--strength"),
+        strength=b.course(strength),
         seed=seed,
         steps=steps,
         guidance=None if guidance is None else o.at_least_zero(guidance, "--guidance"),
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
         tokens=tokens,
         temperature=o.at_least_zero(temperature, "--temperature"),
         config=config,

@@ -70,8 +70,9 @@ def refine(
         ),
     ] = None,
     bridge_strength: Annotated[
-        float, typer.Option("--bridge-strength", help="--teacher bridge: factor of what the adapter changes.")
-    ] = RefineSettings.bridge_strength,
+        str,
+        typer.Option("--bridge-strength", metavar="λ|FROM:TO", help="--teacher bridge: `bridge run`'s --strength."),
+    ] = "1",
     guidance: Annotated[
         float | None,
         typer.Option("--guidance", help="--teacher bridge: of both bases; by default each pipeline's own."),
@@ -151,7 +152,7 @@ def refine(
         objective=o.one_of(objective, "--objective", get_args(Objective)),
         teacher=o.one_of(teacher, "--teacher", get_args(TeacherKind)),
         mapper=mapper,
-        bridge_strength=o.finite(bridge_strength, "--bridge-strength"),
+        bridge_strength=b.course(bridge_strength, "--bridge-strength"),
         guidance=None if guidance is None else o.at_least_zero(guidance, "--guidance"),
         bridge_start=joined.start,
         lead=joined.lead,

@@ -72,12 +72,12 @@ def painter_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
     if settings.teacher != "bridge":
         return None
     # A bridge draws on refine's pictures for its own training.
-    from regraft.bridge.delta import DeltaPipeline
+    from regraft.bridge.delta import DeltaPipeline, strength_of
     from regraft.bridge.x_adapter.files import load_mapper
     from regraft.bridge.x_adapter.pipeline import BridgePipeline
 
     bridge: DeltaPipeline | BridgePipeline
-    asked: dict[str, Any] = {"guidance_scale": settings.guidance, "strength": settings.bridge_strength}
+    asked: dict[str, Any] = {"guidance_scale": settings.guidance, "strength": strength_of(settings.bridge_strength)}
     if settings.mapper is None:
         bridge = DeltaPipeline(models.old, models.new, adapter)
     else:

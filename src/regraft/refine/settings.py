@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from regraft.bridge.delta import Course
 from regraft.bridge.x_adapter.settings import Joining, Reading
 from regraft.refine.quantised import Quantize
 
@@ -34,7 +35,7 @@ class RefineSettings:
         rate: AdamW's learning rate at its peak.
         teacher: see `TeacherKind`.
         mapper: of a bridge by X-Adapter; None for one by delta sampling.
-        bridge_strength: λ of a bridge.
+        bridge_strength: λ of a bridge; it may go from one number to another over the sampling.
         guidance: that a bridge draws with; None: each pipeline's own default.
         bridge_start: with a mapper, see `regraft.bridge.x_adapter.settings.Joining`, as the next four.
         lead: likewise.
@@ -65,7 +66,7 @@ class RefineSettings:
     objective: Objective = "auto"
     teacher: TeacherKind = "adapter"
     mapper: Path | None = None
-    bridge_strength: float = 1.0
+    bridge_strength: Course = 1.0
     guidance: float | None = None
     bridge_start: float = Joining.start
     lead: float | None = Joining.lead

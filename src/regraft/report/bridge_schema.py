@@ -27,7 +27,7 @@ class BridgeReport(VersionedRecord):
     model_class: str = Field(description="of the new base")
     unit: Literal["texts", "pictures"]
     way: str = Field(description="how the old base's effect reaches the new one")
-    strength: float
+    strength: float | tuple[float, float] = Field(description="λ; or λ at the beginning of the sampling and at its end")
     seed: int
     prompts: list[str]
     texts: list[BridgedText] = Field(default_factory=list)

@@ -14,7 +14,9 @@ def bridge_table(report: BridgeReport, console: Console) -> None:
         console.print(f"[bold]{escape(text.prompt)}[/]")
         for name, said in (("new alone", text.new), ("bridged", text.bridged)):
             console.print(f"  [dim]{name:<10}[/]{escape(said)}")
-    console.print(f"[dim]{escape(report.way)}; strength {report.strength:g}, {report.seconds:.0f} s[/]")
+    ends = report.strength if isinstance(report.strength, tuple) else (report.strength,)
+    strength = " to ".join(f"{value:g}" for value in ends)
+    console.print(f"[dim]{escape(report.way)}; strength {strength}, {report.seconds:.0f} s[/]")
     for note in report.notes:
         console.print(f"[dim]note[/]  {escape(note)}")
     for output in report.outputs:

@@ -38,8 +38,9 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_DENOISERS = ("unet", "transformer", "prior")
-_COMPONENTS = (*_DENOISERS, "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+#: Components of a pipeline that predict noise.
+DENOISERS = ("unet", "transformer", "prior")
+_COMPONENTS = (*DENOISERS, "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Loaded:
     @property
     def main(self) -> Any:
         """The model whose output is measured: the denoiser of a pipeline, else the only one."""
-        for name in _DENOISERS:
+        for name in DENOISERS:
             if name in self.components:
                 return self.components[name]
         return next(iter(self.components.values()))
@@ -170,7 +171,7 @@ def _around(pipeline: Any, path: Path) -> Loaded:
     pipeline.set_progress_bar_config(disable=True)
     components = {name: getattr(pipeline, name, None) for name in _COMPONENTS}
     models = {name: model for name, model in components.items() if isinstance(model, nn.Module)}
-    if not any(name in models for name in _DENOISERS):
+    if not any(name in models for name in DENOISERS):
         raise InputError(f"{type(pipeline).__name__} has no denoiser that could be measured", file=path)
     return Loaded(models, "denoiser", type(pipeline).__name__, path, pipeline=pipeline)
 
