@@ -175,6 +175,22 @@ def test_a_bridge_between_formats_carries_the_adapter(pair, tmp_path: Path) -> N
     assert np.abs(bridged(DeltaPipeline(old, new, adapter)) - expected).max() < 1e-3
 
 
+def test_bases_and_adapters_are_loaded_as_diffusers_loads_them(pair, tmp_path: Path) -> None:
+    old, new = pair
+    adapter = lora(old)
+    adapter.save(tmp_path / "lora.safetensors", format="diffusers")
+    bridge = DeltaPipeline.from_pretrained(old.path, new.path)
+    assert np.abs(bridged(bridge) - plain(new)).max() < 1e-5
+    bridge.load_lora_weights(tmp_path / "lora.safetensors")
+    made = bridged(bridge)
+    assert np.allclose(made, bridged(DeltaPipeline(old, new, adapter)), atol=1e-4)
+    assert np.abs(made - plain(new)).max() > 1e-3
+    with pytest.raises(InputError, match="another adapter is at work"):
+        bridge.load_lora_weights(adapter)
+    bridge.unload_lora_weights()
+    assert np.abs(bridged(bridge) - plain(new)).max() < 1e-5
+
+
 def test_a_flow_base_is_bridged_from_a_noise_predicting_one(pair, tmp_path: Path) -> None:
     old, new = pair[0], drawing.flow(tmp_path)
     bridge = DeltaPipeline(old, new, lora(old))

@@ -162,6 +162,8 @@ def test_a_lora_on_the_old_base_is_heard_and_can_be_taken_off(pair: tuple[Loaded
     tiny.lora({"unet": pair[0].main}, ("to_v",), size=1.0).save(tmp_path / "lora.safetensors", format="diffusers")
     bridge.load_lora_weights(tmp_path / "lora.safetensors")
     assert np.abs(_drawn(bridge) - before).max() > 0.01
+    with pytest.raises(InputError, match="another adapter is at work"):
+        bridge.load_lora_weights(tmp_path / "lora.safetensors")
     bridge.unload_lora_weights()
     assert np.array_equal(_drawn(bridge), before)
 
@@ -486,10 +488,11 @@ def test_bases_that_take_turns_draw_the_same(pair: tuple[Loaded, Loaded], monkey
 
     monkeypatch.setattr(Prompted, "predict", noted)
     monkeypatch.setattr(BridgePipeline, "_turn", moved)
+    for bridge in bridges:
+        bridge.load_lora_weights(adapter)
     for reading in ("plain", "plugged", "drawing"):
         made = []
         for bridge in bridges:
-            bridge.load_lora_weights(adapter)
             seen.clear()
             made.append(_drawn(bridge, reading=reading))
         assert np.allclose(made[0], made[1], atol=1e-5)

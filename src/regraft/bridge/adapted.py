@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from regraft.adapter import Adapter
 from regraft.errors import InputError
+from regraft.formats import load_adapter
 from regraft.probes.pictures import makes_pictures
 from regraft.runtime.applied import applied
 from regraft.runtime.both import twin
@@ -33,6 +35,39 @@ class Adapted:
         # Entered for good: closing it, or losing the last reference to it, would put the old tensors back.
         self._held = ExitStack()
         self._held.enter_context(applied(self.model.components, adapter))
+
+
+class PlugIns:
+    """What pipelines have in common whose old base may have an adapter at work in it.
+
+    Attributes:
+        old: the base that the adapter was trained on; as it is.
+    """
+
+    old: Loaded
+    _adapted: Adapted | None = None
+
+    def load_lora_weights(self, adapter: Adapter | str | Path) -> None:
+        """Have the old base run with an adapter, of any kind that changes weights.
+
+        Args:
+            adapter: read, or the file or folder to read.
+
+        Raises:
+            InputError: it can't be read, does not fit the old base, or another one is at work.
+        """
+        read = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
+        if self._adapted is not None:
+            raise InputError(
+                "another adapter is at work in the old base already",
+                file=read.path,
+                remedy="Call unload_lora_weights() first; `regraft merge` makes one of two.",
+            )
+        self._adapted = Adapted(self.old, read)
+
+    def unload_lora_weights(self) -> None:
+        """Have the old base run as it is."""
+        self._adapted = None
 
 
 def check_kinds(old: Loaded, new: Loaded, kind: Kind, what: str) -> None:

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.adapter import Adapter
-from regraft.bridge.adapted import Adapted, check_drawing
+from regraft.base import open_base
+from regraft.bridge.adapted import PlugIns, check_drawing
 from regraft.bridge.control import Control, check_image, controlled, standing_in
 from regraft.bridge.guided import Prompted
 from regraft.bridge.latent_spaces import SharedLatents, ThroughPixels, noise_of, own_shape, same_latents
 from regraft.bridge.levels import Levels
 from regraft.errors import InputError, RegraftError
-from regraft.runtime.both import twin
+from regraft.runtime.both import BothModels, twin
 from regraft.runtime.libraries import library, quiet_libraries
 from regraft.runtime.load import Loaded
 
@@ -33,7 +35,7 @@ Course = float | tuple[float, float]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-class DeltaPipeline:
+class DeltaPipeline(PlugIns):
     """The new base's pipeline with what the adapter does to the old base added at each step of its sampler.
 
     A step costs the new base's pass and two of the old one, each doubled by guidance; with strength 0 the old base is
@@ -41,19 +43,19 @@ class DeltaPipeline:
 
     Attributes:
         old: the base that the adapter was trained on.
-        with_adapter: the same with the plug-ins.
         controlnet: one of those, where it is given.
         new: the base that is bridged to.
         shared: whether both encode pictures alike.
     """
 
-    def __init__(self, old: Loaded, new: Loaded, adapter: Adapter | None, controlnet: Any = None) -> None:
+    def __init__(self, old: Loaded, new: Loaded, adapter: Adapter | None = None, controlnet: Any = None) -> None:
         """Nothing is run yet.
 
         Args:
             old: a pipeline from prompts to pictures.
             new: another; autoencoder, schedule and what is predicted may differ.
-            adapter: for ``old``, of any kind that changes weights; None where a ControlNet is the only plug-in.
+            adapter: for ``old``, of any kind that changes weights; None where a ControlNet is the only plug-in, or
+                `load_lora_weights` comes later.
             controlnet: a ControlNet of diffusers for ``old``.
 
         Raises:
@@ -63,11 +65,48 @@ class DeltaPipeline:
         check_drawing(old, new)
         # Each has its own scheduler, whose steps are counted.
         self.old, self.new = (twin(old) if old is new else old), new
-        self._adapted = None if adapter is None else Adapted(old, adapter)
-        self.with_adapter = twin(old) if self._adapted is None else self._adapted.model
         self.controlnet = controlnet
+        if adapter is not None:
+            self.load_lora_weights(adapter)
         self._levels = Levels(self.old), Levels(new)
         self.shared = same_latents(old, new)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        old: str | Path,
+        new: str | Path,
+        *,
+        controlnet: Any = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> DeltaPipeline:
+        """Load both bases.
+
+        Args:
+            old: folder of the old pipeline.
+            new: of the new one.
+            controlnet: as in `DeltaPipeline`.
+            device: to run on.
+            dtype: name of the one that both are held in.
+
+        Raises:
+            InputError: a base can't be loaded, or no bridge can be made between the two.
+        """
+        bases = (open_base(Path(folder)) for folder in (old, new))
+        remedy = "Give dtype='bfloat16', or another device."
+        models = BothModels.load(*bases, device=device, dtype=dtype, remedy=remedy)
+        return cls(models.old, models.new, controlnet=controlnet)
+
+    @cached_property
+    def _steered(self) -> Loaded:
+        """The old base once more, for a ControlNet that is the only plug-in."""
+        return twin(self.old)
+
+    @property
+    def with_adapter(self) -> Loaded:
+        """The old base with the plug-ins."""
+        return self._steered if self._adapted is None else self._adapted.model
 
     def __call__(
         self,

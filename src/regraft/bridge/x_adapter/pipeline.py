@@ -10,9 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from regraft.adapter import Adapter
 from regraft.base import open_base
-from regraft.bridge.adapted import Adapted, check_drawing
+from regraft.bridge.adapted import PlugIns, check_drawing
 from regraft.bridge.control import Control, check_image
 from regraft.bridge.delta import Generators, Strength
 from regraft.bridge.guided import Prompted
@@ -24,7 +23,6 @@ from regraft.bridge.x_adapter.places import channels_of
 from regraft.bridge.x_adapter.sampling import Sampling
 from regraft.bridge.x_adapter.settings import START, Reading
 from regraft.errors import InputError
-from regraft.formats import load_adapter
 from regraft.runtime.both import BothModels, Side, twin
 from regraft.runtime.latents import Latents
 from regraft.runtime.libraries import library, quiet_libraries
@@ -34,7 +32,7 @@ from regraft.runtime.load import Loaded
 LEAD = 0.5
 
 
-class BridgePipeline:
+class BridgePipeline(PlugIns):
     """X-Adapter's sampling (arXiv 2312.02238, section 3.4), for the pair that a mapper was trained for.
 
     Attributes:
@@ -64,7 +62,6 @@ class BridgePipeline:
         self.old, self.new, self.mapper = (twin(old) if old is new else old), new, mapper.eval().to(turns or new.device)
         self.controlnet, self.turns = controlnet, turns
         self._levels = Levels(self.old), Levels(new)
-        self._adapted: Adapted | None = None
         for model, names in (
             (old, [(level.old, level.inner) for level in mapper.config.levels]),
             (new, [(level.new, level.outer) for level in mapper.config.levels]),
@@ -102,22 +99,6 @@ class BridgePipeline:
         remedy = "Give dtype='bfloat16', low_memory=True, or another device."
         models = BothModels.load(first, second, device=device, in_turns=low_memory, dtype=dtype, remedy=remedy)
         return cls(models.old, models.new, found, controlnet, turns=models.turns)
-
-    def load_lora_weights(self, adapter: Adapter | str | Path) -> None:
-        """Have the old base run with an adapter, of any kind that changes weights.
-
-        Args:
-            adapter: read, or the file or folder to read.
-
-        Raises:
-            InputError: it can't be read, or does not fit the old base.
-        """
-        read = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
-        self._adapted = Adapted(self.old, read)
-
-    def unload_lora_weights(self) -> None:
-        """Have the old base run as it is."""
-        self._adapted = None
 
     @torch.no_grad()
     def __call__(
