@@ -93,9 +93,9 @@ class DeltaPipeline(PlugIns):
         Raises:
             InputError: a base can't be loaded, or no bridge can be made between the two.
         """
-        bases = (open_base(Path(folder)) for folder in (old, new))
+        first, second = (open_base(Path(folder)) for folder in (old, new))
         remedy = "Give dtype='bfloat16', or another device."
-        models = BothModels.load(*bases, device=device, dtype=dtype, remedy=remedy)
+        models = BothModels.load(first, second, device=device, dtype=dtype, remedy=remedy)
         return cls(models.old, models.new, controlnet=controlnet)
 
     @cached_property

@@ -111,7 +111,8 @@ def run_bridge(
     if output is not None:
         check_writable(output, overwrite=overwrite)
     _check(adapter, settings)
-    if output is None and not new.components.keys().isdisjoint(DENOISERS):
+    # Of bases of two kinds that is told instead, once they are loaded.
+    if output is None and not any(base.components.keys().isdisjoint(DENOISERS) for base in (old, new)):
         raise _unnamed()
     # Before the bases are loaded: it may be for others.
     mapper = None if settings.mapper is None else load_mapper(settings.mapper, old, new)
