@@ -21,8 +21,30 @@ def pipeline(folder: Path, *, scheduler: Any = None, scaling: float | None = Non
     return model
 
 
-def flow(folder: Path, *, seed: int = 0) -> Loaded:
-    """A tiny Stable Diffusion 3."""
+def flow(folder: Path, *, seed: int = 0, patch: int = 1) -> Loaded:
+    """A tiny Stable Diffusion 3; without its third text encoder it can't be read back from a folder."""
+    made = _flow(folder, seed, patch)
+    parts = {"transformer": made.transformer, "text_encoder": made.text_encoder, "text_encoder_2": made.text_encoder_2}
+    for part in (*parts.values(), made.vae):
+        part.eval().requires_grad_(False)
+    return Loaded(parts, "denoiser", type(made).__name__, folder, pipeline=made)
+
+
+def flow_folder(folder: Path, *, seed: int = 0, patch: int = 1) -> Path:
+    """The same with all three, on disk."""
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    made = _flow(folder, seed, patch)
+    tiny.write_tokenizer(folder.parent / "t5_files")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "t5_files")
+    tokenizer.pad_token = tokenizer.eos_token
+    third = T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(tokenizer)))
+    made.register_modules(text_encoder_3=third, tokenizer_3=tokenizer)
+    made.save_pretrained(folder)
+    return folder
+
+
+def _flow(folder: Path, seed: int, patch: int) -> Any:
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -41,7 +63,7 @@ def flow(folder: Path, *, seed: int = 0) -> Loaded:
         )
     )  # fmt: skip
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        sample_size=8, patch_size=patch, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
     )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -50,9 +72,5 @@ def flow(folder: Path, *, seed: int = 0) -> Loaded:
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=text,
         tokenizer=tokenizer, text_encoder_2=text, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
-    # Without its third text encoder it can't be read back from a folder.
     made.set_progress_bar_config(disable=True)
-    parts = {"transformer": transformer, "text_encoder": text, "text_encoder_2": text}
-    for part in (*parts.values(), vae):
-        part.eval().requires_grad_(False)
-    return Loaded(parts, "denoiser", type(made).__name__, folder, pipeline=made)
+    return made

@@ -10,8 +10,13 @@ from matplotlib.image import imread
 from running import Run
 
 from bridge import drawing, letters
+from regraft.base import open_base
 from regraft.bridge.delta import DeltaPipeline, strength_of
 from regraft.bridge.run import BridgeSettings, _smaller
+from regraft.bridge.x_adapter.files import load_mapper, save_mapper
+from regraft.bridge.x_adapter.mapper import Mapper
+from regraft.bridge.x_adapter.pairing import mapper_config
+from regraft.bridge.x_adapter.pipeline import BridgePipeline
 from regraft.cli._bridging import course
 from regraft.errors import InputError, UsageError, reading
 from regraft.formats import load_adapter
@@ -203,6 +208,64 @@ def test_a_mapper_is_trained_and_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "x.png").exists()
 
 
+def test_options_of_a_mapper_are_the_pipelines(run: Run, tmp_path: Path) -> None:
+    old, new = drawing.pipeline(tmp_path / "old"), drawing.pipeline(tmp_path / "new", drift=0.3)
+    lora, file = tmp_path / "lora.safetensors", tmp_path / "mapper.safetensors"
+    tiny.lora({"unet": old.main}, ("to_v",), size=1.0).save(lora, format="diffusers")
+    mapper = Mapper(mapper_config(old, new, 2, blocks=1))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mapper.parameters():
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    save_mapper(mapper, file, open_base(old.path), open_base(new.path))
+    bridge = BridgePipeline(old, new, mapper)
+    bridge.load_lora_weights(lora)
+    asked = ("bridge", "run", lora, "--from", old.path, "--to", new.path, "--prompt", "a sun", "--steps", 3)
+    pictures = []
+    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((), {}),
+        (("--start", 0.5), {"start": 0.5}),
+        (("--lead", 0.1), {"lead": 0.1}),
+        (("--reading", "plugged"), {"reading": "plugged"}),
+        (
+            ("--new-prompt", "a boat", "--new-guidance", 3, "--guidance", 2),
+            {"new_prompt": "a boat", "new_guidance_scale": 3.0, "guidance_scale": 2.0},
+        ),
+    ]
+    for number, (options, call) in enumerate(cases):
+        grid = tmp_path / f"{number}.png"
+        result = run(*asked, "--mapper", file, *options, "-o", grid)
+        assert result.code == 0, result.err
+        made = bridge(
+            "a sun", num_inference_steps=3, generator=generator.manual_seed(0), output_type="np", **call
+        ).images[0]
+        shown = imread(grid)[:, made.shape[1] :, :3]
+        assert np.abs(shown - made).max() < 0.01, options
+        assert all(np.abs(shown - before).max() > 0.01 for before in pictures), options
+        pictures.append(shown)
+        if options:
+            without = run(*asked, *options, "-o", tmp_path / "x.png")
+            assert (without.code, f"{options[0]} is a mapper's" in without.err) == (2, True)
+
+
+def test_a_training_with_a_budget_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
+    old, new = (tiny.pipeline(tmp_path / name, drift=drift) for name, drift in (("old", 0.0), ("new", 0.3)))
+    quick = ("--pictures", 4, "--varied", 0, "--steps", 3, "--batch", 2, "--blocks", 1, "--rate", 0.05)
+    asked = ("bridge", "train", "--from", old, "--to", new, "--self", *quick, "--json")
+    whole, parts, twice = (tmp_path / f"{name}.safetensors" for name in ("whole", "parts", "twice"))
+    assert run(*asked, "-o", whole).code == 0
+    stopped = parse(BridgeTrainReport, run(*asked, "-o", parts, "--budget", "0.001").out)
+    assert (stopped.steps, "budget" in stopped.stopped) == (1, True)
+    result = run(*asked, "-o", parts, "--resume", "--overwrite")
+    assert result.code == 0, result.err
+    assert [look.step for look in parse(BridgeTrainReport, result.out).looks] == [0, 1, 3]
+    first, second = load_mapper(whole).state_dict(), load_mapper(parts).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    result = run(*asked, "-o", twice, "--gradient-checkpointing")
+    assert result.code == 0, result.err
+    # Without --resume it begins anew.
+    assert [look.step for look in parse(BridgeTrainReport, result.out).looks] == [0, 3]
+
+
 def test_a_controlnet_alone_is_a_plug_in(run: Run, tmp_path: Path) -> None:
     from diffusers import ControlNetModel
     from PIL import Image
@@ -221,6 +284,11 @@ def test_a_controlnet_alone_is_a_plug_in(run: Run, tmp_path: Path) -> None:
     pixels = imread(tmp_path / "grid.png")[:, :, :3]
     half = pixels.shape[1] // 2
     assert np.abs(pixels[:, :half] - pixels[:, half:]).max() > 0.01
+    for scale in (0.5, 0):
+        assert run("bridge", "run", *bases, *given, "--control-scale", scale, "--overwrite").code == 0
+        weaker = imread(tmp_path / "grid.png")[:, :, :3]
+        assert np.abs(weaker[:, half:] - pixels[:, half:]).max() > 0.01
+    assert np.abs(weaker[:, :half] - weaker[:, half:]).max() < 0.01
     for options, words in (((), "no plug-in"), (given[:2], "go together"), (given[2:], "no plug-in")):
         told = run("bridge", "run", *bases, *options, "--overwrite")
         assert (told.code, words in told.err) == (2, True), told.err

@@ -14,7 +14,7 @@ from bridge import drawing
 from regraft.base import open_base
 from regraft.bridge.x_adapter import files
 from regraft.bridge.x_adapter.mapper import Level, Mapper, MapperConfig
-from regraft.bridge.x_adapter.pairing import mapper_config, paired
+from regraft.bridge.x_adapter.pairing import _level, mapper_config, paired
 from regraft.bridge.x_adapter.places import changed, heard, places_in, places_of
 from regraft.errors import InputError, Refused
 from verify import tiny
@@ -71,6 +71,13 @@ def test_the_levels_of_sd15_and_sdxl_are_those_of_the_released_x_adapter(tmp_pat
         ("up_blocks.2", "up_blocks.0", 640, 1280, 1),
         ("up_blocks.3", "up_blocks.1", 320, 640, 2),
     ]
+    assert tuple(_level(old, new) for old, new in pairs) == files.RELEASED.levels
+
+
+def test_the_released_mapper_has_as_many_numbers_as_its_file() -> None:
+    with torch.device("meta"):
+        mapper = Mapper(files.RELEASED)
+    assert sum(parameter.numel() for parameter in mapper.parameters()) == 212_914_240
 
 
 def test_a_new_mapper_changes_nothing() -> None:
@@ -143,14 +150,38 @@ def test_a_place_is_read_and_changed_where_it_is(tmp_path: Path) -> None:
         assert torch.equal(probe(), plain)
 
 
-def tiny_pass(model: Any) -> Any:
+def tiny_pass(model: Any, size: tuple[int, int] = (8, 8)) -> Any:
     from regraft.bridge.guided import Prompted
 
-    size = model.main.config.sample_size
-    size = size if isinstance(size, int) else size[0]
-    prompted = Prompted.of(model, ["a sun"], None, 1.0, (size, size))
-    z = torch.randn(1, model.main.config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
+    prompted = Prompted.of(model, ["a sun"], None, 1.0, size)
+    z = torch.randn(1, model.main.config.in_channels, *size, generator=torch.Generator().manual_seed(1))
     return lambda: prompted.predict(z, 300.0)
+
+
+def test_tokens_of_patches_are_a_map_of_the_picture(tmp_path: Path) -> None:
+    """Behind the last block each token makes its own patch: who changes a cell of the map changes that patch alone."""
+    model = drawing.flow(tmp_path / "sd3", patch=2)
+    places = places_of(model)
+    assert {(place.channels, place.cells, place.tokens) for place in places} == {(16, 4, True)}
+    last = places[-1].module
+    probe, wide = tiny_pass(model, (8, 16)), (8, 16)
+    with heard(model.main, [last], wide) as maps:
+        plain = probe()
+    assert maps[0].shape == (1, 16, 4, 8)
+    slope = torch.linspace(-1, 1, 16)
+
+    def bent(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.clone()
+        hidden[0, :, 1, 6] += slope
+        return hidden
+
+    with changed(model.main, {last: bent}, wide):
+        moved = (probe() - plain).abs().amax((0, 1)) > 1e-6
+    inside = torch.zeros(8, 16, dtype=torch.bool)
+    inside[2:4, 12:14] = True
+    assert bool(moved.any())
+    assert not bool((moved & ~inside).any())
+    assert bool(moved[inside].float().mean() > 0.5)
 
 
 def test_levels_may_be_named_and_are_told_when_they_are_not_there(tmp_path: Path) -> None:

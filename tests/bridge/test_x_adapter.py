@@ -106,6 +106,35 @@ def test_other_samplers_and_predictions_are_stepped_as_their_pipelines_step_them
     assert np.allclose(_drawn(back, start=1.0, **SAME), _alone(pair[1]), atol=1e-4)
 
 
+def test_transformers_are_bridged_to_transformers_of_other_patches(tmp_path: Path) -> None:
+    old, new = drawing.flow(tmp_path / "old"), drawing.flow(tmp_path / "new", seed=1, patch=2)
+    config = mapper_config(old, new, 2)
+    assert [(level.old, level.new) for level in config.levels] == [
+        (f"transformer_blocks.{i}", f"transformer_blocks.{i}") for i in (0, 1)
+    ]
+    alone = _alone(new)
+    assert np.allclose(_drawn(BridgePipeline(old, new, Mapper(config)), start=1.0, **SAME), alone, atol=2e-3)
+    for first, second in ((old, new), (new, old)):
+        bridge = BridgePipeline(first, second, _mapper(first, second))
+        before = _drawn(bridge, start=0.7)
+        assert np.isfinite(before).all()
+        bridge.load_lora_weights(tiny.lora({"transformer": first.main}, ("to_v", "to_q"), size=1.0))
+        assert np.abs(_drawn(bridge, start=0.7) - before).max() > 1e-3
+
+
+def test_a_mapper_is_trained_between_transformers(tmp_path: Path) -> None:
+    old, new = (
+        open_base(drawing.flow_folder(tmp_path / name, seed=seed, patch=patch))
+        for name, seed, patch in (("old", 0, 1), ("new", 1, 2))
+    )
+    report = train_mapper(old, new, tmp_path / "m.safetensors", settings=replace(QUICK, steps=3, look=3, pictures=4))
+    assert [level.new for level in report.levels] == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert report.looks[-1].held is not None
+    bridge = BridgePipeline.from_pretrained(old.path, new.path, tmp_path / "m.safetensors")
+    assert all(bool(level.out.weight.any()) for level in bridge.mapper.levels)
+    assert np.isfinite(_drawn(bridge)).all()
+
+
 def test_the_old_base_draws_what_its_own_sampler_draws(
     pair: tuple[Loaded, Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,27 +411,29 @@ def test_noise_is_what_diffusers_draws(pair: tuple[Loaded, Loaded]) -> None:
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_half_precision_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = (open_base(tiny.pipeline(tmp_path / name, drift=drift)) for name, drift in (("old", 0.0), ("new", 0.3)))
     for precision in ("no", "bf16"):
         file = tmp_path / f"{precision}.safetensors"
-        settings = replace(QUICK, dtype="bfloat16", precision=precision)  # type: ignore[arg-type]
+        settings = replace(QUICK, steps=2, look=2, dtype="bfloat16", precision=precision)  # type: ignore[arg-type]
         report = train_mapper(old, new, file, settings=settings, strip=tmp_path / f"{precision}.png")
         assert report.looks[-1].held == report.looks[-1].held
         assert (tmp_path / f"{precision}.png").is_file()
-        # Half the room is enough for half precision, and only for that.
-        monkeypatch.setattr(room, "free_bytes", lambda device: int(0.8 * room.needed([old, new])))
-        with pytest.raises(InputError, match="free on cpu"):
-            BridgePipeline.from_pretrained(old.path, new.path, file)
-        bridge = BridgePipeline.from_pretrained(old.path, new.path, file, dtype="bfloat16")
-        monkeypatch.undo()
-        parts = (bridge.old.main, bridge.old.components["text_encoder"], bridge.new.main, bridge.new.pipeline.vae)
-        assert {part.dtype for part in parts} == {torch.bfloat16}
-        assert np.isfinite(_drawn(bridge)).all()
-        # Eight bits of a number are left; another noise would be another picture.
-        assert np.abs(_drawn(bridge, start=1.0, strength=0, **SAME) - _alone(bridge.new)).mean() < 0.02
-        delta = DeltaPipeline(bridge.old, bridge.new, tiny.lora({"unet": bridge.old.main}, ("to_v",), size=1.0))
-        assert np.abs(_drawn(delta) - _alone(bridge.new)).max() > 0.01
+    # Half the room is enough for half precision, and only for that.
+    monkeypatch.setattr(room, "free_bytes", lambda device: int(0.8 * room.needed([old, new])))
+    with pytest.raises(InputError, match="free on cpu"):
+        BridgePipeline.from_pretrained(old.path, new.path, file)
+    bridge = BridgePipeline.from_pretrained(old.path, new.path, file, dtype="bfloat16")
+    monkeypatch.undo()
+    parts = (bridge.old.main, bridge.old.components["text_encoder"], bridge.new.main, bridge.new.pipeline.vae)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert np.isfinite(_drawn(bridge)).all()
+    # Eight bits of a number are left; another noise would be another picture.
+    alone = _alone(bridge.new)
+    assert np.abs(_drawn(bridge, start=1.0, strength=0, **SAME) - alone).mean() < 0.02
+    delta = DeltaPipeline(bridge.old, bridge.new, tiny.lora({"unet": bridge.old.main}, ("to_v",), size=1.0))
+    assert np.abs(_drawn(delta) - alone).max() > 0.01
 
 
 def test_an_autoencoder_too_wide_for_float16_is_run_in_float32(pair: tuple[Loaded, Loaded]) -> None:
