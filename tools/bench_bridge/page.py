@@ -1,10 +1,17 @@
-"""The part of docs/bridge.md that is written from results/bridge.json."""
+"""The part of docs/bridge.md that is written from results/bridge.json.
+
+python -m tools.bench_bridge.page results/bridge.json docs/bridge.md
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from tools.bench_bridge.summary import goals
+from tools.bench_bridge.summary import BRIDGE, DELTA, Goal, goals, shares, style_cases
 
 from regraft.bench.table import markdown, replaced
 
@@ -17,7 +24,7 @@ _STYLE = ["way", "style", "look", "thing", "share of style", "of look", "kept"]
 def section(record: dict[str, Any]) -> str:
     """Tables of goals, styles, ablations, the ControlNet and cost, as Markdown."""
     found = record["summary"]
-    parts = [*_goals(found), *_styles(record), *_nets(found["controlnet"]), *_cost(record.get("cost"))]
+    parts = [*_goals(record), *_styles(record), *_nets(found["controlnet"]), *_cost(record.get("cost"))]
     commands = [f"`{command}`" for command in record["commands"]]
     return "\n\n".join([*parts, *commands, f"{record['date']}, regraft {record['regraft_version']}."])
 
@@ -32,16 +39,40 @@ def page(text: str, record: dict[str, Any]) -> str:
     return replaced(text, BEGIN, END, section(record))
 
 
-def _goals(found: dict[str, Any]) -> list[str]:
+def _goals(record: dict[str, Any]) -> list[str]:
+    wanted, best = goals(record), record["summary"]["best_strength"]
     rows = [
-        [goal.claim, f"≥ {goal.least:.2f}", f"{goal.measured:.2f}", "yes" if goal.measured >= goal.least else "**no**"]
-        for goal in goals(found)
+        [
+            goal.claim,
+            f"≥ {goal.least:.2f}",
+            f"{goal.measured:.2f}",
+            "yes" if goal.reached else "**no**",
+            f"{goal.held} of {len(goal.values)}",
+        ]
+        for goal in wanted
     ]
-    best = found["best_strength"]
-    told = (
-        [f"Of all λ and schedules of delta sampling, most style and things together came by *{best}*."] if best else []
-    )
-    return [markdown(["goal", "asked", "measured", "reached"], rows), *told] if rows else told
+    told = []
+    if best:
+        told += [f"Of all λ and schedules of delta sampling, most style and things together came by *{best}*."]
+    head = ["goal", "asked", "measured", "reached", "in cases"]
+    return [_verdict(wanted), markdown(head, rows), *told] if rows else told
+
+
+def _verdict(wanted: Sequence[Goal]) -> str:
+    """Which goals are reached, which are missed and by how much, in words."""
+    missed = [goal for goal in wanted if not goal.reached]
+    uneven = [goal for goal in wanted if goal.reached and goal.held < len(goal.values)]
+    told = [f"**Goals reached: {len(wanted) - len(missed)} of {len(wanted)}**, by the mean over styles and seeds."]
+    if missed:
+        told.append(f"Missed: {_listed(f'{goal.claim} ({goal.measured:.2f} of {goal.least:.2f})' for goal in missed)}.")
+    if uneven:
+        few = (f"{goal.claim} ({goal.held} of {len(goal.values)}, least {min(goal.values):.2f})" for goal in uneven)
+        told.append(f"Reached in the mean, not in every case: {_listed(few)}.")
+    return " ".join(told)
+
+
+def _listed(words: Iterable[str]) -> str:
+    return "; ".join(words)
 
 
 def _styles(record: dict[str, Any]) -> list[str]:
@@ -70,9 +101,15 @@ def _styles(record: dict[str, Any]) -> list[str]:
             f"{told}; things kept, of X-Adapter's: {shown['concept']:.2f} ({_several(shown['cases'], 'case')})."
         )
     if ablated:
-        rows = [_style(way, styles[way], styles[way]["cases"]) for way in ablated]
-        parts += ["What it depends on, first style and seed:", markdown(_STYLE, rows)]
+        parts += ["What it depends on, first style and seed:", markdown(_STYLE, _one_case(record, ablated))]
     return parts
+
+
+def _one_case(record: dict[str, Any], ways: Sequence[str]) -> list[list[str]]:
+    """Ways beside what they differ from, all of the case that they were measured on."""
+    case = next(case for case in style_cases(record) if ways[0] in case)
+    shown = [way for way in (BRIDGE, DELTA, *ways) if way in case]
+    return [_style(way, {**case[way], "share": shares(case, way), "cases": 1}, 1) for way in shown]
 
 
 def _nets(nets: dict[str, Any]) -> list[str]:
@@ -124,3 +161,16 @@ def _style(way: str, row: dict[str, Any], cases: int) -> list[str]:
 
 def _several(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench_bridge.page", description=__doc__)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("page", type=Path)
+    asked = parser.parse_args()
+    record = json.loads(asked.record.read_text(encoding="utf-8"))
+    asked.page.write_text(page(asked.page.read_text(encoding="utf-8"), record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         rows: a record's: ``styles`` by name and seed, ``controlnet`` by seed.
     """
-    cases = [case for seeds in rows.get("styles", {}).values() for case in seeds.values() if NATIVE in case]
+    cases, steered = style_cases(rows), net_cases(rows)
     found: dict[str, Any] = {}
     for way in _ways(cases):
         here = [case for case in cases if way in case]
@@ -30,15 +30,24 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
             "share": mean([shares(case, way) for case in here]),
             "cases": len(here),
         }
-    steered = [case for case in rows.get("controlnet", {}).values() if NATIVE in case]
     nets: dict[str, Any] = {}
     for way in _ways(steered):
         here = [case for case in steered if way in case]
         gains = mean([{"share": gain(case, way, NATIVE, "agreement")} for case in here])
         nets[way] = {**mean([case[way] for case in here]), **gains, "cases": len(here)}
-    both = [case for case in cases if DISTILLED in case and BRIDGE in case]
-    shown = {**mean([shares(case, DISTILLED, BRIDGE) for case in both]), "cases": len(both)} if both else {}
+    both = _shares(cases, DISTILLED, BRIDGE)
+    shown = {**mean(both), "cases": len(both)} if both else {}
     return {"styles": found, "controlnet": nets, "distilled": shown, "best_strength": best_strength(cases)}
+
+
+def style_cases(rows: Mapping[str, Any]) -> list[Ways]:
+    """Every style and seed whose native adapter was measured."""
+    return [case for seeds in rows.get("styles", {}).values() for case in seeds.values() if NATIVE in case]
+
+
+def net_cases(rows: Mapping[str, Any]) -> list[Ways]:
+    """Every seed whose native ControlNet was measured."""
+    return [case for case in rows.get("controlnet", {}).values() if NATIVE in case]
 
 
 def shares(ways: Ways, way: str, of: str = NATIVE) -> dict[str, float]:
@@ -86,36 +95,55 @@ class Goal:
     Attributes:
         claim: what it was.
         least: that was asked for.
-        measured: what it came to.
+        values: of each style and seed.
     """
 
     claim: str
     least: float
-    measured: float
+    values: tuple[float, ...]
+
+    @property
+    def measured(self) -> float:
+        """The mean of all, to four digits."""
+        return round(float(np.mean(self.values)), 4)
+
+    @property
+    def reached(self) -> bool:
+        return self.measured >= self.least
+
+    @property
+    def held(self) -> int:
+        """Cases that reach it."""
+        return sum(value >= self.least for value in self.values)
 
 
-def goals(found: Mapping[str, Any]) -> list[Goal]:
-    """Those that a summary has figures for."""
-    styles, nets, shown = found["styles"], found["controlnet"], found["distilled"]
+def goals(rows: Mapping[str, Any]) -> list[Goal]:
+    """Those that a record has figures for."""
+    cases, nets = style_cases(rows), net_cases(rows)
+    bridge, delta = (_shares(cases, way, NATIVE) for way in (BRIDGE, DELTA))
+    shown = _shares(cases, DISTILLED, BRIDGE)
+    steered = [{"share": gain(case, BRIDGE, NATIVE, "agreement")} for case in nets if BRIDGE in case]
     asked = [
-        *((f"{BRIDGE}: style, share of native", 0.8, row["share"], "style") for row in _only(styles, BRIDGE)),
-        *((f"{BRIDGE}: things kept", 0.9, row["share"], "concept") for row in _only(styles, BRIDGE)),
-        *(("delta sampling: style, share of native", 0.6, row["share"], "style") for row in _only(styles, DELTA)),
-        *(("delta sampling: things kept", 0.9, row["share"], "concept") for row in _only(styles, DELTA)),
-        *(
-            (f"ControlNet through {BRIDGE}: agreement, share of native", 0.8, row, "share")
-            for row in _only(nets, BRIDGE)
-        ),
+        (f"{BRIDGE}: style, share of native", 0.8, bridge, "style"),
+        (f"{BRIDGE}: things kept", 0.9, bridge, "concept"),
+        ("delta sampling: style, share of native", 0.6, delta, "style"),
+        ("delta sampling: things kept", 0.9, delta, "concept"),
+        (f"ControlNet through {BRIDGE}: agreement, share of native", 0.8, steered, "share"),
         *((f"distilled: {what}, share of the bridge's", 0.9, shown, name) for what, name in _SHOWN.items()),
     ]
-    return [Goal(claim, least, row[name]) for claim, least, row, name in asked if name in row]
+    # To the digits that a record keeps: what is at the mark reaches it.
+    found = [
+        Goal(claim, least, tuple(round(case[name], 4) for case in of if name in case))
+        for claim, least, of, name in asked
+    ]
+    return [goal for goal in found if goal.values]
 
 
 _SHOWN = {"style": "style", "look": "judge", "things": "concept"}
 
 
-def _only(rows: Mapping[str, Any], way: str) -> list[Any]:
-    return [rows[way]] if way in rows else []
+def _shares(cases: Iterable[Ways], way: str, of: str) -> list[dict[str, float]]:
+    return [shares(case, way, of) for case in cases if way in case and of in case]
 
 
 def _ways(cases: Iterable[Ways]) -> list[str]:
