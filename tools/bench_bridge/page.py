@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +49,35 @@ def _goals(record: dict[str, Any]) -> list[str]:
             "yes" if goal.reached else "**no**",
             f"{goal.held} of {len(goal.values)}",
         ]
+        if goal.values
+        else [goal.claim, f"≥ {goal.least:.2f}", *("–",) * 3]
         for goal in wanted
     ]
     told = []
     if best:
-        told += [f"Of all λ and schedules of delta sampling, most style and things together came by *{best}*."]
-    head = ["goal", "asked", "measured", "reached", "in cases"]
-    return [_verdict(wanted), markdown(head, rows), *told] if rows else told
+        case = next(case for case in style_cases(record) if best in case)
+        came = shares(case, best)
+        told += [
+            f"Of all λ and schedules of delta sampling, on the first style and seed, most style times things came by "
+            f"*{best}*: {came.get('style', 0.0):.2f} of the style, {came['concept']:.2f} of the things."
+        ]
+    return [_verdict(wanted), markdown(["goal", "asked", "measured", "reached", "in cases"], rows), *told]
 
 
 def _verdict(wanted: Sequence[Goal]) -> str:
     """Which goals are reached, which are missed and by how much, in words."""
-    missed = [goal for goal in wanted if not goal.reached]
-    uneven = [goal for goal in wanted if goal.reached and goal.held < len(goal.values)]
-    told = [f"**Goals reached: {len(wanted) - len(missed)} of {len(wanted)}**, by the mean over styles and seeds."]
-    if missed:
-        told.append(f"Missed: {_listed(f'{goal.claim} ({goal.measured:.2f} of {goal.least:.2f})' for goal in missed)}.")
-    if uneven:
-        few = (f"{goal.claim} ({goal.held} of {len(goal.values)}, least {min(goal.values):.2f})" for goal in uneven)
-        told.append(f"Reached in the mean, not in every case: {_listed(few)}.")
-    return " ".join(told)
-
-
-def _listed(words: Iterable[str]) -> str:
-    return "; ".join(words)
+    known = [goal for goal in wanted if goal.values]
+    missed = [goal for goal in known if not goal.reached]
+    uneven = [goal for goal in known if goal.reached and goal.held < len(goal.values)]
+    groups = {
+        "Missed": [f"{goal.claim} ({goal.measured:.2f} of {goal.least:.2f})" for goal in missed],
+        "Reached in the mean, not in every case": [
+            f"{goal.claim} ({goal.held} of {len(goal.values)}, least {min(goal.values):.2f})" for goal in uneven
+        ],
+        "Not measured": [goal.claim for goal in wanted if not goal.values],
+    }
+    told = [f"**Goals reached: {len(known) - len(missed)} of {len(wanted)}**, by the mean over styles and seeds."]
+    return " ".join([*told, *(f"{word}: {'; '.join(which)}." for word, which in groups.items() if which)])
 
 
 def _styles(record: dict[str, Any]) -> list[str]:

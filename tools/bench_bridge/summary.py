@@ -95,7 +95,7 @@ class Goal:
     Attributes:
         claim: what it was.
         least: that was asked for.
-        values: of each style and seed.
+        values: of each style and seed; none where it was not measured.
     """
 
     claim: str
@@ -105,7 +105,7 @@ class Goal:
     @property
     def measured(self) -> float:
         """The mean of all, to four digits."""
-        return round(float(np.mean(self.values)), 4)
+        return round(float(np.mean(self.values)), 4) if self.values else float("nan")
 
     @property
     def reached(self) -> bool:
@@ -118,7 +118,7 @@ class Goal:
 
 
 def goals(rows: Mapping[str, Any]) -> list[Goal]:
-    """Those that a record has figures for."""
+    """All of them, by a record's figures."""
     cases, nets = style_cases(rows), net_cases(rows)
     bridge, delta = (_shares(cases, way, NATIVE) for way in (BRIDGE, DELTA))
     shown = _shares(cases, DISTILLED, BRIDGE)
@@ -132,11 +132,10 @@ def goals(rows: Mapping[str, Any]) -> list[Goal]:
         *((f"distilled: {what}, share of the bridge's", 0.9, shown, name) for what, name in _SHOWN.items()),
     ]
     # To the digits that a record keeps: what is at the mark reaches it.
-    found = [
+    return [
         Goal(claim, least, tuple(round(case[name], 4) for case in of if name in case))
         for claim, least, of, name in asked
     ]
-    return [goal for goal in found if goal.values]
 
 
 _SHOWN = {"style": "style", "look": "judge", "things": "concept"}
