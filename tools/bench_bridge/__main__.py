@@ -25,7 +25,7 @@ from tools.bench_bridge.cost import costs
 from tools.bench_bridge.page import page
 from tools.bench_bridge.record import Record
 from tools.bench_bridge.steered import steered_ways
-from tools.bench_bridge.styles import DEMO, OLD, PROMPTS, WANTED, Bench, Case, Pictures, timed
+from tools.bench_bridge.styles import DEMO, OLD, PROMPTS, WANTED, Bench, Case, Pictures
 from tools.bench_bridge.ways import ABLATED, FURTHER, TRAINED_OTHERWISE, WAYS, wanted
 
 from regraft.bench.diffusion_judge import trained_judge
@@ -49,12 +49,11 @@ def styles(bench: Bench, record: Record, asked: argparse.Namespace) -> dict[str,
                 shown = asked.strip is not None and first and way in SHOWN
                 if way in rows and not shown:
                     continue
-                pictures, seconds = timed(lambda draw=draw, case=case: draw(case))
+                pictures = draw(case)
                 if shown:
                     kept[way] = pictures
                 if way not in rows:
-                    figures = {**bench.score(name, pictures), "seconds": round(seconds, 3)}
-                    record.put(way, figures, "styles", name, str(seed))
+                    record.put(way, bench.score(name, pictures), "styles", name, str(seed))
     return kept
 
 
@@ -66,12 +65,11 @@ def steered(bench: Bench, record: Record, seeds: int) -> None:
         for way, make in steered_ways(Case(bench, STYLES[0], seed), asked.pictures()).items():
             if way in rows:
                 continue
-            pictures, seconds = timed(make)
+            pictures = make()
             concepts, _ = bench.judge.named(pictures)
             figures = {
                 "agreement": round(asked.agreement(pictures), 4),
                 "concept": round(float((concepts == WANTED).mean()), 4),
-                "seconds": round(seconds, 3),
             }
             record.put(way, figures, "controlnet", str(seed))
 
