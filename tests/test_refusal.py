@@ -169,12 +169,45 @@ def test_a_method_that_leaves_much_behind_does_not_claim_survival(tmp_path: Path
     assert projected.verdict == "refine"
 
 
-@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "corda"])
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_an_adapter_of_a_base_that_was_changed_first_is_told(how: str, tmp_path: Path) -> None:
     changed = replace(lora(llama()), config={"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": how})
     base = open_base(save_base(llama(), tmp_path / "base.safetensors"))
-    with pytest.raises(InputError, match="init_lora_weights: was trained on a base that"):
+    with pytest.raises(InputError, match=f"init_lora_weights: was trained on a base that {how} had changed"):
         port(changed, base, base)
+
+
+def _by_peft(how: str, model: torch.nn.Module) -> torch.nn.Module:
+    """A model with an adapter of PEFT's whose initialisation changes the base's weights."""
+    import peft
+    from peft.tuners.lora import preprocess_loraga
+
+    asked = {"lora_ga_config": peft.LoraGAConfig()} if how == "lora_ga" else {"kasa_config": peft.KasaConfig()}
+    initial = how if how == "lora_ga" else True
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=initial, **asked)
+    ids = torch.arange(8)[None]
+    if how == "lora_ga":
+        preprocess_loraga(model, config, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    tuned = peft.get_peft_model(model, config)
+    tuned(input_ids=ids)
+    return tuned
+
+
+@pytest.mark.parametrize("how", ["lora_ga", "kasa"])
+def test_what_peft_saves_of_a_base_that_it_changed_first_is_refused(how: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model.save_pretrained(tmp_path / "base")
+    tuned = _by_peft(how, model)
+    after = tuned.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.allclose(after, before, atol=1e-5), "PEFT has changed the base's weight"
+    tuned.save_pretrained(tmp_path / "adapter")
+    base = open_base(tmp_path / "base")
+    with pytest.raises(InputError, match=r"was trained on a base that (lora_ga|KaSA) had changed first"):
+        port(load_adapter(tmp_path / "adapter"), base, base)
 
 
 def test_a_base_of_other_sizes_is_refused_but_by_what_needs_no_module_to_answer_to_another(tmp_path: Path) -> None:

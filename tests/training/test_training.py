@@ -340,6 +340,8 @@ def test_bad_input_is_told_in_a_line(
         ([texts, "--base", old, "--set", "layer_replication=[[0,9]]"], "--set"),
         ([texts, "--base", old, "--set", "inference_mode=true"], "nothing of the adapter is trained"),
         ([texts, "--base", old, "--set", "init_lora_weights=loftq"], "LoftQ"),
+        ([texts, "--base", old, "--set", "init_lora_weights=lora_ga"], "LoRA-GA"),
+        ([texts, "--base", old, "--set", 'kasa_config={"beta": 0.1}'], "KaSA"),
     ]
     for number, (arguments, said) in enumerate(cases):
         out = tmp_path / f"out{number}"

@@ -183,8 +183,12 @@ def _check(data: Path | None, settings: TrainSettings) -> None:
         )
     check_quantiser(settings.quantize)
     kind = kind_of(settings.kind)
-    if str(settings.options.get("init_lora_weights", "")).startswith("loftq"):
+    start = str(settings.options.get("init_lora_weights", ""))
+    if start.startswith("loftq"):
         raise UsageError("LoftQ changes the base that it begins on", remedy="Take --kind lora with --quantize 4bit.")
+    if start == "lora_ga" or settings.options.get("kasa_config"):
+        what = "LoRA-GA begins from gradients that are taken apart" if start == "lora_ga" else "KaSA changes the base"
+        raise UsageError(what, remedy="Train it with PEFT, or take --kind pissa.")
     if (kind.by_weight or changes_base(settings)) and settings.quantize != "none":
         raise UsageError(
             f"a {settings.kind} is computed from the base's weights: of quantised ones it belongs to another base",
