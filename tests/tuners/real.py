@@ -58,6 +58,24 @@ def tiny_unet() -> nn.Module:
     ).eval()
 
 
+def tiny_clip() -> nn.Module:
+    """transformers 5 names its modules without the level ``text_model.``."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return CLIPTextModel(config).eval()
+
+
 def quantised(bits: int) -> nn.Module:
     """One linear layer, in bitsandbytes' NF4 or int8, on the CPU."""
     import bitsandbytes as bnb

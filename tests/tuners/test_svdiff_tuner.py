@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.functional import set_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from regraft import InputError, OutputError, load_adapter
 from regraft.adapter import ModuleRef
 from regraft.tuners import SvdiffConfig, load_spectral_shifts, save_spectral_shifts
 from tuners.cases import LAYERS, base, fresh, output, stir, trained
+from tuners.real import tiny_clip, tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -162,12 +165,95 @@ def test_a_number_per_element_of_a_norm_is_not_the_community_s(tmp_path: Path) -
         save_spectral_shifts(trained("svdiff"), tmp_path, "none")
 
 
-def test_files_that_don_t_fit_are_refused(tmp_path: Path) -> None:
+def test_files_that_don_t_fit_are_refused_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    net = base()
     for tensors, why in (
         ({"none.delta": torch.zeros(3)}, "none: the model has no such module with a weight"),
         ({"lin.weight": torch.zeros(3)}, "lin.weight: is no shift"),
-        ({"lin.delta": torch.zeros(3)}, "lin: has 3 numbers where the module has 12"),
+        ({"conv.delta": torch.zeros(8), "lin.delta": torch.zeros(3)}, "lin: has 3 numbers where the module has 12"),
+        ({"norm.delta": torch.zeros(3)}, "norm: has 3 numbers where the module has 16"),
     ):
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(InputError, match=why):
-            load_spectral_shifts(base(), tmp_path / "x.safetensors")
+            load_spectral_shifts(net, tmp_path / "x.safetensors")
+    assert [(name, type(module)) for name, module in net.named_modules()] == [
+        (name, type(module)) for name, module in base().named_modules()
+    ]
+    assert not hasattr(net, "peft_config")
+
+
+def _shifts(net: nn.Module, names: dict[str, str], seed: int) -> dict[str, Tensor]:
+    """Shifts of svdiff-pytorch's for these modules → their names in the file; large enough that the relu cuts some."""
+    drawn = torch.Generator().manual_seed(seed)
+    found = {}
+    for path, name in names.items():
+        weight = net.get_submodule(path).weight
+        count = 1 if weight.dim() == 1 else min(weight.flatten(1).shape)
+        found[f"{name}.delta"] = torch.randn(count, generator=drawn)
+    return found
+
+
+_UNET = "down_blocks.0.attentions.0.transformer_blocks.0"
+_UNET_NAMES = {name: name for name in ("conv_in", f"{_UNET}.attn1.to_q", f"{_UNET}.attn2.to_k", f"{_UNET}.norm1")}
+_CLIP_NAMES = {
+    name: f"text_model.{name}"
+    for name in ("embeddings.token_embedding", "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.layer_norm1")
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "file"),
+    [
+        (tiny_unet, _UNET_NAMES, "spectral_shifts.safetensors"),
+        (tiny_clip, _CLIP_NAMES, "spectral_shifts_te.safetensors"),
+    ],
+    ids=["U-Net", "text encoder"],
+)
+def test_community_files_of_one_model_add_up_and_interpolate(
+    make: Callable[[], nn.Module], names: dict[str, str], file: str, tmp_path: Path
+) -> None:
+    """Equations 4 and 5, relu(σ + δ₁ + δ₂) and relu(σ + α δ₁ + (1 − α) δ₂), on diffusers' and transformers' classes."""
+    plain, net = make(), make()
+    one, two = (_shifts(plain, names, seed) for seed in (1, 2))
+    for folder, shifts in (("one", one), ("two", two)):
+        (tmp_path / folder).mkdir()
+        save_file(shifts, tmp_path / folder / file)
+        load_spectral_shifts(net, tmp_path / folder, folder)
+
+    def expect(first: float, second: float) -> None:
+        for path, name in names.items():
+            found = net.get_submodule(path)
+            weight = plain.get_submodule(path).weight.detach()
+            rows = weight if weight.dim() > 1 else weight[None]
+            shift = first * one[f"{name}.delta"] + second * two[f"{name}.delta"]
+            expected = shifted(rows, shift).reshape(weight.shape)
+            active = found.active_adapters
+            assert torch.allclose(weight + found.delta(active), expected, atol=1e-5), path
+
+    expect(0, 1)
+    set_adapter(net, ["one", "two"])
+    expect(1, 1)
+    for layer in net.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("one", 0.3)
+            layer.set_scale("two", 0.7)
+    expect(0.3, 0.7)
+    with pytest.raises(InputError, match="has an SVDiff adapter 'one' already"):
+        load_spectral_shifts(net, tmp_path / "one", "one")
+    again = load_file(save_spectral_shifts(net, tmp_path / "again", "two"))
+    assert (tmp_path / "again" / file).is_file()
+    assert set(again) == set(two)
+    assert all(torch.allclose(again[key], 0.7 * value) for key, value in two.items())
+
+
+def test_diffusers_own_switches_find_a_community_file(tmp_path: Path) -> None:
+    net, plain = tiny_unet(), tiny_unet()
+    save_file(_shifts(plain, _UNET_NAMES, 1), tmp_path / "x.safetensors")
+    load_spectral_shifts(net, tmp_path / "x.safetensors", "one")
+    name = f"{_UNET}.attn1.to_q"
+    assert not torch.allclose(net.get_submodule(name).delta(["one"]), torch.zeros(()), atol=1e-3)
+    net.set_adapters(["one"], weights=[0.5])
+    assert net.get_submodule(name).scaling == {"one": 0.5}
+    net.fuse_lora()
+    expected = shifted(plain.get_submodule(name).weight, 0.5 * load_file(tmp_path / "x.safetensors")[f"{name}.delta"])
+    assert torch.allclose(net.get_submodule(name).base_layer.weight, expected, atol=1e-5)

@@ -1,75 +1,127 @@
 """Files of svdiff-pytorch: ``spectral_shifts.safetensors``, one vector ``<module>.delta`` per module.
 
-Facts about them stand in `regraft.formats.svdiff`. They tell neither the base nor what a norm's number means: one
-number is a shift of its norm (svdiff-pytorch's own), as many as it has elements are a shift of each.
+A text encoder's is ``spectral_shifts_te.safetensors``, with transformers 4's names. Further facts about them stand in
+`regraft.formats.svdiff`. They tell neither the base nor what a norm's number means: one number is a shift of its norm
+(svdiff-pytorch's own), as many as it has elements are a shift of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regraft.errors import InputError, OutputError, reading
-from regraft.formats.svdiff import WEIGHTS
+from regraft.families import without_text_model
+from regraft.formats.svdiff import TEXT_WEIGHTS, WEIGHTS
 from regraft.tensor_files import read_safetensors
 from regraft.tuners._model import tuned_layers
 from regraft.tuners.svdiff.config import SvdiffConfig
-from regraft.tuners.svdiff.layer import SvdiffLayer
+from regraft.tuners.svdiff.layer import SvdiffLayer, shift_count
 
 _SUFFIX, _TEXT_MODEL = ".delta", "text_model."
 
 
 def load_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str = "default") -> SvdiffConfig:
-    """Put svdiff-pytorch's shifts on a model, in place.
+    """Put svdiff-pytorch's shifts on a model, in place, as the active adapter; others stay on it.
 
     Args:
         model: the U-Net of diffusers or the text encoder of transformers that they are of, without PEFT's wrapper.
-        path: a file, or a folder, whose ``spectral_shifts.safetensors`` is read.
+        path: a file, or a folder, whose ``spectral_shifts.safetensors`` is read, or ``spectral_shifts_te.safetensors``
+            for a text encoder.
         adapter_name: the adapter's name from then on.
 
     Returns:
         The configuration that such an adapter has.
 
     Raises:
-        InputError: the file can't be read, is none of these, or doesn't fit the model.
+        InputError: the file can't be read, is none of these, or doesn't fit the model, which stays as it was; or the
+            name is taken.
     """
-    path = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    path = Path(path) / _file_name(model) if Path(path).is_dir() else Path(path)
+    if any(adapter_name in layer.scaling for _, layer in tuned_layers(model, SvdiffLayer)):
+        what = f"the model has an SVDiff adapter {adapter_name!r} already"
+        raise InputError(what, file=path, remedy="Give it another adapter_name.")
+    layers = _layers(model)
     shifts: dict[str, Tensor] = {}
     for key, ref in read_safetensors(path).tensors.items():
         if not key.endswith(_SUFFIX) or len(ref.shape) != 1:
             what = f"is no shift of singular values, of shape {list(ref.shape)}"
             raise InputError(what, file=path, key=key, remedy="Give a spectral_shifts.safetensors.")
         with reading(path, key):
-            shifts[_place(model, key.removesuffix(_SUFFIX), path)] = ref.load().float()
-    weights = dict(model.named_parameters())
-    on_vectors = [shift for name, shift in shifts.items() if weights[f"{name}.weight"].dim() == 1]
+            shifts[_place(layers, key.removesuffix(_SUFFIX), path)] = ref.load().float()
+    on_vectors = [shift for name, shift in shifts.items() if len(_shape(layers[name])) == 1]
     single = all(len(shift) == 1 for shift in on_vectors)
     config = SvdiffConfig(target_modules=list(shifts), norm_shift="scalar" if single else "element")
-    inject_adapter_in_model(config, model, adapter_name)
-    for name, layer in tuned_layers(model, SvdiffLayer):
-        if name not in shifts:
-            continue
-        target = layer.svdiff_delta[adapter_name]
-        if target.shape != shifts[name].shape:
-            what = f"has {len(shifts[name])} numbers where the module has {len(target)}"
-            raise InputError(what, file=path, key=name, remedy="Is it of this model?")
-        with torch.no_grad():
-            target.copy_(shifts[name])
+    for name, shift in shifts.items():
+        _check_fits(layers[name], name, shift, config, path)
+    tuned: Any = inject_adapter_in_model(config, model, adapter_name)
+    if hasattr(tuned, "_hf_peft_config_loaded"):
+        # What `set_adapters` and the like of diffusers and transformers look at first.
+        tuned._hf_peft_config_loaded = True
+    set_adapter(tuned, adapter_name)
+    with torch.no_grad():
+        for name, layer in tuned_layers(model, SvdiffLayer):
+            if name in shifts:
+                layer.svdiff_delta[adapter_name].copy_(shifts[name])
     return config
 
 
-def _place(model: nn.Module, name: str, path: Path) -> str:
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """By path, the modules with a weight; of one that adapters are on, what lies under them."""
+    found: dict[str, nn.Module] = {}
+    tuned: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{path}.") for path in tuned):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            tuned.append(name)
+            module = module.get_base_layer()
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            found[name] = module
+    return found
+
+
+def _place(layers: Mapping[str, nn.Module], name: str, path: Path) -> str:
     # transformers 5 leaves out the level text_model.
-    for found in (name, name.removeprefix(_TEXT_MODEL), f"{_TEXT_MODEL}{name}"):
-        if any(key == f"{found}.weight" for key, _ in model.named_parameters()):
+    for found in (name, without_text_model(name), f"{_TEXT_MODEL}{name}"):
+        if found in layers:
             return found
     raise InputError(
         "the model has no such module with a weight", file=path, key=name, remedy="Is the file of this model?"
     )
+
+
+def _check_fits(layer: nn.Module, name: str, shift: Tensor, config: SvdiffConfig, path: Path) -> None:
+    try:
+        SvdiffLayer.check(layer, config, name)
+    except TypeError as error:
+        raise InputError(str(error), file=path, remedy="Is it of this model?") from None
+    count = shift_count(_shape(layer), config.norm_shift)
+    if len(shift) != count:
+        what = f"has {len(shift)} numbers where the module has {count}"
+        raise InputError(what, file=path, key=name, remedy="Is it of this model?")
+
+
+def _shape(layer: Any) -> Sequence[int]:
+    """Of the weight, of which a quantised layer holds packed numbers."""
+    weight: Tensor = layer.weight
+    return weight.shape if weight.is_floating_point() else (layer.out_features, layer.in_features)
+
+
+def _is_text_encoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) == "clip_text_model"
+
+
+def _file_name(model: nn.Module) -> str:
+    return TEXT_WEIGHTS if _is_text_encoder(model) else WEIGHTS
 
 
 def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
@@ -77,7 +129,8 @@ def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
 
     Args:
         model: with the adapter.
-        path: a ``.safetensors`` file, or a folder for a ``spectral_shifts.safetensors`` in it.
+        path: a ``.safetensors`` file, or a folder for a ``spectral_shifts.safetensors`` in it, of a text encoder
+            ``spectral_shifts_te.safetensors``.
         adapter_name: which.
 
     Returns:
@@ -87,6 +140,7 @@ def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
         OutputError: there is no such adapter, or its norms have a number per element, which svdiff-pytorch's don't.
     """
     shifts: dict[str, Tensor] = {}
+    text = _is_text_encoder(model)
     for _, layer in tuned_layers(model, SvdiffLayer):
         if adapter_name not in layer.scaling:
             continue
@@ -94,12 +148,13 @@ def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
         if layer.on_vector and len(delta) > 1:
             what = "svdiff-pytorch has one number on a norm, and this adapter one per element"
             raise OutputError(what, key=layer.key, remedy='Train with norm_shift="scalar", or save it as PEFT does.')
-        shifts[f"{layer.key}{_SUFFIX}"] = (layer.scaling[adapter_name] * delta).cpu().contiguous()
+        name = f"{_TEXT_MODEL}{without_text_model(layer.key)}" if text else layer.key
+        shifts[f"{name}{_SUFFIX}"] = (layer.scaling[adapter_name] * delta).cpu().contiguous()
     if not shifts:
         raise OutputError(f"there is no SVDiff adapter {adapter_name!r} to save")
     path = Path(path)
     if path.suffix != ".safetensors":
         path.mkdir(parents=True, exist_ok=True)
-        path = path / WEIGHTS
+        path = path / _file_name(model)
     save_file(shifts, path)
     return path

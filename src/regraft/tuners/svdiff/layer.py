@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from regraft.singular import as_matrix, print_of
+from regraft.singular import print_of
 from regraft.tuners._layer import CONVOLUTIONS, Buffers, check_layer, is_conv1d
 from regraft.tuners._prints import PrintedLayer
 from regraft.tuners._vectors import vectors_of
@@ -72,10 +73,7 @@ class SvdiffLayer(PrintedLayer):
 
     def add(self, adapter_name: str, config: SvdiffConfig) -> None:
         weight = self.float_weight()
-        if self.on_vector:
-            count = len(weight) if config.norm_shift == "element" else 1
-        else:
-            count = min(as_matrix(weight).shape)
+        count = shift_count(weight.shape, config.norm_shift)
         self._decompose(weight, config)
         start = torch.zeros(count) if config.init_weights else 0.02 * torch.randn(count)
         self.svdiff_delta[adapter_name] = nn.Parameter(start)
@@ -138,3 +136,10 @@ class SvdiffLayer(PrintedLayer):
         """PEFT converts matrices of linear layers only."""
         base = self.get_base_layer()
         return not self.on_vector and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
+
+
+def shift_count(shape: Sequence[int], norm_shift: str) -> int:
+    """How many numbers shift the singular values of a weight of this shape; ``norm_shift`` as `SvdiffConfig` has it."""
+    if len(shape) == 1:
+        return shape[0] if norm_shift == "element" else 1
+    return min(shape[0], prod(shape[1:]))
