@@ -200,6 +200,28 @@ def test_a_community_file_becomes_a_folder_that_peft_loads(tmp_path: Path) -> No
     assert torch.equal(output(loaded), output(model))
 
 
+def test_a_number_per_element_of_a_norm_becomes_no_community_file(tmp_path: Path) -> None:
+    """svdiff-pytorch has no place for it; with a number per norm its file says the same as PEFT's folder."""
+    from diffusers import UNet2DConditionModel
+
+    from regraft.tuners import SvdiffConfig
+
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0"
+    targets = [f"{attention}.attn1.to_q", f"{attention}.norm1", "mid_block.resnets.0.norm1"]
+    base_folder, target = data_folder() / "v1", tmp_path / "out"
+    for shift in ("element", "scalar"):
+        unet = UNet2DConditionModel.from_pretrained(base_folder / "unet")
+        model = stir(get_peft_model(unet, SvdiffConfig(target_modules=targets, norm_shift=shift)))
+        model.save_pretrained(tmp_path / shift)
+    with pytest.raises(OutputError, match=r"2 modules in all.*svdiff-pytorch has one number on a norm"):
+        convert_adapter(tmp_path / "element", target, "svdiff", base=base_folder)
+    lost = convert_adapter(tmp_path / "element", target, "svdiff", base=base_folder, dry_run=True).changes
+    assert sorted(row.name.removeprefix("unet.") for row in lost) == sorted(targets[1:])
+    assert not target.exists()
+    convert_adapter(tmp_path / "scalar", target, "svdiff", base=base_folder)
+    assert set(load_file(target / "spectral_shifts.safetensors")) == {f"{name}.delta" for name in targets}
+
+
 @pytest.mark.parametrize("case", ["lorax", "svdiff norms", "foura none"])
 def test_whole_modules_and_biases_are_read_beside(case: str, tmp_path: Path) -> None:
     prefix = CASES[case][0](target_modules=["x"]).peft_type.value.lower()

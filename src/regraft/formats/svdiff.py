@@ -13,6 +13,7 @@ Facts (mkshing/svdiff-pytorch a78f69e; phymhan/SVDiff 4ca843c):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 
@@ -32,6 +33,8 @@ _SUFFIX = ".delta"
 # Share of a file's modules that must be in a family's table.
 _ENOUGH = 0.9
 _UNET, _TEXT = "unet", "text_encoder"
+# Last names of norms in diffusers and transformers: norm1, group_norm, layer_norm2, ln_f, …
+_NORM = re.compile(r"(?:^|\.)(?:\w*norm\w*|ln_\w+)$")
 # transformers 5 leaves out the level text_model.
 _TEXT_STARTS = ("text_model.", "encoder.layers.", "embeddings.", "final_layer_norm")
 
@@ -81,6 +84,22 @@ def _family(updates: Mapping[ModuleRef, Update]) -> str | None:
     return None
 
 
+def number_per_element(key: object) -> OutputError:
+    """The error for a norm with more than svdiff-pytorch's one number, which it can't load."""
+    what = "svdiff-pytorch has one number on a norm, and this adapter one per element"
+    return OutputError(what, key=str(key), remedy='Train with norm_shift="scalar", or save it as PEFT does.')
+
+
+def _per_element(adapter: Adapter, module: ModuleRef, update: SpectralShift) -> bool:
+    """Whether it shifts the elements of a norm; by the module's name where no table has its shape."""
+    if update.shift.shape[0] == 1:
+        return False
+    shape = update.weight_shape
+    if shape is None and adapter.family is not None:
+        shape = find_shape(adapter.family, module.component, module.path)
+    return len(shape) == 1 if shape is not None else bool(_NORM.search(module.path))
+
+
 def _write(adapter: Adapter) -> Written:
     if adapter.tokens:
         raise cannot_hold("SVDiff", "embeddings of added tokens", next(iter(adapter.tokens)))
@@ -92,6 +111,8 @@ def _write(adapter: Adapter) -> Written:
         component = component_for(adapter, module.component, "SVDiff")
         if component not in (_UNET, _TEXT):
             raise cannot_hold("SVDiff", f"the component {component}", module, "They have unet and text_encoder.")
+        if not own and _per_element(adapter, module, update):
+            raise number_per_element(module)
         path = module.path
         if component == _TEXT and not own:
             path = f"text_model.{without_text_model(path)}"

@@ -37,7 +37,7 @@ from regraft.ops._writing import write_checked
 from regraft.output import check_writable
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Full, Ia3, LowRank, Update
+from regraft.updates import Diff, Full, Ia3, LowRank, SpectralShift, Update
 
 #: Share of ‖ΔW‖² that a refactored change keeps, unless told otherwise.
 ENERGY = 0.999
@@ -190,7 +190,9 @@ def _sort(ref: ModuleRef, update: Update) -> tuple[object, ...]:
     parts = {role: (len(part.shape), _ones(part.shape)) for role, part in update.parts().items()}
     if not isinstance(update, LowRank):
         parts = {role: about for role, about in parts.items() if role == "magnitude"} | dict.fromkeys(parts, (0, ()))
-    last = ref.path.rpartition(".")[2] if update.by_parameter else ""
+    # SVDiff's files hold one number on a norm, and many on any other module.
+    named = update.by_parameter or isinstance(update, SpectralShift)
+    last = ref.path.rpartition(".")[2] if named else ""
     layout = getattr(update, "orientation", None), getattr(update, "convention", None), len(update.shape)
     return ref.component, update.kind, last, *layout, tuple(sorted(parts.items()))
 

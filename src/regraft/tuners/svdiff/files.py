@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regraft.errors import InputError, OutputError, reading
 from regraft.families import without_text_model
-from regraft.formats.svdiff import TEXT_WEIGHTS, WEIGHTS
+from regraft.formats.svdiff import TEXT_WEIGHTS, WEIGHTS, number_per_element
 from regraft.tensor_files import read_safetensors
 from regraft.tuners._model import tuned_layers
 from regraft.tuners.svdiff.config import SvdiffConfig
@@ -146,8 +146,7 @@ def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
             continue
         delta = layer.svdiff_delta[adapter_name].detach()
         if layer.on_vector and len(delta) > 1:
-            what = "svdiff-pytorch has one number on a norm, and this adapter one per element"
-            raise OutputError(what, key=layer.key, remedy='Train with norm_shift="scalar", or save it as PEFT does.')
+            raise number_per_element(layer.key)
         name = f"{_TEXT_MODEL}{without_text_model(layer.key)}" if text else layer.key
         shifts[f"{name}{_SUFFIX}"] = (layer.scaling[adapter_name] * delta).cpu().contiguous()
     if not shifts:
