@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +164,33 @@ def test_a_number_per_element_of_a_norm_is_not_the_community_s(tmp_path: Path) -
         save_spectral_shifts(trained("svdiff norms"), tmp_path)
     with pytest.raises(OutputError, match="there is no SVDiff adapter 'none'"):
         save_spectral_shifts(trained("svdiff"), tmp_path, "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"modules_to_save": ["head"]}, r"whole modules \(head\)"), ({"bias": "svdiff_only"}, "biases")],
+)
+def test_what_its_community_file_has_no_place_for_is_told(options: dict[str, object], why: str, tmp_path: Path) -> None:
+    model = trained("svdiff", **options)
+    for tuned in (model, model.base_model.model):
+        with pytest.raises(OutputError, match=f"default: svdiff-pytorch's files hold shifts alone.* {why} too"):
+            save_spectral_shifts(tuned, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_spectral_shifts(trained("svdiff"), tmp_path / "x.safetensors")
+    before = file.read_bytes()
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("regraft.tuners.svdiff.files.save_file", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_spectral_shifts(trained("svdiff", 3), file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_files_that_don_t_fit_are_refused_and_leave_the_model_as_it_was(tmp_path: Path) -> None:

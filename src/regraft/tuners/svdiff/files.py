@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from regraft.errors import InputError, OutputError, reading
 from regraft.families import without_text_model
 from regraft.formats.svdiff import TEXT_WEIGHTS, WEIGHTS, number_per_element
+from regraft.output import readable, whole
 from regraft.tensor_files import read_safetensors
 from regraft.tuners._model import tuned_layers
 from regraft.tuners.svdiff.config import SvdiffConfig
@@ -137,8 +138,10 @@ def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
         The file that was written.
 
     Raises:
-        OutputError: there is no such adapter, or its norms have a number per element, which svdiff-pytorch's don't.
+        OutputError: there is no such adapter, it has what svdiff-pytorch's files have no place for (biases, whole
+            modules, a number per element of a norm), or the file can't be written.
     """
+    _check_shifts_alone(model, adapter_name)
     shifts: dict[str, Tensor] = {}
     text = _is_text_encoder(model)
     for _, layer in tuned_layers(model, SvdiffLayer):
@@ -155,5 +158,19 @@ def save_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
     if path.suffix != ".safetensors":
         path.mkdir(parents=True, exist_ok=True)
         path = path / _file_name(model)
-    save_file(shifts, path)
+    with whole(path) as stage:
+        save_file(shifts, stage)
+        readable(stage)
     return path
+
+
+def _check_shifts_alone(model: nn.Module, adapter_name: str) -> None:
+    configs: Any = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, SvdiffConfig):
+        return
+    other = [f"whole modules ({', '.join(sorted(config.modules_to_save))})"] if config.modules_to_save else []
+    other += ["biases"] if config.bias != "none" else []
+    if other:
+        what = f"svdiff-pytorch's files hold shifts alone, and this adapter has {' and '.join(other)} too"
+        raise OutputError(what, key=adapter_name, remedy="Save it as PEFT does, with save_pretrained.")
