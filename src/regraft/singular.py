@@ -63,13 +63,7 @@ def decompose(weight: Tensor, rank: int | None = None) -> Singular:
     matrix = as_matrix(weight.detach())
     if rank is not None and not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"the rank {rank} is not between 1 and {min(matrix.shape)}, the number of singular values")
-    if matrix.device.type == "mps":
-        # No float64 there.
-        matrix = matrix.cpu()
-    matrix = matrix.double()
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("the weight holds NaN or Inf: it has no singular values")
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = torch.linalg.svd(_finite(matrix), full_matrices=False)
     settled = _settled(u, s, vh.mT)
     keep = len(s) if rank is None else rank
     return Singular(settled.u[:, :keep].contiguous(), s[:keep].contiguous(), settled.v[:, :keep].contiguous())
@@ -81,10 +75,24 @@ def rank_for(weight: Tensor, energy: float) -> int:
     Args:
         weight: (out, in, …).
         energy: above 0, at most 1.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf.
     """
-    squares = torch.linalg.svdvals(as_matrix(weight.detach()).double().cpu()).square().cumsum(0)
+    squares = torch.linalg.svdvals(_finite(as_matrix(weight.detach()).cpu())).square().cumsum(0)
     # A share that is reached but for rounding is reached.
     return min(len(squares), int((squares < energy * squares[-1] * (1 - 1e-9)).sum()) + 1)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """The matrix in float64, where it has singular values."""
+    if matrix.device.type == "mps":
+        # No float64 there.
+        matrix = matrix.cpu()
+    matrix = matrix.double()
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("the weight holds NaN or Inf: it has no singular values")
+    return matrix
 
 
 def _settled(u: Tensor, s: Tensor, v: Tensor) -> Singular:

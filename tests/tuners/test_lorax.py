@@ -165,11 +165,13 @@ def test_weights_without_values_are_refused() -> None:
         get_peft_model(net, LoraXConfig(r=2, target_modules=["0"]))
 
 
-def test_weights_with_nan_are_refused() -> None:
+@pytest.mark.parametrize("options", [{"r": 2}, {"energy": 0.5}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_with_nan_or_inf_are_refused(value: float, options: dict[str, float]) -> None:
     net = nn.Sequential(nn.Linear(8, 8))
-    net[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="0: the weight holds NaN or Inf"):
-        get_peft_model(net, LoraXConfig(r=2, target_modules=["0"]))
+    net[0].weight.data[0, 0] = value
+    with pytest.raises(ValueError, match=r"^0: the weight holds NaN or Inf"):
+        get_peft_model(net, LoraXConfig(target_modules=["0"], **options))
 
 
 def test_a_rank_above_the_smaller_side_is_refused() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -141,6 +142,14 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         if weight.device.type == "meta":
             raise ValueError(f"{self.key}: {self.title} needs the weight's values: load the base before the adapter")
         return weight
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Let a ValueError name the module."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter at its strength, in the stored weight's orientation and shape.

@@ -73,7 +73,8 @@ class LoraXLayer(PrintedLayer):
         if pattern in config.rank_pattern:
             rank = config.rank_pattern[pattern]
         elif config.energy is not None:
-            rank = rank_for(weight, config.energy)
+            with self.naming():
+                rank = rank_for(weight, config.energy)
             # What the file was trained with is what it must be loaded with.
             config.rank_pattern[f"^{self.key}"] = rank
         else:
@@ -94,10 +95,8 @@ class LoraXLayer(PrintedLayer):
         return None
 
     def _computed(self, weight: Tensor, rank: int, config: LoraXConfig) -> tuple[Tensor, Tensor]:
-        try:
+        with self.naming():
             u, _, v = vectors_of(weight, rank, config.svd_cache)
-        except ValueError as error:
-            raise ValueError(f"{self.key}: {error}") from None
         return u.float().to(weight.device), v.float().to(weight.device)
 
     @torch.no_grad()

@@ -83,10 +83,8 @@ class SvdiffLayer(PrintedLayer):
         others = [own for own, _ in self.own_prints.values()]
         if self.svdiff_u is not None and others and torch.equal(others[0], print_of(weight)):
             return
-        try:
+        with self.naming():
             u, s, v = vectors_of(weight, None, config.svd_cache)
-        except ValueError as error:
-            raise ValueError(f"{self.key}: {error}") from None
         self.svdiff_u, self.svdiff_s, self.svdiff_v = (part.float().to(weight.device) for part in (u, s, v))
 
     def change(self, names: Sequence[str]) -> Tensor:
