@@ -187,3 +187,13 @@ def test_the_command_takes_subjects(asked: SubjectSettings, pipe: Path, tmp_path
         refused = run("train", "--base", str(pipe), "-o", str(tmp_path / "b.safetensors"), "--subject", text)
         assert refused.code == 2
         assert "is no FOLDER=TOKEN NOUN" in refused.err
+
+
+@pytest.mark.parametrize("more", [("--caption", "x"), ("--held-out", "0.1")], ids=lambda more: more[0])
+def test_what_is_for_captioned_data_is_not_passed_over_with_subjects(
+    more: tuple[str, str], asked: SubjectSettings, pipe: Path, tmp_path: Path, run: Run
+) -> None:
+    named = [f"--subject={one.folder}={one.identifier} {one.noun}" for one in asked.folders]
+    refused = run("train", "--base", str(pipe), "-o", str(tmp_path / "a.safetensors"), *named, *more)
+    assert (refused.code, list(tmp_path.iterdir())) == (2, [])
+    assert f"{more[0]} is for DATA" in refused.err

@@ -350,6 +350,20 @@ def test_bad_input_is_told_in_a_line(
         assert (len(result.err.strip().splitlines()), out.exists()) == (1, False), arguments
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--cut-mix", 0.6), ("--unmix", 1), ("--prior", 0), ("--fit", "crop"), ("--phrase", "one={0}")],
+)
+def test_what_is_for_subjects_is_not_passed_over_without_any(
+    option: str, value: Any, texts: Path, old: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    result = run("train", str(texts), "--base", str(old), "-o", str(out), option, str(value))
+    assert (result.code, out.exists()) == (2, False)
+    assert f"{option} is for subjects" in result.err
+    assert "Give --subject with it" in result.err
+
+
 def test_a_picture_without_a_caption_is_named(pictures: Path, pipe: Path, tmp_path: Path) -> None:
     place = tmp_path / "some"
     place.mkdir()

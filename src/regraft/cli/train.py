@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -59,8 +60,11 @@ def train(
     ] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Learning rate; by default the kind's.")] = None,
     held: Annotated[
-        float, typer.Option("--held-out", help="Share of the data that is only measured on.")
-    ] = TrainSettings.held,
+        float | None,
+        typer.Option(
+            "--held-out", help=f"Share of the data that is only measured on; {TrainSettings.held} by default."
+        ),
+    ] = None,
     size: Annotated[
         int | None, typer.Option("--size", min=8, help="Of the pictures; by default what the pipeline draws.")
     ] = None,
@@ -81,15 +85,28 @@ def train(
         ),
     ] = None,
     cut_mix: Annotated[
-        float, typer.Option("--cut-mix", help="Share of the samples that are collages of two subjects.")
-    ] = SubjectSettings.cut_mix,
+        float | None,
+        typer.Option(
+            "--cut-mix",
+            help=f"Share of the samples that are collages of two subjects; {SubjectSettings.cut_mix} by default.",
+        ),
+    ] = None,
     unmix: Annotated[
-        float, typer.Option("--unmix", min=0, help="Weight of keeping each subject's token out of the other's half.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--unmix", min=0, help="Weight of keeping each subject's token out of the other's half; 0 by default."
+        ),
+    ] = None,
     prior: Annotated[
-        int, typer.Option("--prior", min=0, help="Pictures of each class that the base draws, to keep knowing it.")
-    ] = 0,
-    fit: Annotated[str, typer.Option("--fit", metavar="crop|whole", help="Of a picture into half a collage.")] = "crop",
+        int | None,
+        typer.Option(
+            "--prior", min=0, help="Pictures of each class that the base draws, to keep knowing it; 0 by default."
+        ),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option("--fit", metavar="crop|whole", help="Of a picture into half a collage; crop by default."),
+    ] = None,
     phrase: Annotated[
         list[str] | None,
         typer.Option("--phrase", metavar="NAME=TEXT", help="Prompt for subjects: one, both, beside or above."),
@@ -124,6 +141,8 @@ def train(
     check_writable(output, overwrite=overwrite)
     if format is not None:
         get_format(format)
+    shown = {"--cut-mix": cut_mix, "--unmix": unmix, "--prior": prior, "--fit": fit, "--phrase": phrase or None}
+    check_belongs(bool(subject), shown, {"--caption": caption, "--held-out": held})
     settings = TrainSettings(
         subjects=subjects(subject, cut_mix, unmix, prior, fit, phrase),
         kind=o.one_of(kind, "--kind", tuple(KINDS)),
@@ -134,7 +153,7 @@ def train(
         steps=steps,
         batch=batch,
         rate=None if rate is None else o.above_zero(rate, "--rate"),
-        held=o.share(held, "--held-out"),
+        held=TrainSettings.held if held is None else o.share(held, "--held-out"),
         size=size,
         caption=caption,
         dropped=o.share(dropped, "--caption-dropout"),
@@ -175,8 +194,31 @@ def told(look: Look) -> str:
     return "; ".join([*said, *([f"{look.held:.4f} on held-out data"] if look.held is not None else [])])
 
 
+def check_belongs(by_subject: bool, of_subjects: Mapping[str, object], of_data: Mapping[str, object]) -> None:
+    """Make sure that no option is given which the other way of teaching has.
+
+    Args:
+        by_subject: whether subjects are learnt.
+        of_subjects: option → value, None where it was not given.
+        of_data: likewise.
+
+    Raises:
+        UsageError: one is.
+    """
+    stray = next((name for name, value in (of_data if by_subject else of_subjects).items() if value is not None), None)
+    if stray is not None and by_subject:
+        raise UsageError(f"{stray} is for DATA, and subjects are learnt", remedy="Leave it out with --subject.")
+    if stray is not None:
+        raise UsageError(f"{stray} is for subjects", remedy="Give --subject with it.")
+
+
 def subjects(
-    given: list[str] | None, cut_mix: float, unmix: float, prior: int, fit: str, phrases: list[str] | None
+    given: list[str] | None,
+    cut_mix: float | None,
+    unmix: float | None,
+    prior: int | None,
+    fit: str | None,
+    phrases: list[str] | None,
 ) -> SubjectSettings | None:
     """``["mine=<v1> cat"]`` → the folder, special token and class of each subject; None without any.
 
@@ -194,9 +236,14 @@ def subjects(
     if not folders:
         return None
     said = {name: str(value) for name, value in fields(phrases, "--phrase").items()}
-    whole = o.one_of(fit, "--fit", ("crop", "whole"))
+    usual = SubjectSettings(())
     return SubjectSettings(
-        tuple(folders), o.share(cut_mix, "--cut-mix"), o.finite(unmix, "--unmix"), prior, whole, said
+        tuple(folders),
+        usual.cut_mix if cut_mix is None else o.share(cut_mix, "--cut-mix"),
+        usual.unmix if unmix is None else o.finite(unmix, "--unmix"),
+        usual.prior if prior is None else prior,
+        usual.fit if fit is None else o.one_of(fit, "--fit", ("crop", "whole")),
+        said,
     )
 
 
