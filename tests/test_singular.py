@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from regraft import singular
-from regraft.singular import decompose, marks_of, moved, print_of, rank_for, signs_by
+from regraft.singular import decompose, marks_of, moved, print_of, rank_for, signs_by, strayed
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
@@ -127,6 +130,25 @@ def test_a_print_tells_another_weight_and_not_another_rounding() -> None:
     assert "weight differs by about" in (moved(stored, print_of(other, *decompose(other, 4)[::2])) or "")
     assert "singular directions still differ" in (moved(stored, print_of(weight, u.flip(1), v)) or "")
     assert moved(stored, print_of(weight, -u, -v)) is None
+
+
+@pytest.mark.parametrize("count", [1, 10, 200])
+def test_a_base_that_moved_a_little_is_told_from_a_rounded_one(count: int) -> None:
+    """By the mean of all weights, which is told the better the more there are."""
+    torch.manual_seed(0)
+    weights = [torch.randn(40, 30) for _ in range(count)]
+
+    def said(change: Callable[[Tensor], Tensor]) -> str | None:
+        return strayed([(print_of(weight), print_of(change(weight))) for weight in weights], "LoRA-X")
+
+    assert said(lambda weight: weight) is None
+    assert said(lambda weight: weight.half()) is None
+    assert said(lambda weight: weight.bfloat16()) is None
+    told = said(lambda weight: weight + (0.015 if count == 1 else 0.006) * torch.randn_like(weight))
+    assert told is not None
+    percent = float(re.search(r"differ by about ([\d.]+)% from", told)[1])  # type: ignore[index]
+    assert percent == pytest.approx(0.6, abs=0.2) or (count == 1 and 0.5 < percent < 4)
+    assert strayed([], "LoRA-X") is None
 
 
 def test_marks_tell_the_signs_after_a_rounding() -> None:

@@ -14,6 +14,7 @@ A rank that ends inside of a cluster takes the first directions of the settled b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ NULL = 1e-6
 # what a change on them differs by: rounding to bfloat16 comes to 0.1 where singular values lie close together.
 _PROBES, _MARKS = 8, 4
 _WEIGHT_MOVED, _VECTORS_MOVED = 0.02, 0.2
+# What rounding to bfloat16 moves the prints of many weights by in the mean; a single one scatters by this many of them.
+_ROUNDED, _SPREAD = 0.002, 3.0
 
 
 class Singular(NamedTuple):
@@ -204,6 +207,25 @@ def moved(stored: Tensor, found: Tensor) -> str | None:
     if worst <= _VECTORS_MOVED:
         return None
     return f"the weight is the same up to rounding, and its singular directions still differ by about {worst:.0%}"
+
+
+def strayed(pairs: Sequence[tuple[Tensor, Tensor]], title: str) -> str | None:
+    """How far a base is from an adapter's own, in words, where that is more than rounding; None where it is not.
+
+    Args:
+        pairs: of prints, the adapter's and the base's, none of which `moved` refuses; one for each weight.
+        title: what the adapter is.
+    """
+    distances = [_distance(_parts(stored)[0], _parts(found)[0]) for stored, found in pairs]
+    count = len(distances)
+    mean = (sum(distance**2 for distance in distances) / max(count, 1)) ** 0.5
+    if not count or mean <= _ROUNDED * (1 + _SPREAD / count**0.5):
+        return None
+    return (
+        f"the base's weights differ by about {mean:.{int(count > 1)}%} from those that this {title} adapter was "
+        "trained on, more than rounding makes, and what the adapter changes by ten times as much or more: load the "
+        "base that it was trained on"
+    )
 
 
 def _parts(numbers: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_mo
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from regraft import load_adapter
 from tuners.cases import stir
 from tuners.real import TUNERS, quantised, tiny_gpt2, tiny_llama, tiny_unet
 
@@ -179,6 +181,46 @@ def test_transformers_own_loader_takes_them_and_another_base_is_refused(tuner: s
         return
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: the base is not the one"):
         logits(other)
+
+
+@pytest.mark.parametrize("tuner", ["lorax", "svdiff"])
+def test_a_base_that_moved_a_little_is_loaded_with_a_warning(tuner: str, tmp_path: Any) -> None:
+    """Such an adapter's change is of other directions by then: it is more than ten times as far off as the weights."""
+    kind, options = TUNERS[tuner]
+    model = stir(get_peft_model(tiny_llama(), kind(target_modules=["q_proj", "v_proj", "up_proj"], **options)))
+    model.save_pretrained(tmp_path / "peft")
+    own = tiny_llama()
+    own.add_adapter(kind(target_modules=["up_proj"], **options))
+    stir(own)
+    own.save_pretrained(tmp_path / "transformers")
+
+    def moved(share: float) -> Any:
+        other = tiny_llama()
+        torch.manual_seed(6)
+        for weight in other.parameters():
+            weight.data += share * weight.std() * torch.randn_like(weight)
+        return other
+
+    said = r"weights differ by about (1|0\.\d|1\.\d)% from those that this (LoRA-X|SVDiff) adapter was trained on"
+    near = moved(0.007)
+    with pytest.warns(UserWarning, match=said) as heard:
+        loaded = PeftModel.from_pretrained(near, tmp_path / "peft")
+    first = len([1 for warning in heard if "adapter was trained on" in str(warning.message)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter was trained on")
+        logits(loaded)
+    assert first == 1, "once for all layers"
+    other = moved(0.015)
+    other.load_adapter(tmp_path / "transformers")
+    with pytest.warns(UserWarning, match=said):
+        logits(other)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter was trained on")
+        logits(PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path / "peft"))
+    ref, update = next(iter(load_adapter(tmp_path / "peft").updates.items()))
+    weight = moved(0.015).get_submodule(ref.path).weight.detach()
+    with pytest.warns(UserWarning, match="adapter was trained on"):
+        update.merged(weight)
 
 
 def test_layers_that_give_no_weight_back_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from regraft.singular import moved
+from regraft.singular import moved, strayed
 from regraft.tuners._layer import Buffers, TunedLayer
 from regraft.tuners._model import CombinableModel, tuned_layers
 
@@ -17,6 +18,7 @@ class PrintedLayer(TunedLayer):
 
     Attributes:
         own_prints: by adapter, the print of this base's weight and whether another one will do.
+        told: adapters that were held against the base with all of their layers together.
     """
 
     #: Name of the buffers that hold the prints of the adapters' files.
@@ -26,6 +28,7 @@ class PrintedLayer(TunedLayer):
         super().__init__(base_layer, adapter_name, config, key, **kwargs)
         self.own_prints: dict[str, tuple[Tensor, bool]] = {}
         self._confirmed: dict[str, tuple[int, int]] = {}
+        self.told: set[str] = set()
 
     @property
     def prints(self) -> Buffers:
@@ -38,6 +41,7 @@ class PrintedLayer(TunedLayer):
         self.prints.put(adapter_name, found, stored=True)
         self.own_prints[adapter_name] = (found.cpu(), port)
         self._confirmed.pop(adapter_name, None)
+        self.told.discard(adapter_name)
 
     def refusal(self, adapter_name: str, stored: Tensor) -> str | None:
         """Why an adapter with this print can't be on this base; None where it can."""
@@ -60,8 +64,21 @@ class PrintedLayer(TunedLayer):
                 why = self.refusal(name, stored)
                 if why is not None:
                     raise ValueError(why)
+                if name not in self.told:
+                    self.warn([(stored, self.own_prints[name])])
                 self.settle(name)
                 self._confirmed[name] = (id(self.prints[name]), self.prints[name]._version)
+
+    @classmethod
+    def warn(cls, prints: Sequence[tuple[Tensor, tuple[Tensor, bool]]]) -> None:
+        """Warn where a base is near to an adapter's own, and not the same.
+
+        Args:
+            prints: of each weight the adapter's, and `own_prints` of the base.
+        """
+        said = strayed([(stored, own) for stored, (own, port) in prints if not port], cls.title)
+        if said is not None:
+            warnings.warn(said, stacklevel=3)
 
     def settle(self, adapter_name: str) -> None:
         """Do what is to be done once when an adapter's tensors have come."""
@@ -93,8 +110,12 @@ def checked_prints(
 
     Raises:
         ValueError: a stored print is of another weight than the base's.
+
+    Warns:
+        UserWarning: all of them together are further from the base's than rounding brings them.
     """
     result = dict(state_dict)
+    met: list[tuple[Tensor, tuple[Tensor, bool]]] = []
     for name, layer in tuned_layers(model, kind):
         key = f"{name}.{kind.print_name}.{adapter_name}"
         if key not in result or adapter_name not in layer.own_prints:
@@ -102,6 +123,9 @@ def checked_prints(
         why = layer.refusal(adapter_name, result[key])
         if why is not None:
             raise ValueError(why)
+        met.append((result[key], layer.own_prints[adapter_name]))
+        layer.told.add(adapter_name)
         own, port = layer.own_prints[adapter_name]
         result[key] = own.clone() if port else result[key]
+    kind.warn(met)
     return result

@@ -6,13 +6,14 @@ the base, and U and V only where that was asked for. The directions are settled 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
 
 from regraft.errors import InputError
-from regraft.singular import decompose, moved, print_of, signs_by
+from regraft.singular import decompose, moved, print_of, signs_by, strayed
 from regraft.tensors import Shape, TensorRef
 from regraft.updates._kind import Kind, fitted, needed, scaled_ref
 
@@ -109,9 +110,15 @@ def check_stamp(stamp: TensorRef, found: Tensor, title: str) -> None:
 
     Raises:
         InputError: it is another one.
+
+    Warns:
+        UserWarning: it is near, and further than rounding brings it.
     """
     stored = stamp.load()
     wrong = "the prints have other lengths" if stored.shape != found.shape else moved(stored, found)
     if wrong is not None:
         what = f"the base is not the one that this {title} adapter was trained on ({wrong})"
         raise InputError(what, remedy="Give that one as the old base.")
+    near = strayed([(stored, found)], title)
+    if near is not None:
+        warnings.warn(near, stacklevel=2)
