@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from running import Run
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft import InputError, OutputError, UsageError, load_adapter, open_base, training
 from regraft.lineage import lineage_of
@@ -115,6 +115,22 @@ def test_a_language_model_s_loads_in_peft_and_does_what_regraft_reads(
     assert lineage is not None
     assert lineage["base"]["fingerprint"] == opened.fingerprint
     assert lineage["ports"] == []
+
+
+def test_a_first_step_moves_singular_values_two_to_four_times_as_far_as_lora_s_does() -> None:
+    """On a layer of 1280. AdamW's first step is the rate in every number, which for these two is a singular value."""
+    import peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(1280, 1280, bias=False))
+    model = peft.get_peft_model(base, config_of("lora", targets=("0",)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=KINDS["lora"].rate)
+    model(torch.randn(8, 1280)).square().sum().backward()
+    optimizer.step()
+    change = base[0].get_delta_weight("default").detach()
+    far = float(torch.linalg.matrix_norm(change, 2))
+    for kind in ("lorax", "svdiff"):
+        assert 2 < KINDS[kind].rate / far < 4
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
@@ -319,6 +335,7 @@ def test_bad_input_is_told_in_a_line(
     cases: list[tuple[list[Any], str]] = [
         ([texts, "--base", old, "--kind", "lro"], "--kind"),
         ([texts, "--base", old, "--kind", "svdiff", "--rank", 4], "has no rank"),
+        ([texts, "--base", old, "--kind", "ia3", "--rank", 4], "has no rank"),
         ([texts, "--base", old, "--set", "nonsense=1"], "nonsense"),
         ([texts, "--base", old, "--targets", "to_nothing"], "to_nothing"),
         ([texts, "--base", old, "--kind", "lorax", "--set", "r=4000"], "4000"),

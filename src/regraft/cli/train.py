@@ -19,6 +19,7 @@ from regraft.refine.quantised import Quantize
 from regraft.report.tables import train_table
 from regraft.training import KINDS, Look, TrainSettings, state_file
 from regraft.training import train as train_adapter
+from regraft.training.kinds import rates
 from regraft.training.settings import SubjectFolder, SubjectSettings
 
 # What torch's generators take, with room for what is added to it.
@@ -58,7 +59,9 @@ def train(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Texts (8) or pictures (4 by default) in a step.")
     ] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="Learning rate; by default the kind's.")] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help=f"Learning rate; by default the kind's: {rates()}.")
+    ] = None,
     held: Annotated[
         float | None,
         typer.Option(
