@@ -20,7 +20,7 @@ from regraft.refine.aims import Aim
 from regraft.refine.starting import Start
 from regraft.runtime import applied, load_model
 from regraft.tensors import InMemory
-from regraft.updates import LowRank, Update
+from regraft.updates import Diff, LowRank, SpectralShift, Update
 from verify import tiny
 
 QUICK = RefineSettings(steps=24, look=8, n_inputs=16, rate=5e-3)
@@ -260,3 +260,28 @@ def test_numbers_on_random_directions_are_refined_as_the_lora_of_their_change(
         with applied(mine.components, load_adapter(tmp_path / "refined")):
             found = mine.main(input_ids=ids).logits
     torch.testing.assert_close(found, served, rtol=1e-3, atol=1e-4)
+
+
+def test_what_holds_nothing_to_train_is_refused_before_any_work(
+    old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regraft.refine import BothModels
+
+    monkeypatch.setattr(BothModels, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    norm = Adapter({ModuleRef("model", "model.norm.weight"): Diff(InMemory(torch.ones(16)), "x.diff")}, "lycoris")
+    for start in (None, "zero", norm):
+        with pytest.raises(InputError, match=r"no linear layer or convolution that could be trained"):
+            refine(norm, open_base(old), open_base(new), start=start)  # type: ignore[arg-type]
+
+
+def test_other_kinds_begin_from_one_lora_a_module(old: Path, new: Path) -> None:
+    """From zero; and from a port that is a whole weight's change, which gets no LoRA beside it."""
+    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    shifts = {ModuleRef("model", path): SpectralShift(InMemory(torch.full((16,), 0.3))) for path in paths}
+    adapter = Adapter(shifts, "lycoris")
+    ported = port(adapter, open_base(old), open_base(new), "copy").adapter
+    assert {update.kind for update in ported.updates.values()} == {"diff"}
+    few = RefineSettings(steps=2, look=1, n_inputs=4)
+    for start in ("zero", ported, None):
+        made = refine(adapter, open_base(old), open_base(new), start=start, settings=few).adapter  # type: ignore[arg-type]
+        assert sorted(ref.path.removesuffix(".weight") for ref in made.updates) == paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from regraft.errors import InputError
 from regraft.refine.student import student_of
 from regraft.runtime import Loaded, applied, load_model
 from regraft.tensors import InMemory
-from regraft.updates import Diff, FourierFT, LoKr, LowRank, Update, Vera
+from regraft.updates import Diff, FourierFT, GLora, Ia3, LoKr, LowRank, Oft, SpectralShift, Subspace, Update, Vera
 from regraft.updates.vera import Seed
 from verify import tiny
 
@@ -37,6 +38,10 @@ def with_biases(adapter: Adapter) -> Adapter:
         bias = InMemory(torch.linspace(-0.5, 0.5, update.shape[0]))
         updates[ref] = replace(update, scale=2 * update.scale, bias=bias if i % 2 else None)
     return replace(adapter, updates=updates)
+
+
+def random(*shape: int, seed: int = 0) -> InMemory:
+    return InMemory(0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def text_output(model: Loaded) -> Tensor:
@@ -166,9 +171,33 @@ def test_what_cannot_be_trained_stays_as_it_was_ported(tmp_path: Path) -> None:
         torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["svdiff", "lorax", "oft", "ia3", "glora", "diff"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_what_acts_on_the_weight_is_trained_as_its_lora(kind: str, make: Any, tmp_path: Path) -> None:
+    model = load_model(make(tmp_path / "base"))
+    path = "model.layers.1.self_attn.q_proj" if make is tiny.llama else "transformer.h.1.attn.c_proj"
+    made: dict[str, Update] = {
+        "svdiff": SpectralShift(random(16)),
+        "lorax": Subspace(random(3)),
+        "oft": Oft(random(4, 4, 4)),
+        "ia3": Ia3(random(16), InMemory(torch.tensor(0))),
+        "glora": GLora(random(16, 2), random(2, 16, seed=1), random(16, 2, seed=2), random(2, 16, seed=3), 1.0),
+        "diff": Diff(random(16, 16), f"{path}.diff"),
+    }
+    ref = ModuleRef(MODEL, path)
+    start = Adapter({ModuleRef(MODEL, f"{path}.weight") if kind == "diff" else ref: made[kind]}, "lycoris")
+    plain = text_output(model)
+    with applied(model.components, start):
+        wanted = text_output(model)
+    assert not torch.allclose(wanted, plain, atol=1e-3)
+    with student_of(model, start) as student:
+        assert {home: update.kind for home, update in student.updates().items()} == {ref: "lora"}
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_an_adapter_of_whole_parameters_alone_has_nothing_to_train(tmp_path: Path) -> None:
     model = load_model(tiny.llama(tmp_path / "base"))
     norm = ModuleRef(MODEL, "model.norm.weight")
     start = Adapter({norm: Diff(InMemory(torch.ones(16)), "model.norm.diff")}, format="peft")
-    with pytest.raises(InputError, match="no low-rank update"), student_of(model, start):
+    with pytest.raises(InputError, match="no linear layer or convolution that could"), student_of(model, start):
         pass

@@ -32,7 +32,7 @@ from regraft.refine.samples import objective_of, sample_aims, samples_of
 from regraft.refine.settings import PULLS, REMEDY, Objective, RefineSettings, settled
 from regraft.refine.starting import STREAM, ZERO, Start, from_zero, start_of
 from regraft.refine.strip import Strip
-from regraft.refine.student import Student, student_of, why_not
+from regraft.refine.student import Student, could_train, nothing_to_train, student_of, why_not
 from regraft.refine.teacher import Teacher
 from regraft.refine.told import lineage_entry, report_of
 from regraft.refine.useful import check_useful
@@ -104,6 +104,9 @@ def refine(
     if settings.mapper is not None:
         # Before anything is loaded: it may be for other bases.
         check_mapper(settings.mapper, old, new)
+    first = start if isinstance(start, Adapter) else adapter
+    if not settings.targets and not could_train(first.updates):
+        raise nothing_to_train(first.path)
     strip = strip or Strip(0)
     # The start that looks at outputs would hold both models on the device.
     apart = settings.low_memory and settings.device != "cpu"

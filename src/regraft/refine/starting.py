@@ -20,12 +20,15 @@ from regraft.migration import summarise
 from regraft.migrations.base_id import from_summary
 from regraft.plan import check_families
 from regraft.port import port
-from regraft.updates import LowRank
+from regraft.tensors import InMemory, Shape
+from regraft.updates import LowRank, Update
 
 #: The name of the start without effect.
 ZERO: Literal["zero"] = "zero"
 #: The method of a start where no map of weights works.
 STREAM = "stream"
+# Of modules that begin without effect where the adapter is no LoRA.
+_RANK = 16
 
 Tick = Callable[[int, int, str], None]
 
@@ -113,17 +116,21 @@ def refine_entry(old: Base, new: Base) -> dict[str, object]:
 
 def _fully_named(ported: Adapter, adapter: Adapter, old: Base, new: Base) -> Adapter:
     """A port; where the new base has blocks that nothing was carried to, those begin at zero."""
-    there = {ref.path for ref in ported.updates}
+    # The change of a layer's whole weight is named after the weight.
+    there = {ref.path.removesuffix(".weight") for ref in ported.updates}
     more = {ref: update for ref, update in _of_kind(adapter, old, new).items() if ref.path not in there}
     return replace(ported, updates={**ported.updates, **more})
 
 
 def _of_kind(adapter: Adapter, old: Base, new: Base) -> dict[ModuleRef, LowRank]:
     """Empty updates of every module of the new base whose role the adapter changes in every block of the old one."""
-    like: dict[tuple[str, str], list[LowRank]] = {}
+    like: dict[tuple[str, str], list[tuple[Update, int]]] = {}
     for ref, update in adapter.updates.items():
-        if isinstance(update, LowRank):
-            like.setdefault((_home(ref.component, new), role_of(ref)[1]), []).append(update)
+        if not update.by_parameter:
+            home = _home(ref.component, old)
+            there = home in old.components and ref.path in set(old.modules(home))
+            dims = len(old.shape(ModuleRef(home, ref.path))) if there else len(update.shape)
+            like.setdefault((_home(ref.component, new), role_of(ref)[1]), []).append((update, dims))
     found: dict[ModuleRef, LowRank] = {}
     for component in new.components:
         before = [role_of(ModuleRef(component, path))[1] for path in old.modules(_home(component, old))]
@@ -131,11 +138,18 @@ def _of_kind(adapter: Adapter, old: Base, new: Base) -> dict[ModuleRef, LowRank]
             ref = ModuleRef(component, path)
             role, shape = role_of(ref)[1], new.shape(ref)
             own = like.get((component, role), [])
-            if own and len(own) >= before.count(role) and len(shape) == len(own[0].shape):
-                rank = own[0].rank
-                up, down = torch.zeros(shape[0], rank), torch.zeros(rank, prod(shape[1:]))
-                found[ref] = replace(own[0], magnitude=None, bias=None).with_factors(up, down, shape)
+            if own and len(own) >= before.count(role) and len(shape) == own[0][1]:
+                found[ref] = _empty(own[0][0], shape)
     return found
+
+
+def _empty(like: Update, shape: Shape) -> LowRank:
+    """A LoRA without effect, of an update's own rank and scale where that has them."""
+    rank = like.rank if isinstance(like, LowRank) else min(_RANK, shape[0], prod(shape[1:]))
+    up, down = torch.zeros(shape[0], rank), torch.zeros(rank, prod(shape[1:]))
+    if isinstance(like, LowRank):
+        return replace(like, magnitude=None, bias=None).with_factors(up, down, shape)
+    return LowRank(InMemory(up), InMemory(down), 1.0).with_factors(up, down, shape)
 
 
 def _home(component: str, base: Base) -> str:

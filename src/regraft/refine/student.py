@@ -8,25 +8,26 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
-from regraft.changes import by_itself
+from regraft.changes import by_itself, on_weight
 from regraft.errors import InputError
 from regraft.refine.encoders import trainable_encoders
 from regraft.refine.quantised import Quantize, quantise
-from regraft.runtime.applied import applied, find_places
+from regraft.runtime.applied import Place, applied, find_places
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.libraries import library
 from regraft.runtime.load import Loaded
 from regraft.runtime.record import is_conv1d
 from regraft.tensors import InMemory
 from regraft.transport import cut
-from regraft.updates import LowRank, Update
-from regraft.updates.exact import as_lowrank
+from regraft.updates import Diff, LowRank, Update
+from regraft.updates.exact import as_lowrank, refactor
 
 _NAME = "refined"
 
@@ -109,7 +110,9 @@ def student_of(
 
     Args:
         base: the new base.
-        start: an adapter by the new base's own names; what neither is nor equals a LoRA is merged and kept as it is.
+        start: an adapter by the new base's own names. What acts on the weight itself, or holds the change of a layer's
+            whole weight, is trained as the LoRA that equals its change of this base; whole values, norms and biases are
+            merged and kept as they are.
         rank: of every trained update; None for each one's own. Added directions start at zero effect.
         targets: patterns (``*.q_proj``) of further modules to train, from zero.
         seed: of added directions.
@@ -123,7 +126,12 @@ def student_of(
     places, _ = find_places(model.components, start)
     # By the base's shapes, which some kinds' files don't tell.
     updates = {ref: places[ref].update if ref in places else update for ref, update in start.updates.items()}
-    own = {ref: low for ref, update in updates.items() if (low := _low_rank(update)) is not None}
+    own: dict[ModuleRef, LowRank] = {}
+    for ref, update in start.updates.items():
+        home, low = _low_rank(ref, update, places.get(ref), updates)
+        if low is not None:
+            own[home] = low
+            updates = {home if key == ref else key: value for key, value in updates.items()}
     # Where nobody else holds it, quantising lets go of the whole weights.
     del base
     encoders = trainable_encoders(model, own, targets)
@@ -138,9 +146,7 @@ def student_of(
     trained |= _further(model, targets, trained, rank, encoders)
     trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
     if not trained:
-        raise InputError(
-            "holds no low-rank update that could be trained", file=start.path, remedy="Name modules with --targets."
-        )
+        raise nothing_to_train(start.path)
     with ExitStack() as stack:
         stack.enter_context(applied(model.components, replace(start, updates=rest)))
         for part in model.components.values():
@@ -150,11 +156,52 @@ def student_of(
         yield Student(model, _injected(model, trained), trained, rest, quantised, encoders)
 
 
-def _low_rank(update: Update) -> LowRank | None:
-    """The LoRA that an update is, or equals; None where it depends on the weight or is stored whole."""
-    if update.by_parameter:
-        return None
-    return as_lowrank(update) or by_itself(update)
+def _low_rank(
+    ref: ModuleRef, update: Update, place: Place | None, others: Collection[ModuleRef]
+) -> tuple[ModuleRef, LowRank | None]:
+    """The LoRA that an update equals on this base, and its module; None where it has none.
+
+    Args:
+        ref: as the adapter names it.
+        update: its update.
+        place: where that goes; None where the base has no such place.
+        others: that the adapter changes, too.
+    """
+    update = update if place is None else place.update
+    if not update.by_parameter:
+        low = as_lowrank(update) or by_itself(update)
+        if low is not None or place is None:
+            return ref, low
+        bias = getattr(place.module, "bias", None)
+        bias = bias.detach().cpu() if isinstance(bias, Tensor) else None
+        try:
+            return ref, on_weight(update, place.tensor.detach().cpu(), bias=bias)
+        except ValueError:
+            # It acts across the rows of a fused weight of which this is a part.
+            return ref, None
+    home = ModuleRef(ref.component, ref.path.removesuffix(".weight"))
+    whole = isinstance(update, Diff) and place is not None and place.name == "weight" and home not in others
+    if whole and place is not None and _is_layer(place.module):
+        return home, refactor(update.delta(place.tensor.detach().cpu())).update
+    return ref, None
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module))
+
+
+def could_train(updates: Mapping[ModuleRef, Update]) -> bool:
+    """Whether any of them may be trained, told from kinds and shapes alone."""
+    return any(
+        not update.by_parameter or (isinstance(update, Diff) and len(update.shape) > 1 and ref.path.endswith(".weight"))
+        for ref, update in updates.items()
+    )
+
+
+def nothing_to_train(path: Path | None) -> InputError:
+    """The error for an adapter of which nothing can be trained."""
+    what = "changes no linear layer or convolution that could be trained (whole values, norms and biases are not)"
+    return InputError(what, file=path, remedy="Name modules with --targets.")
 
 
 def why_not(
@@ -177,9 +224,7 @@ def why_not(
         return "PEFT has no DoRA with a bias of its own"
     if model.pipeline is not None and ref.component != model.main_name and ref.component not in encoders:
         return f"its pipeline runs the {ref.component} without gradients"
-    if isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module)):
-        return ""
-    return "its module is no linear layer or convolution"
+    return "" if _is_layer(module) else "its module is no linear layer or convolution"
 
 
 def _further(
