@@ -265,9 +265,51 @@ def test_the_transfer_to_another_size_goes_by_index() -> None:
     new = get_peft_model(nn.Sequential(nn.Linear(7, 9)), LoraXConfig(r=5, target_modules=["0"]))
     assert transfer_lorax(old, new) == {"0": -1.0}
     assert torch.equal(layer(new, "0").lorax_sigma["default"][:4], layer(old, "0").lorax_sigma["default"])
-    wrong = get_peft_model(nn.Sequential(nn.ReLU(), nn.Linear(6, 8)), LoraXConfig(r=4, target_modules=["1"]))
-    with pytest.raises(ValueError, match="1: the old model has no 'default' there"):
+    wrong = get_peft_model(base(), LoraXConfig(r=4, target_modules=["lin"]))
+    with pytest.raises(ValueError, match="lin: the old model has no 'default' there"):
         transfer_lorax(old, wrong)
+
+
+class Stack(nn.Module):
+    """Blocks of two layers, by the seeds of their weights."""
+
+    def __init__(self, *seeds: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(12, 12), "b": nn.Linear(12, 12)}) for _ in seeds)
+        for seed, block in zip(seeds, self.blocks, strict=True):
+            for weight in block.parameters():
+                weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block["b"](block["a"](x)))
+        return x
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_blocks_that_were_removed_or_added_are_paired_by_their_weights(whole: bool) -> None:
+    def tuned(*seeds: int) -> nn.Module:
+        names = ["a", "b"] if whole or len(seeds) > 4 else ["a"]
+        return get_peft_model(Stack(*seeds), LoraXConfig(r=5, full=True, target_modules=names))
+
+    def sigmas(model: nn.Module, block: int) -> Tensor:
+        return model.get_submodule(f"base_model.model.blocks.{block}.a").lorax_sigma["default"]
+
+    long, short = stir(tuned(1, 2, 3, 4, 5)), tuned(1, 3, 5)
+    kept = transfer_lorax(long, short)
+    assert kept == pytest.approx({f"blocks.{i}.{n}": 1.0 for i in range(3) for n in ("ab" if whole else "a")}, abs=1e-4)
+    for here, there in ((0, 0), (1, 2), (2, 4)):
+        assert torch.allclose(sigmas(short, here), sigmas(long, there), atol=1e-5)
+    # And back: the two blocks that the short one lacks begin without effect.
+    again = tuned(1, 2, 3, 4, 5)
+    if not whole:
+        with pytest.raises(ValueError, match=r"blocks\.0\.b: the old model has no 'default' there"):
+            transfer_lorax(short, again)
+        return
+    kept = transfer_lorax(short, again)
+    assert set(kept) == {f"blocks.{i}.{n}" for i in (0, 2, 4) for n in "ab"}
+    assert not sigmas(again, 1).any()
+    assert torch.allclose(sigmas(again, 2), sigmas(long, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["lorax", "lorax full"])

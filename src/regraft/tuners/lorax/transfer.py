@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
+from regraft.loading import base_in
+from regraft.pairing import pair_bases
 from regraft.tuners._model import tuned_layers
 from regraft.tuners.lorax.layer import LoraXLayer
 
@@ -14,7 +19,8 @@ def transfer_lorax(old: nn.Module, new: nn.Module, adapter_name: str = "default"
     """Set ΔΣ on a new base from an adapter on the old one: ΔΣ_t = U_tᵀ ΔW_s V_t.
 
     With ``full`` on the new base that is all of U_t U_tᵀ ΔW_s V_t V_tᵀ (LoRA-X, arXiv 2501.16559, eq. 3); otherwise its
-    diagonal. Between weights of two sizes ΔΣ is taken over by index (§4.2.2).
+    diagonal. Between weights of two sizes ΔΣ is taken over by index (§4.2.2). Where blocks were added or removed,
+    modules are paired by depth as `regraft port` pairs them; those of added blocks stay as they are.
 
     Args:
         old: with the trained adapter.
@@ -22,22 +28,42 @@ def transfer_lorax(old: nn.Module, new: nn.Module, adapter_name: str = "default"
         adapter_name: which.
 
     Returns:
-        By module of the new base, the share of ‖ΔW_s‖² that is carried; −1 where sizes differ, which has no such share.
+        By module of the new base that has a counterpart, the share of ‖ΔW_s‖² that is carried; −1 where sizes differ,
+        which has no such share.
 
     Raises:
-        ValueError: a module of the new model has no counterpart in the old one.
+        ValueError: a module of the new model has no counterpart in the old one, and is of no added block.
+        InputError: blocks must be told apart by weights that are quantised.
     """
-    olds = {layer.key: layer for _, layer in tuned_layers(old, LoraXLayer) if adapter_name in layer.scaling}
-    kept: dict[str, float] = {}
-    for _, layer in tuned_layers(new, LoraXLayer):
-        if adapter_name not in layer.scaling:
-            continue
-        if layer.key not in olds:
-            raise ValueError(f"{layer.key}: the old model has no {adapter_name!r} there")
-        kept[layer.key] = _carry(olds[layer.key], layer, adapter_name)
-    if not kept:
+    olds, news = (
+        {layer.key: layer for _, layer in tuned_layers(model, LoraXLayer) if adapter_name in layer.scaling}
+        for model in (old, new)
+    )
+    if not news:
         raise ValueError(f"the new model has no LoRA-X adapter {adapter_name!r}")
+    homes = dict(zip(olds, olds, strict=True)) if olds.keys() == news.keys() else _paired(old, new, olds, news)
+    kept: dict[str, float] = {}
+    for key, layer in news.items():
+        if key not in homes:
+            continue
+        if homes[key] not in olds:
+            raise ValueError(f"{key}: the old model has no {adapter_name!r} there")
+        kept[key] = _carry(olds[homes[key]], layer, adapter_name)
     return kept
+
+
+def _paired(old: nn.Module, new: nn.Module, olds: Collection[str], news: Collection[str]) -> dict[str, str]:
+    """New module → old module; without those of added blocks."""
+    pairing = pair_bases(base_in(old), base_in(new))
+    found = {answer.module.path: ref.path for ref, answer in pairing.counterparts.items() if answer.module is not None}
+    roles = {_role(key) for key in olds}
+    # What the old model has nowhere is told by its own name.
+    return {key: found.get(key, key) for key in news if key in found or _role(key) not in roles}
+
+
+def _role(key: str) -> str:
+    """A module's name without the numbers of its blocks."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", key)
 
 
 def _carry(old: LoraXLayer, new: LoraXLayer, name: str) -> float:
