@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from regraft import Adapter, ModuleRef, Refused, UsageError, load_adapter, open_base
 from regraft.ops.merge import Settings, merge, merge_adapters
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Full, LowRank
+from regraft.updates import Diff, Full, LowRank, SpectralShift
 from toys import llama, save_base
 
 
@@ -143,6 +143,22 @@ def test_on_the_base_dora_is_summed_as_what_it_does_there(tmp_path: Path) -> Non
     expected = 0.5 * plain.updates[ref].delta() + 0.7 * (dora.updates[ref].merged(weight) - weight)
     assert close(merged.updates[ref].delta(), expected)
     assert rows[0].how == "base"
+
+
+def test_shifts_of_singular_values_are_summed_as_changes(tmp_path: Path) -> None:
+    """Not as shifts, which SVDiff's authors add before the relu: there the smallest singular value would end at 0."""
+    path = "model.layers.0.self_attn.q_proj"
+    ref = ModuleRef("model", path)
+    state = llama()
+    weight = state[f"{path}.weight"]
+    u, s, vh = torch.linalg.svd(weight.double())
+    base = open_base(save_base(state, tmp_path / "base.safetensors"))
+    adapters = [Adapter({ref: SpectralShift(InMemory(-0.8 * s.float()))}, "svdiff", family="llama") for _ in range(2)]
+    merged, rows = merge(adapters, Settings((1.0, 0.5), energy=1.0), base)
+    assert close(merged.updates[ref].delta(), ((u * (-1.2 * s)) @ vh).float())
+    assert rows[0].how == "base"
+    with pytest.raises(Refused, match=r"svdiff depends on the base's weight.*--base"):
+        merge(adapters, Settings((1.0, 0.5)))
 
 
 def test_dora_alone_in_its_module_stays_dora() -> None:
