@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -31,6 +32,41 @@ class Net(nn.Module):
         x = self.turned(torch.tanh(self.norm(self.lin(x))))
         x = self.group(self.conv(x.mT.reshape(-1, 10, 3, 3)))
         return self.head(torch.tanh(x.mean((2, 3))))
+
+
+class Degenerate(nn.Module):
+    """Weights with repeated singular values: orthogonal, a block of a permutation, of low rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(12, 12, bias=False) for _ in range(3))
+        self.a.weight.data = torch.linalg.qr(torch.randn(12, 12))[0]
+        self.b.weight.data = torch.block_diag(torch.eye(6)[torch.randperm(6)], 2 * torch.eye(6))
+        self.c.weight.data = torch.randn(12, 3) @ torch.randn(3, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) + self.c(x)
+
+
+def other_machines() -> Iterator[torch.dtype]:
+    """Other threads, another dtype of the same values, and another solver's choice of basis, one after the other."""
+    solver = torch.linalg.svd
+
+    def other(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        # The transpose's decomposition: another basis wherever there is a choice.
+        u, s, vh = solver(matrix.mT.contiguous(), full_matrices=full_matrices)
+        return vh.mT, s, u.mT
+
+    for threads, dtype, decomposed in (
+        (2, torch.float32, solver),
+        (1, torch.bfloat16, solver),
+        (1, torch.float64, solver),
+        (1, torch.float32, other),
+    ):
+        torch.set_num_threads(threads)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.linalg, "svd", decomposed)
+            yield dtype
 
 
 LAYERS = ["lin", "turned", "conv"]

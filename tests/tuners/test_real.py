@@ -75,6 +75,57 @@ def test_a_unet_of_diffusers(tuner: str) -> None:
     assert torch.allclose(noise(unet), full, atol=1e-4)
 
 
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_diffusers_own_add_adapter_and_fuse(tuner: str) -> None:
+    kind, options = TUNERS[tuner]
+    plain, unet = noise(tiny_unet()), tiny_unet()
+    unet.add_adapter(kind(target_modules=["to_q", "to_v", "conv1"], **options), "mine")
+    assert torch.equal(noise(unet), plain)
+    changed = noise(stir(unet))
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    unet.fuse_lora()
+    assert any(getattr(module, "merged_adapters", []) == ["mine"] for module in unet.modules())
+    assert torch.allclose(noise(unet), changed, atol=1e-4)
+    unet.unfuse_lora()
+    assert not any(getattr(module, "merged_adapters", []) for module in unet.modules())
+    assert torch.allclose(noise(unet), changed, atol=1e-4)
+    unet.delete_adapters("mine")
+    assert torch.allclose(noise(unet), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuner", [*TUNERS, "foura adaptive"])
+def test_checkpointed_gradients_are_the_same(tuner: str) -> None:
+    kind, options = TUNERS[tuner.replace("foura adaptive", "foura")]
+    options = {**options, "gate": "adaptive"} if "adaptive" in tuner else options
+
+    def gradients(checkpointed: bool) -> dict[str, Tensor]:
+        model = stir(get_peft_model(tiny_llama(), kind(target_modules=["q_proj", "down_proj"], **options))).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(IDS, labels=IDS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+    whole, checkpointed = gradients(False), gradients(True)
+    assert whole.keys() == checkpointed.keys()
+    assert any(gradient.abs().max() > 1e-4 for gradient in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_texts_are_generated_with_it(tuner: str) -> None:
+    """Token by token with a cache of keys and values, as merged into the base."""
+    kind, options = TUNERS[tuner]
+    model = stir(get_peft_model(tiny_llama(), kind(target_modules=["q_proj", "v_proj", "down_proj"], **options))).eval()
+    asked: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(input_ids=IDS[:1], **asked)
+    with model.disable_adapter():
+        assert not torch.equal(written, model.generate(input_ids=IDS[:1], **asked))
+    assert torch.equal(written, model.generate(input_ids=IDS[:1], use_cache=False, **asked))
+    assert torch.equal(written, model.merge_and_unload().generate(input_ids=IDS[:1], **asked))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_quantised_base_is_decomposed_as_it_is_read(tuner: str, bits: int, tmp_path: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from regraft import InputError, OutputError, load_adapter
 from regraft.adapter import ModuleRef
 from regraft.tuners import SvdiffConfig, load_spectral_shifts, save_spectral_shifts
-from tuners.cases import LAYERS, base, fresh, output, stir, trained
+from tuners.cases import LAYERS, Degenerate, base, fresh, other_machines, output, stir, trained
 from tuners.real import tiny_clip, tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -131,6 +131,38 @@ def test_another_base_is_refused_unless_it_is_a_port(tmp_path: Path) -> None:
     config.base_changed = "port"
     PeftModel.from_pretrained(other, tmp_path, config=config)
     PeftModel.from_pretrained(base().bfloat16(), tmp_path)
+
+
+def test_repeated_singular_values_mean_the_same_on_another_machine(tmp_path: Path) -> None:
+    """Each number belongs to one direction, which equal singular values leave open; and those of 0, too."""
+    net = base(net=Degenerate).bfloat16().float()
+    model = stir(get_peft_model(copy.deepcopy(net), SvdiffConfig(target_modules=["a", "b", "c"])))
+    model.save_pretrained(tmp_path)
+    expected = {name: merged(model, name) for name in "abc"}
+    for name, weight in expected.items():
+        assert not torch.allclose(weight, net.get_submodule(name).weight, atol=1e-2)
+    for dtype in other_machines():
+        loaded = PeftModel.from_pretrained(copy.deepcopy(net).to(dtype), tmp_path)
+        for name, weight in expected.items():
+            change = layer(loaded, name).get_delta_weight("default").float()
+            assert torch.allclose(change, weight - net.get_submodule(name).weight, atol=1e-5)
+
+
+def test_equal_shifts_of_equal_singular_values_need_no_basis() -> None:
+    """Of an orthogonal weight, σ = 1 throughout: one shift d makes it (1 + d) W, whatever the singular vectors."""
+    net = nn.Sequential(nn.Linear(12, 12, bias=False))
+    net[0].weight.data = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))[0]
+    model = get_peft_model(copy.deepcopy(net), SvdiffConfig(target_modules=["0"]))
+    layer(model, "0").svdiff_delta["default"].data.fill_(0.5)
+    torch.testing.assert_close(merged(model, "0"), 1.5 * net[0].weight.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_base_without_values_is_refused(low_memory: bool) -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="0: SVDiff needs the weight's values: load the base before the adapter"):
+        get_peft_model(net, SvdiffConfig(target_modules=["0"]), low_cpu_mem_usage=low_memory)
 
 
 def test_it_converts_to_a_lora_of_full_rank_exactly() -> None:
