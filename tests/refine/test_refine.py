@@ -19,6 +19,7 @@ from regraft.refine import loop as loop_module
 from regraft.refine.aims import Aim
 from regraft.refine.starting import Start
 from regraft.runtime import applied, load_model
+from regraft.singular import print_of
 from regraft.tensors import InMemory
 from regraft.updates import Diff, LowRank, SpectralShift, Update
 from verify import tiny
@@ -275,13 +276,19 @@ def test_what_holds_nothing_to_train_is_refused_before_any_work(
 
 
 def test_other_kinds_begin_from_one_lora_a_module(old: Path, new: Path) -> None:
-    """From zero; and from a port that is a whole weight's change, which gets no LoRA beside it."""
+    """From zero; and from a port that is a whole weight's change, which gets no LoRA beside it.
+
+    Such an adapter can't be copied: its numbers are refused on another base than its own.
+    """
     paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
-    shifts = {ModuleRef("model", path): SpectralShift(InMemory(torch.full((16,), 0.3))) for path in paths}
+    refs = [ModuleRef("model", path) for path in paths]
+    stamps = {ref: InMemory(print_of(open_base(old).weight(ref))) for ref in refs}
+    shifts = {ref: SpectralShift(InMemory(torch.full((16,), 0.3)), stamp=stamp) for ref, stamp in stamps.items()}
     adapter = Adapter(shifts, "lycoris")
     ported = port(adapter, open_base(old), open_base(new), "copy").adapter
     assert {update.kind for update in ported.updates.values()} == {"diff"}
     few = RefineSettings(steps=2, look=1, n_inputs=4)
     for start in ("zero", ported, None):
-        made = refine(adapter, open_base(old), open_base(new), start=start, settings=few).adapter  # type: ignore[arg-type]
-        assert sorted(ref.path.removesuffix(".weight") for ref in made.updates) == paths
+        result = refine(adapter, open_base(old), open_base(new), start=start, settings=few)  # type: ignore[arg-type]
+        assert sorted(ref.path.removesuffix(".weight") for ref in result.adapter.updates) == paths
+        assert "copy" not in [row.title for row in result.report.beside if row.title != result.report.start]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from regraft.adapter import Adapter
+from regraft.changes import is_copied
 from regraft.refine.aims import Aim
 from regraft.refine.loop import Course, Look, measured
 from regraft.report.refine_schema import Refined
@@ -28,7 +30,7 @@ def alone(new: Loaded, held: Sequence[Aim]) -> Refined:
 
 
 def placed(title: str, adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Refined | None:
-    """An adapter as it is on the new base: a plain copy, or a native one. None where no module of it has a place there.
+    """An adapter as it is on the new base: a plain copy, or a native one. None where no module of it can be there.
 
     Args:
         title: `COPY` or `NATIVE`.
@@ -36,7 +38,9 @@ def placed(title: str, adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Re
         new: the new base, as it is.
         held: held-out aims, the same ones that the student is looked at with.
     """
-    found = fitting(new.components, adapter)
+    # SVDiff's and LoRA-X's numbers belong to the old weight's singular values.
+    can = {ref: update for ref, update in adapter.updates.items() if title != COPY or is_copied(update)}
+    found = fitting(new.components, replace(adapter, updates=can))
     if not found.updates:
         return None
     with applied(new.components, found):
@@ -44,7 +48,7 @@ def placed(title: str, adapter: Adapter, new: Loaded, held: Sequence[Aim]) -> Re
     if lacking is None:
         return None
     lost = len(adapter.updates) - len(found.updates)
-    note = f"{lost} of {len(adapter.updates)} modules have no place" if lost else ""
+    note = f"{lost} of {len(adapter.updates)} modules can't be placed there" if lost else ""
     return Refined(title=title, recovered=1.0 - lacking, drift=drift, note=note)
 
 
