@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regraft._version import __version__
 from regraft.adapter import Adapter
+from regraft.changes import is_copied
 from regraft.errors import RegraftError
 from regraft.probes import Probe, make_probe
 from regraft.probes.controls import random_like
@@ -108,7 +109,11 @@ def verify(
 def _copy_control(
     original: Adapter, model: Loaded, measure: _Measure, run: Callable[[Adapter], Iterator[Tensor]]
 ) -> Effect:
-    copied = fitting(model.components, original)
+    # SVDiff's and LoRA-X's numbers belong to the old weight's singular values.
+    can = {ref: update for ref, update in original.updates.items() if is_copied(update)}
+    if not can:
+        return measure.nothing("an adapter of its kind can't be copied to another base")
+    copied = fitting(model.components, replace(original, updates=can))
     lost, total = len(original.updates) - len(copied.updates), len(original.updates)
     if lost == total:
         return measure.nothing("no module of the original has its name and shape in the new base")

@@ -9,11 +9,14 @@ import pytest
 import tiny
 import torch
 
+from regraft import open_base, port
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.report.schema import VerifyReport
 from regraft.runtime import load_model
-from regraft.updates import LowRank
+from regraft.singular import print_of
+from regraft.tensors import InMemory
+from regraft.updates import LowRank, SpectralShift
 from regraft.verify import verify
 
 FAMILIES: dict[str, tuple[Callable[..., Path], list[str]]] = {
@@ -100,6 +103,17 @@ def test_a_light_drift_keeps_a_copy_and_an_independent_base_does_not(family: str
     assert low is not None
     assert high is not None
     assert low <= _mean(kept) <= high
+
+
+def test_numbers_of_the_old_base_s_singular_values_have_no_copy(tmp_path: Path) -> None:
+    folders = [tiny.llama(tmp_path / f"{drift}", drift=drift) for drift in (0.0, 0.2)]
+    old, new = (open_base(folder) for folder in folders)
+    ref = ModuleRef(MODEL, "model.layers.0.self_attn.q_proj")
+    shift = SpectralShift(InMemory(torch.full((16,), 0.3)), stamp=InMemory(print_of(old.weight(ref))))
+    adapter = Adapter({ref: shift}, "lycoris")
+    report = verify(adapter, port(adapter, old, new, "procrustes").adapter, *folders, n_inputs=4)
+    assert _mean(report) > 0.5
+    assert "can't be copied" in (report.controls["copy"].effect_cosine.reason or "")
 
 
 def test_the_same_seed_gives_the_same_report(tmp_path: Path) -> None:
