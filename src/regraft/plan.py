@@ -14,15 +14,12 @@ from regraft.errors import InputError, Refused
 from regraft.families import family_of_base
 from regraft.names import resolve_names
 from regraft.pairing import Named, find_component
+from regraft.residual import check_whole
 from regraft.tensors import Shape
 from regraft.updates import ByShape, Update, with_shapes
 
 if TYPE_CHECKING:
     from regraft.migration import Migration
-
-# Initialisations that change the base's weights (peft 0.21): but for KaSA, which drops its smallest singular values,
-# they take a part of it into the adapter and out of the base.
-_CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -149,26 +146,6 @@ def same_matrix(a: Shape, b: Shape) -> bool:
     return a == b or (a[:2] == b[:2] and prod(a) == prod(b) == a[0] * a[1])
 
 
-def _check_unchanged_base(adapter: Adapter) -> None:
-    config = adapter.config or {}
-    initial = str(config.get("init_lora_weights")).lower()
-    if config.get("kasa_config"):
-        key, how = "kasa_config", "KaSA"
-    elif initial.startswith(_CHANGED_BASES):
-        key, how = "init_lora_weights", initial
-    else:
-        return
-    remedy = "Save it once more with PEFT's path_initial_model_for_weight_conversion, which makes a LoRA of it."
-    if key == "kasa_config" or initial == "loftq":
-        remedy = "Merge it into its base with PEFT, and take the difference from the plain base: `regraft extract`."
-    raise InputError(
-        f"was trained on a base that {how} had changed first, and is no update of the base as it was",
-        file=adapter.path,
-        key=key,
-        remedy=remedy,
-    )
-
-
 def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
     """Refuse an adapter that was made for another family than its old base.
 
@@ -186,7 +163,7 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
         what = f"this {adapter.format} file has no update of a kind that regraft carries"
         what += f": it is one of {other}" if other else ""
         raise InputError(what, file=adapter.path, key=key, remedy="`regraft inspect` lists what it holds.")
-    _check_unchanged_base(adapter)
+    check_whole(adapter)
     base, which = (old, "old") if old is not None else (new, "new")
     located = locate(adapter, base, which)
     wanted = len(located.modules) + len(located.unknown)

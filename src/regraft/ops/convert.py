@@ -34,8 +34,10 @@ from regraft.ops._common import (
     read_whole,
 )
 from regraft.ops._writing import write_checked
+from regraft.ops.wholes import of_whole
 from regraft.output import check_writable
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
+from regraft.residual import changed_by, check_whole, taken_of
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, Ia3, LowRank, SpectralShift, Update
 
@@ -317,7 +319,8 @@ def convert_adapter(
         target: a ``.safetensors`` file, or a folder for PEFT.
         format: as `regraft.formats` names them.
         base: un-flattens underscored names of families that regraft has no table of, and gives the weights on which
-            what the format can't hold (a DoRA magnitude, IA3, OFT, GLoRA) is refactored as LoRA.
+            what the format can't hold (a DoRA magnitude, IA3, OFT, GLoRA) is refactored as LoRA, and what PiSSA and
+            OLoRA had taken out of it before the training is taken out of the adapter.
         energy: the share of ‖ΔW‖² that such a LoRA keeps.
         private: keep paths, names, prompts and tag lists of the header.
         save_dtype: of the output's tensors; by default the input's.
@@ -341,10 +344,20 @@ def convert_adapter(
     if adapter.family is None and opened is not None:
         # Numbers per singular direction tell no shapes, and so no family.
         adapter = replace(adapter, family=family_of_base(opened))
+    changed = changed_by(adapter)
+    if opened is not None and not dry_run:
+        adapter = of_whole(adapter, opened)
+    elif opened is not None:
+        taken_of(adapter)
+    elif format != adapter.format:
+        # PEFT's own configuration says of what base it is an update; no other format can.
+        check_whole(adapter)
     removed: list[str] = []
     if not private:
         adapter, removed = strip_private(adapter)
     notes = _notes(adapter, format)
+    if changed is not None and opened is not None:
+        notes.append(f"What {changed} had taken out of the base is taken out of the adapter, at twice the rank.")
     plan = plan_conversion(adapter, format, opened, energy=energy, dry_run=dry_run, tick=tick)
     if not dry_run:
         _check_none_lost(plan, adapter, format, based=opened is not None)
