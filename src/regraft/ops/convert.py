@@ -37,7 +37,7 @@ from regraft.ops._writing import write_checked
 from regraft.ops.wholes import of_whole
 from regraft.output import check_writable
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
-from regraft.residual import changed_by, check_whole, taken_of
+from regraft.residual import changed_by, check_whole
 from regraft.tensors import InMemory
 from regraft.updates import Diff, Full, Ia3, LowRank, SpectralShift, Update
 
@@ -345,12 +345,10 @@ def convert_adapter(
         # Numbers per singular direction tell no shapes, and so no family.
         adapter = replace(adapter, family=family_of_base(opened))
     changed = changed_by(adapter)
-    if opened is not None and not dry_run:
-        adapter = of_whole(adapter, opened)
-    elif opened is not None:
-        taken_of(adapter)
-    elif format != adapter.format:
-        # PEFT's own configuration says of what base it is an update; no other format can.
+    if opened is not None:
+        adapter = of_whole(adapter, opened, dry_run=dry_run)
+    elif format != adapter.format or adapter.layout.get("bare"):
+        # PEFT's own configuration says of what base it is an update; nothing else can.
         check_whole(adapter)
     removed: list[str] = []
     if not private:

@@ -39,6 +39,7 @@ from regraft.ops._writing import write_checked
 from regraft.output import check_writable
 from regraft.plan import same_matrix
 from regraft.report.ops_schema import MergedModule, MergeReport
+from regraft.residual import check_whole
 from regraft.tensors import InMemory, TensorRef
 from regraft.transport import Transport
 from regraft.updates import Diff, Full, LowRank, Update
@@ -86,8 +87,11 @@ def merge(
 
     Raises:
         Refused: they are for different families, or a module can't be merged as asked.
+        InputError: one is no update of the base as it was, see `regraft.residual`.
     """
     _check_families(adapters)
+    for adapter in adapters:
+        check_whole(adapter)
     names = aligned_names(adapters)
     parts: dict[ModuleRef, list[_Part]] = {}
     for index, adapter in enumerate(adapters):

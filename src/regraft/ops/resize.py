@@ -22,6 +22,7 @@ from regraft.ops._common import BaseWeights, Factors, Ticker, cast, no_ticker, r
 from regraft.ops._writing import write_checked
 from regraft.output import check_writable
 from regraft.report.ops_schema import ResizedModule, ResizeReport
+from regraft.residual import check_whole
 from regraft.transport import Transport
 from regraft.updates import LowRank, Update
 
@@ -62,7 +63,11 @@ def resize(
         to_lora: write LoHa, LoKr and Tucker modules as the LoRA that they equal, and resize that.
         base: tells the shapes of kernels that such files flatten, for families that regraft has no table of.
         tick: called before each module.
+
+    Raises:
+        InputError: the adapter is no update of the base as it was, see `regraft.residual`.
     """
+    check_whole(adapter)
     updates: dict[ModuleRef, Update] = {}
     rows: list[ResizedModule] = []
     before = after = 0.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regraft.adapter import MODEL, Adapter, ModuleRef
 from regraft.errors import InputError
 from regraft.names import resolve_names
+from regraft.residual import check_whole
 from regraft.tensors import Shape
 from regraft.updates import ByShape, Full, Ia3, LowRank, Update, with_shapes
 from regraft.updates.vera import UNDRAWN
@@ -60,8 +61,11 @@ def applied(components: Mapping[str, nn.Module], adapter: Adapter | None) -> Ite
         adapter: None applies nothing.
 
     Raises:
-        InputError: a model lacks a module of the adapter, or has it in another shape.
+        InputError: a model lacks a module of the adapter, or has it in another shape; or the adapter is no update of
+            the model as it is, see `regraft.residual`.
     """
+    if adapter is not None:
+        check_whole(adapter)
     found, lost = find_places(components, adapter) if adapter is not None else ({}, {})
     if lost:
         raise _lacking(lost, adapter)
