@@ -11,8 +11,8 @@ from typing import Any
 # Of glibc's malloc.h. From the threshold on, a block is mapped for itself, and goes back when it is freed. Left alone,
 # the threshold moves up to the largest with the blocks that are freed.
 _M_MMAP_THRESHOLD, _LARGEST = -3, 32 << 20
-# Weights of a few million numbers lie above it, what is computed beside them mostly below.
-_WEIGHTS = 8 << 20
+# A million numbers of float32 are the least that lies above it: a weight as it is computed with, or its Gram matrix.
+_WEIGHTS = 4_000_000
 
 
 def peak_mb() -> float:

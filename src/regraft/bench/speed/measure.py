@@ -215,7 +215,7 @@ def _measured(
             tick(f"{method}: not measured ({first_line(error)})")
             continue
         reference, apart = _plain(bench, method, tick)
-        warm = _warm(bench, method, start, tick)
+        warm = _warm(bench, method, tick)
         found[method] = MethodSpeed(
             cold_s=cold.seconds,
             cold_processor_s=cold.processor_s,
@@ -242,7 +242,7 @@ def _plain(bench: Bench, method: str, tick: Tick) -> tuple[float | None, float |
     return seconds, said["apart"]
 
 
-def _warm(bench: Bench, method: str, start: Spent, tick: Tick) -> tuple[Spent, float, float] | None:
+def _warm(bench: Bench, method: str, tick: Tick) -> tuple[Spent, float, float] | None:
     """A port by a saved migration, the migration's MB and the seconds to read it; None where none can be made."""
     migration = bench.folder / f"{method}.migration.safetensors"
     # Half: a bench is not to drive other programs out.
@@ -255,6 +255,8 @@ def _warm(bench: Bench, method: str, start: Spent, tick: Tick) -> tuple[Spent, f
         spent(making, threads=bench.threads)
         tick(f"{method}, by the migration")
         by_it = ["--migration", str(migration), "-o", str(bench.out), "--overwrite", "--force"]
+        # So little over the start that it is held against one of the same minute.
+        start = start_of(bench.threads)
         found = bench.over(start, bench.command("port", *by_it, ends=False), [migration, bench.lora])
         return found, migration.stat().st_size / 1e6, reading([migration])
     except RegraftError as error:
