@@ -103,9 +103,9 @@ class Bench:
         return median_of(found).beyond(start)
 
 
-def start_of(threads: int) -> Spent:
-    """The interpreter with torch and all that a port imports; the least of three, since a first one fills caches."""
-    return min((spent(_START, threads=threads) for _ in range(3)), key=lambda one: one.seconds)
+def start_of(threads: int, runs: int = 3) -> Spent:
+    """The interpreter with torch and all that a port imports; the least of several, since a first one fills caches."""
+    return min((spent(_START, threads=threads) for _ in range(runs)), key=lambda one: one.seconds)
 
 
 def measure(
@@ -256,7 +256,7 @@ def _warm(bench: Bench, method: str, tick: Tick) -> tuple[Spent, float, float] |
         tick(f"{method}, by the migration")
         by_it = ["--migration", str(migration), "-o", str(bench.out), "--overwrite", "--force"]
         # So little over the start that it is held against one of the same minute.
-        start = start_of(bench.threads)
+        start = start_of(bench.threads, bench.runs)
         found = bench.over(start, bench.command("port", *by_it, ends=False), [migration, bench.lora])
         return found, migration.stat().st_size / 1e6, reading([migration])
     except RegraftError as error:
