@@ -256,6 +256,25 @@ def test_a_saved_migration_takes_the_place_of_the_fit(here: Path, run: Run, monk
         again("m5.safetensors", "newer.safetensors", "other")
 
 
+def test_a_pair_that_is_refused_refuses_its_rows_and_no_others(here: Path, run: Run) -> None:
+    pair = ("--from", "old.safetensors", "--to", "new.safetensors")
+    assert run("port", "loras/a0", *pair, "-m", "copy", "--save-migration", "m.safetensors", "-o", "one").code == 0
+    (here / "m.csv").write_text(
+        "adapter,to,migration\nloras/a0,new.safetensors,m.safetensors\nloras/a2,newer.safetensors,m.safetensors\n"
+    )
+    rows = expand(["m.csv"], "old.safetensors", None, RowOptions())
+    record = run_batch(rows, Here(), out=str(here / "out"))
+    assert [(Path(row.target).name, row.status) for row in record.rows] == [
+        ("newer.safetensors", "refused"),
+        ("new.safetensors", "ported"),
+    ]
+    refused = record.rows[0]
+    assert (refused.verdict, refused.remedy) == ("refused", "Fit a new one with --save-migration.")
+    assert "m.safetensors: the migration was made for another new base" in refused.reason
+    assert "--save-migration" not in refused.reason
+    assert (record.counts.refused, record.counts.failed) == (1, 0)
+
+
 def test_without_a_place_for_the_outputs_it_says_what_to_give(here: Path, run: Run) -> None:
     (here / "m.csv").write_text("adapter,from,to\nloras/a0,old.safetensors,new.safetensors\n")
     for more, told in ((), "a folder or URL"), (("--ray", "auto"), "that every machine of the cluster reaches"):

@@ -196,7 +196,10 @@ class _Batch:
             error = plainly(found)
             self.errors.append(error)
             self.pairs.append(BatchPair(**told, shared=False, note=str(error)))
-            self._lost += [failed(row, RegraftError(str(error))) for row in rows]
+            # The file is the pair's, not the row's: it is told.
+            where, remedy = error.told
+            lost = type(error)(where, remedy=remedy or None)
+            self._lost += [failed(row, lost) for row in rows]
             return
         shared = fitted.migration is not None
         used = fitted.migration.used if fitted.migration is not None else spec.options.method
