@@ -16,7 +16,7 @@ from library import Here, held, make_bases, make_library, stored
 from regraft.batch import Row, expand, run_batch
 from regraft.batch.options import RowOptions
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
-from regraft.batch.places import is_inside, location
+from regraft.batch.places import is_inside, location, without_slash
 from regraft.batch.waiting import Job, Result
 from regraft.errors import OutputError, UsageError
 from regraft.report.batch_schema import BatchReport
@@ -62,6 +62,27 @@ def test_places_are_compared_part_by_part() -> None:
     ]
     assert [is_inside(place, location(folder)) for place, folder in inside] == [True] * len(inside)
     assert [is_inside(place, location(folder)) for place, folder in outside] == [False] * len(outside)
+
+
+@pytest.mark.parametrize(
+    ("place", "same"),
+    [
+        ("s3://bucket/ported/", "s3://bucket/ported"),
+        ("s3://bucket//", "s3://bucket"),
+        ("memory://", "memory://"),
+        ("memory:///", "memory://"),
+        ("/", "/"),
+    ],
+)
+def test_a_slash_at_the_end_of_a_url_says_nothing_more(place: str, same: str) -> None:
+    assert without_slash(place) == same
+
+
+@pytest.mark.parametrize(("first", "second"), [("memory://out/", "memory://out"), ("memory://out", "memory://out//")])
+def test_a_second_run_finds_the_first_with_and_without_a_slash(here: Path, first: str, second: str) -> None:
+    assert batch("loras", first).counts.ported == 3
+    assert not [name for name in held("memory://out") if "//" in name]
+    assert batch("loras", second).counts.reused == 3
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

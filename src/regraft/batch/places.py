@@ -45,6 +45,14 @@ def path_of(text: str) -> Path:
     return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
 
 
+def without_slash(place: str) -> str:
+    """A folder's URL with no slash at its end: stores take ``a//b`` and ``a/b`` for two."""
+    if not is_url(place):
+        return place
+    scheme, _, path = place.partition("://")
+    return f"{scheme}://{path.rstrip('/')}"
+
+
 def store_of(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the place in it.
 

@@ -17,7 +17,7 @@ from regraft.batch.journal import Journal, reused
 from regraft.batch.lean import lean
 from regraft.batch.out_place import alone_in, check_out, sweep
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
-from regraft.batch.places import write_bytes_to, write_text_to
+from regraft.batch.places import without_slash, write_bytes_to, write_text_to
 from regraft.batch.rows import Row
 from regraft.batch.serving import INDEX
 from regraft.batch.serving_index import serving_index
@@ -70,6 +70,7 @@ def run_batch(
         RegraftError: no pair can be fitted; the tables, which say why of each, are there.
     """
     started = perf_counter()
+    out = without_slash(out) if out is not None else None
     stem = "forecast" if check else "results"
     with ExitStack() as stack:
         journal: Journal | None = None
