@@ -18,7 +18,7 @@ from typing import Any
 from regraft.batch.pairs import Fitted
 from regraft.batch.rows import Row
 from regraft.batch.waiting import Attempt, Job, Result, Waiting
-from regraft.batch.work import Found, work
+from regraft.batch.work import Found, failed, work
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class LocalExecutor:
                         result = future.result()
                     except BrokenProcessPool:
                         slot.replace()
+                    except Exception as error:
+                        # On the way there or back, as where no memory was left to send the pair: it takes another
+                        # try as little as an error of the work itself. What the process has of the pair is not known.
+                        slot.replace()
+                        result = failed(attempt.job[0], error)
                     ended = waiting.ended(attempt, result)
                     if ended is not None:
                         yield ended

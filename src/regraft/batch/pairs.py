@@ -79,7 +79,7 @@ def fit_pair(spec: PairSpec, known: Keys, *, check: bool = False) -> Fitted:
     """Fit what the adapters of a pair can share; methods that depend on the adapter share the open bases alone.
 
     Raises:
-        RegraftError: a base or the migration that is given can't be read, or the method does not apply.
+        RegraftError: a base or the migration that is given can't be read, all of it, or the method does not apply.
         Refused: that migration is one of other bases.
     """
     started = perf_counter()
@@ -98,7 +98,11 @@ def _read(place: str, old: Base, new: Base) -> Migration:
     migration = load_migration(place)
     check_fingerprints(migration, old, new)
     # A worker may be on a machine that has no such file.
-    return in_memory(migration)
+    held = in_memory(migration)
+    if held.digest is not None:
+        # Asked for here, an error is the pair's; on the pair's way to a worker it would be each row's.
+        held.digest.result()
+    return held
 
 
 def _fit(spec: PairSpec, old: Base, new: Base) -> Migration | None:
