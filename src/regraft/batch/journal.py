@@ -16,7 +16,7 @@ from regraft.batch.places import is_url, path_of, persistently, store_of, write_
 from regraft.errors import InputError, OutputError
 from regraft.report.batch_schema import BatchRow
 
-# A store has no appending: lines are put there in parts, so often.
+# A store has no appending: lines are put there in parts, with a row that comes after so many, or so long.
 _LINES, _SECONDS = 200, 10.0
 _KEY = re.compile("[0-9a-f]{32}")
 #: Of a journal: what a port, and what a forecast is noted in.

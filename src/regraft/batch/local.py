@@ -48,12 +48,15 @@ class LocalExecutor:
         flying: dict[Future[Found], tuple[_Slot, Attempt]] = {}
         try:
             while True:
-                while idle and (attempt := waiting.take()) is not None:
+                taken: Attempt | Future[Fitted] | None = None
+                while idle and isinstance(taken := waiting.take(), Attempt):
                     slot = idle.pop()
-                    flying[slot.submit(attempt.job, out, self.timeout)] = slot, attempt
-                if not flying:
+                    flying[slot.submit(taken.job, out, self.timeout)] = slot, taken
+                # A fit is waited for beside the rows: what they come to is told meanwhile.
+                fit: list[Future[Any]] = [taken] if isinstance(taken, Future) else []
+                if not flying and not fit:
                     return
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                for future in flying.keys() & wait([*flying, *fit], return_when=FIRST_COMPLETED).done:
                     slot, attempt = flying.pop(future)
                     idle.append(slot)
                     result: Found | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from regraft.errors import RegraftError, UsageError, first_line
 _AHEAD = 2
 # Kept in the object store: the one at work, and those before it of which a row may come again.
 _PAIRS = 3
+# Seconds between two looks at whether a pair is fitted.
+_PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,23 @@ class RayExecutor:
         flying: dict[Any, Attempt] = {}
         pairs: deque[tuple[Fitted, Any]] = deque(maxlen=_PAIRS)
         while True:
-            while len(flying) < _AHEAD * self._processors() and (attempt := waiting.take()) is not None:
-                row, fitted = attempt.job
+            taken: Attempt | Future[Fitted] | None = None
+            while len(flying) < _AHEAD * self._processors() and isinstance(taken := waiting.take(), Attempt):
+                row, fitted = taken.job
                 stored = next((place for pair, place in pairs if pair is fitted), None)
                 if stored is None:
                     stored = self.ray.put(fitted)
                     pairs.append((fitted, stored))
                 # In a list, a reference stays one: the worker fetches what it names once, not with every task.
-                flying[task.remote(row, [stored], out, self.timeout)] = attempt
+                flying[task.remote(row, [stored], out, self.timeout)] = taken
+            fit = taken if isinstance(taken, Future) else None
             if not flying:
-                return
-            for done in self.ray.wait(list(flying), num_returns=1)[0]:
+                if fit is None:
+                    return
+                wait([fit])
+                continue
+            # Ray waits for its own alone: of a fit beside it, it is looked after again and again.
+            for done in self.ray.wait(list(flying), num_returns=1, timeout=None if fit is None else _PAUSE)[0]:
                 attempt = flying.pop(done)
                 ended = waiting.ended(attempt, self._result(done, attempt.job[0]))
                 if ended is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from time import perf_counter
@@ -22,7 +22,7 @@ from regraft.batch.rows import Row
 from regraft.batch.serving import INDEX
 from regraft.batch.serving_index import serving_index
 from regraft.batch.tables import count, parquet, summary, worst_first
-from regraft.batch.waiting import Job, Result
+from regraft.batch.waiting import Job, Jobs, Result
 from regraft.batch.work import Asked, Known, failed, plainly, row_of
 from regraft.errors import RegraftError
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
@@ -40,6 +40,7 @@ class Executor(Protocol):
         """Results as they come, in any order.
 
         Jobs are taken as workers are free, and asked for once more after every result: one may have come up since.
+        Those of `regraft.batch.waiting.Jobs` tell which fit the next one waits for: no result should wait for that.
         """
         ...
 
@@ -152,20 +153,21 @@ class _Batch:
     _asking: deque[Job] = field(default_factory=deque)
 
     def results(self, executor: Executor, out: str | None) -> Iterator[BatchRow | Known]:
-        for (row, fitted), result in executor.run(_Jobs(self._asking, self._jobs()), out):
-            if isinstance(result, Asked):
-                assert self.journal is not None
-                self._asking.append((replace(row, done=self.journal.made(result.key)), fitted))
-            else:
-                yield result
-            yield from self._take_lost()
+        with closing(self._jobs()) as fresh:
+            for (row, fitted), result in executor.run(Jobs(self._asking, fresh), out):
+                if isinstance(result, Asked):
+                    assert self.journal is not None
+                    self._asking.append((replace(row, done=self.journal.made(result.key)), fitted))
+                else:
+                    yield result
+                yield from self._take_lost()
         yield from self._take_lost()
 
     def _take_lost(self) -> list[BatchRow]:
         lost, self._lost = self._lost, []
         return lost
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self) -> Generator[Job | Future[Fitted], None, None]:
         shared: dict[PairSpec, PairSpec] = {}
         # One for all rows of a pair, of which there may be a million.
         specs = [
@@ -188,8 +190,10 @@ class _Batch:
             # Where the driver is being stopped, the journal does not wait for a fit that takes minutes.
             fitter.shutdown(wait=False, cancel_futures=True)
 
-    def _jobs_of(self, spec: PairSpec, rows: list[Row], fit: Future[Fitted]) -> Iterator[Job]:
+    def _jobs_of(self, spec: PairSpec, rows: list[Row], fit: Future[Fitted]) -> Iterator[Job | Future[Fitted]]:
         told = {"source": spec.source, "target": spec.target, "method": spec.options.method, "rows": len(rows)}
+        if not fit.done():
+            yield fit
         try:
             fitted = fit.result()
         except Exception as found:
@@ -209,14 +213,3 @@ class _Batch:
         for row in rows:
             done = self.journal.placed(row.output) if self.journal is not None else None
             yield replace(row, done=done), fitted
-
-
-@dataclass
-class _Jobs(Iterator[Job]):
-    """What was asked about, then the next that nobody had: after the last one, there may be one again."""
-
-    asking: deque[Job]
-    fresh: Iterator[Job]
-
-    def __next__(self) -> Job:
-        return self.asking.popleft() if self.asking else next(self.fresh)
