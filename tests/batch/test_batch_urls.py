@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+from regraft.batch.out_place import check_out
 from regraft.batch.places import fetch, is_url, put, store_of
 from regraft.errors import InputError, RegraftError
 
@@ -79,6 +80,14 @@ def test_the_package_that_a_url_lacks_is_named(url: str, package: str, monkeypat
         store_of(url)
     scheme = url.partition("://")[0]
     assert str(told.value) == f"{url}: URLs of {scheme}:// need {package}. pip install {package}"
+
+
+def test_an_output_url_that_lacks_a_package_is_no_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr("regraft.batch.places.time.sleep", lambda seconds: pytest.fail("it tries again"))
+    with pytest.raises(RegraftError) as told:
+        check_out([], "s3://bucket/x", overwrite=False)
+    assert str(told.value) == "s3://bucket/x: URLs of s3:// need s3fs. pip install s3fs"
 
 
 def test_without_fsspec_no_url_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

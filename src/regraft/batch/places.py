@@ -123,6 +123,9 @@ def persistently(action: Callable[[], T], file: str, error_class: type[RegraftEr
             # The hub says the same of what a token may not see.
             token = " What is private needs a token: HF_TOKEN." if file.startswith("hf://") else ""
             raise error_class("no such file", file=file, remedy=f"Check the URL.{token}") from None
+        except RegraftError:
+            # No word of the store's: a package that it lacks is not there at the third try either.
+            raise
         except Exception as error:
             # Each store has errors of its own, and no common class.
             if not left:
