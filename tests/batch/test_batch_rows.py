@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,26 @@ def test_two_of_one_name_get_outputs_of_their_own(here: Path) -> None:
     rows = found("loras/a0", "loras/sub/a1", str(make_library(here / "other") / "a0"))
     assert len({row.output for row in rows}) == 3
     assert [row.output.partition(".")[0] for row in rows] == ["a0", "a1", "a0"]
+
+
+@pytest.mark.parametrize("folder", ["ink", "INK"])
+def test_no_output_lies_in_another_that_may_be_a_folder(here: Path, folder: str) -> None:
+    for name in ("ink.safetensors", f"{folder}/e1.safetensors", "oil/e1.safetensors"):
+        (here / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "files" / name).write_bytes(b"")
+    outputs = {row.name: row.output for row in found("files", format="peft")}
+    assert re.fullmatch(r"ink\.[0-9a-f]{8}", outputs["ink.safetensors"])
+    assert re.fullmatch(folder + r"/e1\.[0-9a-f]{8}", outputs[f"{folder}/e1.safetensors"])
+    assert outputs["oil/e1.safetensors"] == "oil/e1"
+    # Of files, each keeps its suffix.
+    assert {row.output for row in found("files")} == {"ink", f"{folder}/e1", "oil/e1"}
+
+
+def test_an_adapters_folder_that_is_called_as_a_sub_folder_gets_another_name(here: Path) -> None:
+    make_library(here / "more" / "a0" / "deeper")
+    outputs = {row.name: row.output for row in found("loras/a0", "more")}
+    for name in ("a0", "a0/deeper/a0"):
+        assert re.fullmatch(name + r"\.[0-9a-f]{8}", outputs[name])
 
 
 def test_what_lies_in_the_output_folder_is_no_input(here: Path) -> None:

@@ -121,14 +121,33 @@ def _stays_inside(name: str) -> bool:
 
 
 def _named(rows: list[Row]) -> list[Row]:
-    """The rows with their outputs' names; where two would share one, both get some digits of what tells them apart."""
+    """The rows with their outputs' names, no one of which is another's or a folder that another lies in.
+
+    Where two would be, both get some digits of what tells them apart.
+    """
     stems = [stem_of(row.output or row.name) for row in rows]
     # Some disks don't tell capitals from small letters.
-    counts = Counter(stem.casefold() for stem in stems)
+    plain = [stem.casefold() for stem in stems]
+    counts = Counter(plain)
+    folders = {name for row, name in zip(rows, plain, strict=True) if _may_be_folder(row)}
+    nested = {name: around for name in counts if (around := _around(name) & folders)}
+    taken = {name for name, count in counts.items() if count > 1}
+    taken |= nested.keys() | {name for around in nested.values() for name in around}
     return [
-        replace(row, output=stem if counts[stem.casefold()] == 1 else f"{stem}.{_digits(row)}")
-        for row, stem in zip(rows, stems, strict=True)
+        replace(row, output=f"{stem}.{_digits(row)}" if name in taken else stem)
+        for row, stem, name in zip(rows, stems, plain, strict=True)
     ]
+
+
+def _around(name: str) -> set[str]:
+    """The names of all folders that it lies in."""
+    parts = name.split("/")
+    return {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+
+
+def _may_be_folder(row: Row) -> bool:
+    """Whether its output may be a folder: a weights file stays one unless a format is asked for."""
+    return row.options.format is not None or not names_file(Path(row.name))
 
 
 def stem_of(name: str) -> str:
