@@ -16,7 +16,7 @@ from library import Here, held, make_bases, make_library, stored
 from regraft.batch import Row, expand, run_batch
 from regraft.batch.options import RowOptions
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
-from regraft.batch.places import is_inside, location, without_slash
+from regraft.batch.places import is_inside, location, without_slash, write_text_to
 from regraft.batch.waiting import Job, Result
 from regraft.errors import OutputError, UsageError
 from regraft.report.batch_schema import BatchReport
@@ -131,6 +131,40 @@ def test_a_driver_that_was_killed_before_it_noted_anything_comes_back(
             batch("memory://lib", "memory://out")
     assert any(name.endswith(".safetensors") for name in held("memory://out"))
     assert batch("memory://lib", "memory://out").counts.ported == 3
+
+
+def test_what_another_driver_notes_while_a_journal_is_closed_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(text: str, place: str) -> None:
+        write_text_to(text, place)
+        if place.endswith("/results.jsonl"):
+            write_text_to("theirs\n", "memory://out/.results/9.jsonl")
+
+    monkeypatch.setattr("regraft.batch.journal.write_text_to", write)
+    batch("memory://lib", "memory://out")
+    assert {name: text for name, text in held("memory://out").items() if "/.results/" in name} == {
+        "/out/.results/9.jsonl": b"theirs\n"
+    }
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    batch("memory://lib", "memory://out")
+    assert held("memory://out")["/out/results.jsonl"].splitlines().count(b"theirs") == 1
+
+
+def test_a_driver_that_is_killed_while_it_closes_its_journal_notes_nothing_twice(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr("regraft.batch.journal.Journal._remove", killed)
+        with pytest.raises(SystemExit):
+            batch("memory://lib", "memory://out")
+    assert [name for name in held("memory://out") if "/.results/" in name]
+    assert batch("memory://lib", "memory://out").counts.reused == 3
+    noted = held("memory://out")["/out/results.jsonl"].splitlines()
+    assert len(noted) == len(set(noted)) == 3
+    assert not [name for name in held("memory://out") if "/.results/" in name]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -42,7 +41,7 @@ class Journal:
         self._since = time.monotonic()
         self._rows: dict[str, BatchRow] = {}
         self._placed: dict[str, BatchRow] = {}
-        for text in self._read():
+        for text in self._read().values():
             self._take(text)
         if is_url(out):
             # From the first moment on the place is known for a batch's.
@@ -57,22 +56,21 @@ class Journal:
             except OSError as error:
                 raise OutputError(f"can't be written ({error.strerror})", file=file) from None
 
-    def _read(self) -> Iterator[str]:
+    def _read(self) -> dict[str, str]:
+        """The texts of its files by their names, in order."""
         if not is_url(self.place):
             file = path_of(self.place)
-            if file.is_file():
-                yield file.read_text(encoding="utf-8", errors="replace")
-            return
+            return {self.place: file.read_text(encoding="utf-8", errors="replace")} if file.is_file() else {}
         store, place = store_of(self.place)
         _, parts = store_of(self._parts)
 
-        def texts() -> list[str]:
+        def texts() -> dict[str, str]:
             store.invalidate_cache()
             files = [place] if store.exists(place) else []
             files += sorted(store.find(parts)) if store.exists(parts) else []
-            return [store.cat_file(file).decode("utf-8", errors="replace") for file in files]
+            return {file: store.cat_file(file).decode("utf-8", errors="replace") for file in files}
 
-        yield from persistently(texts, self.place, InputError)
+        return persistently(texts, self.place, InputError)
 
     def _take(self, text: str) -> None:
         for line in text.split("\n"):
@@ -141,14 +139,34 @@ class Journal:
             self._file.close()
             return
         self.put()
+        texts = self._read()
+        lines: dict[str, None] = {}
+        for text in texts.values():
+            for line in filter(None, text.split("\n")):
+                # A driver that was killed below has left parts of what is in the whole. Of equal lines the last counts.
+                lines.pop(line, None)
+                lines[line] = None
+        read = set(texts)
+        del texts
+        if lines:
+            write_text_to("\n".join(lines) + "\n", self.place)
+        self._remove(read)
+
+    def _remove(self, read: set[str]) -> None:
+        """Remove the parts that were read: nothing holds a store, and another driver's may have come since."""
         store, parts = store_of(self._parts)
-        texts = list(self._read())
-        if texts:
-            write_text_to("".join(texts), self.place)
 
         def remove() -> None:
-            if store.exists(parts):
+            store.invalidate_cache()
+            if not store.exists(parts):
+                return
+            there = set(store.find(parts))
+            if there <= read:
+                # In one request: on the hub, each is a commit.
                 store.rm(parts, recursive=True)
+                return
+            for part in there & read:
+                store.rm_file(part)
 
         persistently(remove, self._parts, OutputError)
 

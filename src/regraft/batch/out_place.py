@@ -1,4 +1,4 @@
-"""Where a batch writes: a folder or a URL that is its own, held by one driver at a time."""
+"""Where a batch writes: a folder that is its own, held by one driver at a time, or a URL, which nothing holds."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def _in_store(url: str) -> tuple[bool, bool]:
 
 @contextmanager
 def alone_in(out: str) -> Iterator[None]:
-    """No other batch writes to the same folder; a driver that was killed holds nothing."""
+    """No other batch writes to the same folder; a driver that was killed holds nothing.
+
+    Stores have no locks: that one batch at a time writes to a URL is left to the user.
+    """
     if is_url(out):
         yield
         return
