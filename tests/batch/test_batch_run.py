@@ -21,7 +21,9 @@ from running import Run
 from regraft.batch import expand, run_batch
 from regraft.batch.lean import lean
 from regraft.batch.options import RowOptions, parse_options
+from regraft.batch.out_place import sweep
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
+from regraft.batch.rows import Row
 from regraft.batch.tables import parquet
 from regraft.batch.waiting import Job, Result
 from regraft.batch.work import work
@@ -371,6 +373,20 @@ def test_output_folders_that_are_something_else_are_left_alone(here: Path) -> No
     with pytest.raises(OutputError, match="other things"):
         batch(["loras"], here / "mine")
     assert (here / "mine" / "a0").read_text() == "of somebody else"
+
+
+def test_what_a_killed_worker_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    long = "a" * 60
+    left = {f".{name[:40]}.abcd_123": name for name in ("back", "back.safetensors", "back_low_noise.safetensors", long)}
+    left |= {".back.gguf.00000000": "", ".sub.zzzzzzzz": ""}
+    kept = {".backup.20240101": "back", ".back.20240101": "adapter.safetensors", ".back.safetensors.2024010": ""}
+    for folder, held in {**left, **kept}.items():
+        home = tmp_path / ("sub" if folder == ".sub.zzzzzzzz" else "") / folder
+        (home / held).mkdir(parents=True)
+    rows = [Row("/a", name, "old", "new", RowOptions(), output=name) for name in ("back", long, "sub/sub")]
+    sweep(rows, str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {*kept, "sub"}
+    assert list((tmp_path / "sub").iterdir()) == []
 
 
 def test_a_journal_with_a_cut_line_is_read_on(here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from regraft.batch.journal import STEMS
 from regraft.batch.places import home_of, is_inside, is_url, location, path_of, persistently, store_of
 from regraft.batch.rows import Row
 from regraft.errors import OutputError, UsageError
+from regraft.experts import EXPERTS, labelled
+from regraft.tensor_files import WEIGHTS_SUFFIXES
 
 #: What a batch holds while it writes to a folder.
 LOCK = ".regraft-batch.lock"
+# So much of an output's name is in that of the folder that it is written in.
+_STAGED = 40
 
 
 def check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
@@ -101,9 +106,31 @@ def sweep(rows: Sequence[Row], out: str) -> None:
     begun: dict[Path, set[str]] = {}
     for row in rows:
         place = path_of(out) / row.output
-        begun.setdefault(place.parent, set()).add(place.name[:40])
-    for folder, names in begun.items():
+        begun.setdefault(place.parent, set()).add(place.name)
+    for folder, stems in begun.items():
         for left in folder.glob(".*") if folder.is_dir() else []:
-            found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", left.name)
-            if found and left.is_dir() and any(found[1].startswith(name) for name in names):
+            if _is_stage(left, stems):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_stage(folder: Path, stems: AbstractSet[str]) -> bool:
+    """Whether `regraft.output.whole` has made a folder for one of these outputs: by its name, and by what it holds."""
+    found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", folder.name)
+    if found is None or not folder.is_dir():
+        return False
+    name = found[1]
+    near = (stem for stem in stems if name.startswith(stem.partition(".")[0][:_STAGED]))
+    if not any(name == output[:_STAGED] for stem in near for output in _outputs(stem)):
+        return False
+    try:
+        return all(held.name[:_STAGED] == name or held.name == "replaced" for held in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _outputs(stem: str) -> Iterator[str]:
+    """What an output may be called: a folder or a file, for the whole base or one expert of it."""
+    for suffix in ("", *WEIGHTS_SUFFIXES):
+        name = Path(stem + suffix)
+        yield name.name
+        yield from (labelled(name, label).name for label in EXPERTS.values())
