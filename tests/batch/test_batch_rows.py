@@ -209,6 +209,9 @@ def test_a_row_goes_by_a_migration_or_by_a_fit_and_the_nearer_word_counts(here: 
     own = str(here / "sub" / "m.safetensors")
     rows = expand(["sub/m.csv"], "old", "new", RowOptions(migration="theirs"))
     assert [row.options.migration for row in rows] == [own, "theirs", None, "org/name:m.safetensors"]
+    (here / "auto.csv").write_text("adapter,migration,method\na,,auto\nb,,\nc,own.safetensors,auto\n")
+    rows = expand(["auto.csv"], "old", "new", RowOptions(migration="theirs"))
+    assert [row.options.migration for row in rows] == [None, "theirs", str(here / "own.safetensors")]
     rows = expand(["sub/m.csv"], "old", "new", RowOptions(method="lora-x", energy=0.9))
     assert [(row.options.migration, row.options.method) for row in rows[:3]] == [
         (own, "auto"),

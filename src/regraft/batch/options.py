@@ -115,7 +115,8 @@ def parse_options(given: Mapping[str, Any], base: RowOptions = RowOptions()) -> 
         what = f"a migration has its method: {', '.join(fitting)} can't change it"
         raise UsageError(what, remedy="Give the migration, or how one is to be fitted.")
     earlier = base.model_dump()
-    for name in FITTED_BY if "migration" in told else ["migration"] if fitting else []:
+    # A row that says `auto` asks for a fit, too.
+    for name in FITTED_BY if "migration" in told else ["migration"] if not told.keys().isdisjoint(FITTED_BY) else []:
         earlier[name] = plain[name]
     try:
         options = RowOptions.model_validate({**earlier, **told})
