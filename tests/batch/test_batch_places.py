@@ -15,6 +15,7 @@ from library import Here, held, make_bases, make_library, stored
 
 from regraft.batch import Row, expand, run_batch
 from regraft.batch.options import RowOptions
+from regraft.batch.out_place import check_out
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.batch.places import is_inside, location, without_slash, write_text_to
 from regraft.batch.waiting import Job, Result
@@ -62,6 +63,16 @@ def test_places_are_compared_part_by_part() -> None:
     ]
     assert [is_inside(place, location(folder)) for place, folder in inside] == [True] * len(inside)
     assert [is_inside(place, location(folder)) for place, folder in outside] == [False] * len(outside)
+
+
+def test_a_repository_on_the_hub_lies_in_no_folder(here: Path) -> None:
+    for name in ("org/name", "org/name@v1:styles/ink.safetensors"):
+        (row,) = rows_of(name, without=str(here))
+        check_out([row], str(here), overwrite=True)
+    (here / "loras" / "name").mkdir()
+    # What lies on the disk by that name is what is meant.
+    assert is_inside("loras/name", location(str(here)))
+    assert not is_inside("org/name", location(str(here)))
 
 
 @pytest.mark.parametrize(

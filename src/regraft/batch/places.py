@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from regraft.errors import InputError, OutputError, RegraftError, first_line
+from regraft.hub import hub_id_of
 from regraft.migrations.digest import file_hash
 from regraft.output import ADAPTER_CONFIG, readable, whole
 
@@ -100,13 +101,17 @@ def _kind(scheme: str) -> object:
 
 
 def is_inside(place: str, folder: Location) -> bool:
-    """Whether a path or URL is that folder, or lies in it at any depth."""
+    """Whether a path or URL is that folder, or lies in it at any depth; a hub id lies in none."""
+    if hub_id_of(place) is not None:
+        return False
     store, parts = location(place)
     return store == folder[0] and parts[: len(folder[1])] == folder[1]
 
 
 def home_of(place: str) -> str:
-    """The folder that a path or URL lies in."""
+    """The folder that a path or URL lies in; a hub id itself."""
+    if hub_id_of(place) is not None:
+        return place
     return place.rstrip("/").rpartition("/")[0] if is_url(place) else str(path_of(place).parent)
 
 
