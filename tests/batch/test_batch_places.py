@@ -53,6 +53,11 @@ def test_places_are_compared_part_by_part() -> None:
         ("memory://lib/x/../ported/a", "memory://lib/ported"),
         ("zz://bucket/a", "zz://bucket"),
         ("file:///lib/a", "/lib"),
+        ("hf://org/lib@main/a", "hf://org/lib"),
+        ("hf://org/lib/a", "hf://org/lib@main"),
+        ("hf://datasets/org/lib/styles/a", "hf://datasets/org/lib@main/styles"),
+        ("hf://org/lib@refs/pr/1/a", "hf://org/lib@refs%2Fpr%2F1"),
+        ("hf://models/org/lib@main", "hf://org"),
     ]
     outside = [
         ("memory://lib/ported-2/a", "memory://lib/ported"),
@@ -60,6 +65,9 @@ def test_places_are_compared_part_by_part() -> None:
         ("zz://lib/a", "memory://lib"),
         ("/lib/a", "memory://lib"),
         ("org/name", "memory://org"),
+        ("hf://org/lib@ported/a", "hf://org/lib"),
+        ("hf://datasets/org/lib/a", "hf://org/lib"),
+        ("hf://org/lib/refs/pr/1", "hf://org/lib@refs/pr/1"),
     ]
     assert [is_inside(place, location(folder)) for place, folder in inside] == [True] * len(inside)
     assert [is_inside(place, location(folder)) for place, folder in outside] == [False] * len(outside)

@@ -33,6 +33,8 @@ _PACKAGES = {
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
     "hf": "huggingface_hub",
 }
+# Before a repository's name in hf://; without one, as with `models`, it is a model's.
+_HUB_KINDS = ("datasets", "spaces", "kernels", "buckets")
 _TRIES, _PAUSE = 3, 0.5
 
 
@@ -84,7 +86,23 @@ def location(place: str) -> Location:
         return None, path_of(place).resolve().parts
     # By its text alone: a library may have a million URLs. Where `..` is no step up, nothing has such a name.
     scheme, _, path = place.partition("://")
-    return _kind(scheme), tuple(part for part in posixpath.normpath(f"/{path}").split("/") if part)
+    parts = tuple(part for part in posixpath.normpath(f"/{path}").split("/") if part)
+    return _kind(scheme), _with_revision(parts) if scheme == "hf" else parts
+
+
+def _with_revision(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """A place on the hub, with the branch that is meant where none is named; another branch is another place."""
+    if parts[:1] == ("models",):
+        parts = parts[1:]
+    repository = 2 if parts and parts[0] in _HUB_KINDS else 1
+    if len(parts) <= repository:
+        return parts
+    name, _, revision = parts[repository].partition("@")
+    rest = parts[repository + 1 :]
+    if revision == "refs":
+        # As in `@refs/pr/1`; other slashes of a revision are written %2F.
+        revision, rest = "/".join(("refs", *rest[:2])), rest[2:]
+    return (*parts[:repository], f"{name}@{unquote(revision) or 'main'}", *rest)
 
 
 @lru_cache
