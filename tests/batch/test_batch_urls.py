@@ -13,7 +13,7 @@ import pytest
 
 from regraft.batch.out_place import check_out
 from regraft.batch.places import fetch, is_url, put, store_of
-from regraft.errors import InputError, RegraftError
+from regraft.errors import InputError, OutputError, RegraftError
 
 fsspec = pytest.importorskip("fsspec", reason="stores need fsspec: pip install 'regraft[batch]'")
 
@@ -61,6 +61,42 @@ def test_a_bucket_of_google_is_read_and_written_by_gcsfs(
     (tmp_path / "got").mkdir()
     assert fetch(f"{scheme}://bucket/styles/ink.safetensors", tmp_path / "got").read_bytes() == b"weights"
     Buckets.store.clear()
+
+
+class Server(MemoryFileSystem):
+    """A store on which a file grows under its name, and that answers now and then."""
+
+    protocol = "grows"
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    refused = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.partition("://")[2] or path)
+
+    def mv(self, path1: str, path2: str, **more: object) -> None:
+        if Server.refused:
+            Server.refused -= 1
+            raise ConnectionError("gone")
+        super().mv(path1, path2, **more)
+
+
+@pytest.mark.parametrize("refused", [2, 3])
+def test_of_an_upload_that_fails_nothing_is_left(refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("grows", Server, clobber=True)
+    monkeypatch.setattr("regraft.batch.places.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(Server, "refused", refused)
+    (tmp_path / "ink.safetensors").write_bytes(b"weights")
+    try:
+        if refused < 3:
+            put(tmp_path / "ink.safetensors", "grows://styles/ink.safetensors")
+        else:
+            with pytest.raises(OutputError, match="does not answer"):
+                put(tmp_path / "ink.safetensors", "grows://styles/ink.safetensors")
+        assert Server().find("") == (["/styles/ink.safetensors"] if refused < 3 else [])
+    finally:
+        Server.store.clear()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -198,17 +199,23 @@ def put(file: Path, url: str) -> None:
 
 def _put_file(store: Any, file: Path, place: str, url: str) -> None:
     protocols = {store.protocol} if isinstance(store.protocol, str) else set(store.protocol)
+    if protocols & _WHOLE_PUTS:
+        persistently(lambda: store.put_file(str(file), place), url, OutputError)
+        return
+    part = f"{place}.{uuid.uuid4().hex}.part"
 
     def upload() -> None:
-        if protocols & _WHOLE_PUTS:
-            store.put_file(str(file), place)
-            return
-        part = f"{place}.{uuid.uuid4().hex}.part"
         store.makedirs(part.rpartition("/")[0], exist_ok=True)
         store.put_file(str(file), part)
         store.mv(part, place)
 
-    persistently(upload, url, OutputError)
+    try:
+        persistently(upload, url, OutputError)
+    except BaseException:
+        # What is there of it, where anything is, is no use to anybody.
+        with suppress(Exception):
+            store.rm_file(part)
+        raise
 
 
 def place(file: Path, target: str) -> None:
