@@ -21,13 +21,13 @@ from running import Run
 from regraft.batch import expand, run_batch
 from regraft.batch.lean import lean
 from regraft.batch.options import RowOptions, parse_options
-from regraft.batch.out_place import sweep
+from regraft.batch.out_place import LOCK, sweep
 from regraft.batch.pairs import Fitted, PairSpec, fit_pair
 from regraft.batch.rows import Row
 from regraft.batch.tables import parquet
 from regraft.batch.waiting import Job, Result
 from regraft.batch.work import work
-from regraft.errors import OutputError, Refused, RegraftError, UsageError
+from regraft.errors import InputError, OutputError, Refused, RegraftError, UsageError
 from regraft.report.batch_page import render_batch
 from regraft.report.batch_schema import BatchPair, BatchReport, BatchRow
 from regraft.report.json_schema import parse
@@ -373,6 +373,27 @@ def test_output_folders_that_are_something_else_are_left_alone(here: Path) -> No
     with pytest.raises(OutputError, match="other things"):
         batch(["loras"], here / "mine")
     assert (here / "mine" / "a0").read_text() == "of somebody else"
+
+
+def test_an_output_folder_that_can_not_be_used_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, *rest: object, **more: object) -> Any:
+        raise OSError(5, "Input/output error", str(path))
+
+    rows = [Row("/a", "a", "old", "new", RowOptions(), output="a")]
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(OutputError, match="can't be locked"):
+        run_batch(rows, Here(), out=str(tmp_path), overwrite=True)
+    (tmp_path / LOCK).rmdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", broken)
+        with pytest.raises(OutputError, match=r"can't be looked into \(Input/output error\)"):
+            run_batch(rows, Here(), out=str(tmp_path))
+    (tmp_path / "results.jsonl").write_text("\n")
+    monkeypatch.setattr(Path, "read_text", broken)
+    with pytest.raises(InputError, match=r"results.jsonl.*Input/output error"):
+        run_batch(rows, Here(), out=str(tmp_path))
 
 
 def test_what_a_killed_worker_left_is_swept_and_nothing_else(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from regraft.batch.done import Done, Keys
 from regraft.batch.lean import lean
 from regraft.batch.places import is_url, path_of, persistently, store_of, write_text_to
-from regraft.errors import InputError, OutputError
+from regraft.errors import InputError, OutputError, reading
 from regraft.report.batch_schema import BatchRow
 
 # A store has no appending: lines are put there in parts, with a row that comes after so many, or so long.
@@ -60,7 +60,8 @@ class Journal:
         """The texts of its files by their names, in order."""
         if not is_url(self.place):
             file = path_of(self.place)
-            return {self.place: file.read_text(encoding="utf-8", errors="replace")} if file.is_file() else {}
+            with reading(file):
+                return {self.place: file.read_text(encoding="utf-8", errors="replace")} if file.is_file() else {}
         store, place = store_of(self.place)
         _, parts = store_of(self._parts)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from regraft.batch.journal import STEMS
 from regraft.batch.places import home_of, is_inside, is_url, location, path_of, persistently, store_of
 from regraft.batch.rows import Row
-from regraft.errors import OutputError, UsageError
+from regraft.errors import OutputError, UsageError, first_line
 from regraft.experts import EXPERTS, labelled
 from regraft.tensor_files import WEIGHTS_SUFFIXES
 
@@ -27,7 +27,7 @@ def check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
 
     Raises:
         UsageError: the adapters themselves lie there.
-        OutputError: it is a file, holds other things (which ``overwrite`` allows), or can't be made.
+        OutputError: it is a file, holds other things (which ``overwrite`` allows), or can't be made or looked into.
     """
     place = location(out)
     if any(is_inside(home, place) for home in {home_of(row.adapter) for row in rows}):
@@ -36,8 +36,11 @@ def check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
         is_file, is_free = persistently(lambda: _in_store(out), out, OutputError)
     else:
         folder = path_of(out)
-        is_file = folder.exists() and not folder.is_dir()
-        is_free = is_file or not folder.exists() or has_journal(folder) or _is_empty(folder)
+        try:
+            is_file = folder.exists() and not folder.is_dir()
+            is_free = is_file or not folder.exists() or has_journal(folder) or _is_empty(folder)
+        except OSError as error:
+            raise OutputError(f"can't be looked into ({error.strerror})", file=out) from None
     if is_file:
         raise OutputError("is a file, and the output is a folder", file=out, remedy="Choose another name.")
     if not (overwrite or is_free):
@@ -82,6 +85,9 @@ def alone_in(out: str) -> Iterator[None]:
     """No other batch writes to the same folder; a driver that was killed holds nothing.
 
     Stores have no locks: that one batch at a time writes to a URL is left to the user.
+
+    Raises:
+        OutputError: another one does, or the folder can't be locked.
     """
     if is_url(out):
         yield
@@ -93,6 +99,8 @@ def alone_in(out: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError("another batch is writing here", file=out, remedy="Wait for it, or stop it.") from None
+    except (OSError, NotImplementedError) as error:
+        raise OutputError(f"can't be locked ({first_line(error)})", file=out) from None
     try:
         yield
     finally:
