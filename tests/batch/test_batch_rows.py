@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from running import Run
 
 from regraft.batch import Row, expand
 from regraft.batch.options import RowOptions
+from regraft.batch.rows import name_on_disk
 from regraft.errors import InputError, UsageError
 
 
@@ -109,6 +110,37 @@ def test_manifests_say_the_same_in_every_form(here: Path, write: Any) -> None:
     assert rows[2].options.force
     assert [Path(row.target).name for row in rows] == ["new", "newer", "new"]
     assert [row.output for row in rows] == ["loras/a0", "loras/sub/a1", "named/it"]
+
+
+WINDOWS = PureWindowsPath(r"C:\work\lib")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "home", "name"),
+    [
+        (WINDOWS / "sub" / "a1.safetensors", WINDOWS, "sub/a1.safetensors"),
+        (WINDOWS / "sub" / "a1.safetensors", PureWindowsPath("D:/other"), "a1.safetensors"),
+        (PureWindowsPath("//host/share/a1"), WINDOWS, "a1"),
+        (PureWindowsPath("C:/"), WINDOWS, "adapter"),
+        (PurePosixPath("/lib/sub/a1"), PurePosixPath("/lib"), "sub/a1"),
+        (PurePosixPath("/lib/sub/a1"), PurePosixPath("/li"), "a1"),
+        # A name of one system that leads out on another.
+        (PurePosixPath("/lib/..\\a1"), PurePosixPath("/lib"), "a1"),
+        (PurePosixPath("/lib/\\a1"), PurePosixPath("/elsewhere"), "a1"),
+        (PurePosixPath("/lib/C:a1"), PurePosixPath("/lib"), "a1"),
+        (PurePosixPath("/lib/a\\.."), PurePosixPath("/lib"), "adapter"),
+    ],
+)
+def test_an_adapters_name_has_slashes_on_every_system_and_leads_nowhere(
+    adapter: PurePath, home: PurePath, name: str
+) -> None:
+    assert name_on_disk(adapter, home) == name
+
+
+def test_a_manifest_above_the_current_folder_gives_the_same_names(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "m.csv").write_text("adapter\nloras/sub/a1\n")
+    monkeypatch.chdir(here / "loras")
+    assert [row.name for row in found("../m.csv")] == ["loras/sub/a1"]
 
 
 def by_pandas(file: Path, columns: dict[str, list[Any]]) -> None:

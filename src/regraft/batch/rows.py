@@ -6,10 +6,11 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from regraft.batch.done import Done
@@ -228,10 +229,22 @@ def _beside(adapter: str, home: str) -> str:
 
 
 def _name_of(adapter: str, home: str) -> str:
+    if not is_url(adapter) and Path(adapter).is_absolute():
+        return name_on_disk(Path(adapter), Path(os.path.normpath(home)))
     inside = adapter.removeprefix(f"{home}/")
-    if inside != adapter and _stays_inside(inside):
-        return inside
-    return PurePosixPath(adapter.replace(":", "/")).name or "adapter"
+    return inside if inside != adapter and _stays_inside(inside) else _last_of(adapter)
+
+
+def name_on_disk(adapter: PurePath, home: PurePath) -> str:
+    """An adapter's name below its manifest's folder, with ``/`` on every system; its own, where it lies elsewhere."""
+    inside = adapter.relative_to(home).as_posix() if adapter.is_relative_to(home) else adapter.name
+    return inside if _stays_inside(inside) else _last_of(inside)
+
+
+def _last_of(name: str) -> str:
+    """The last part of a name, whatever separates parts on some system."""
+    last = re.split(r"[/\\:]", name.rstrip("/\\:"))[-1]
+    return last if _stays_inside(last) else "adapter"
 
 
 def _in_store(url: str) -> Iterator[_Found]:
