@@ -162,7 +162,7 @@ def test_figures_of_a_file_without_a_lineage_are_told_too(run: Run, folder: Path
     assert "| this port |" in text
 
 
-def test_records_that_are_none_or_another_adapters_are_refused(
+def test_records_that_are_none_and_forecasts_of_other_shapes_are_refused(
     run: Run, lora: Path, old: Path, folder: Path, tmp_path: Path
 ) -> None:
     check, verify, bad = tmp_path / "check.json", tmp_path / "verify.json", tmp_path / "bad.json"

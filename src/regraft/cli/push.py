@@ -48,7 +48,11 @@ def push(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option("--measured", metavar="RECORD.json", help="Likewise of `verify --json`, beside the controls."),
+        typer.Option(
+            "--measured",
+            metavar="RECORD.json",
+            help="Likewise of `verify --json`, beside the controls; taken as given: it is not checked whose it is.",
+        ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Adapter and card",
