@@ -17,7 +17,7 @@ from regraft.lineage import lineage_of, with_port
 from regraft.refine import RefineResult, RefineSettings, refine
 from regraft.refine import loop as loop_module
 from regraft.refine.aims import Aim
-from regraft.refine.starting import Start
+from regraft.refine.starting import Start, refine_entry
 from regraft.runtime import applied, load_model
 from regraft.singular import print_of
 from regraft.tensors import InMemory
@@ -270,9 +270,12 @@ def test_what_holds_nothing_to_train_is_refused_before_any_work(
 
     monkeypatch.setattr(BothModels, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     norm = Adapter({ModuleRef("model", "model.norm.weight"): Diff(InMemory(torch.ones(16)), "x.diff")}, "lycoris")
-    for start in (None, "zero", norm):
-        with pytest.raises(InputError, match=r"no linear layer or convolution that could be trained"):
-            refine(norm, open_base(old), open_base(new), start=start)  # type: ignore[arg-type]
+    # As many numbers as a matrix may have singular values: which it is, the base tells.
+    shift = Adapter({ModuleRef("model", "model.norm"): SpectralShift(InMemory(torch.ones(16)))}, "svdiff")
+    for adapter in (norm, shift):
+        for start in (None, "zero", adapter):
+            with pytest.raises(InputError, match=r"no linear layer or convolution that could be trained"):
+                refine(adapter, open_base(old), open_base(new), start=start)  # type: ignore[arg-type]
 
 
 def test_other_kinds_begin_from_one_lora_a_module(old: Path, new: Path) -> None:
@@ -292,3 +295,24 @@ def test_other_kinds_begin_from_one_lora_a_module(old: Path, new: Path) -> None:
         result = refine(adapter, open_base(old), open_base(new), start=start, settings=few)  # type: ignore[arg-type]
         assert sorted(ref.path.removesuffix(".weight") for ref in result.adapter.updates) == paths
         assert "copy" not in [row.title for row in result.report.beside if row.title != result.report.start]
+
+
+def test_a_start_of_shifts_is_written_in_forms_that_one_file_holds(
+    adapter: Adapter, old: Path, new: Path, tmp_path: Path
+) -> None:
+    """A LoRA for the layer; for the norm the change of its weight, or its new value."""
+    layer, norm = ModuleRef("model", "model.layers.0.self_attn.q_proj"), ModuleRef("model", "model.norm")
+    shifts: dict[ModuleRef, Update] = {ref: SpectralShift(InMemory(torch.full((16,), 0.3))) for ref in (layer, norm)}
+    bases = open_base(old), open_base(new)
+    few = RefineSettings(steps=2, look=1, n_inputs=4, rank=4)
+    found: dict[str, Adapter] = {}
+    for format in ("svdiff", "peft"):
+        start = Adapter(shifts, format, metadata=with_port(adapter, refine_entry(*bases)))
+        found[format] = refine(adapter, *bases, start=start, settings=few).adapter
+    weight = ModuleRef("model", "model.norm.weight")
+    assert (found["svdiff"].format, found["svdiff"].updates[weight].kind) == ("lycoris", "diff")
+    found["peft"].save(tmp_path / "out")
+    written = load_adapter(tmp_path / "out")
+    assert {ref: update.kind for ref, update in written.updates.items()} == {layer: "lora", weight: "full"}
+    base = load_model(new).main.get_submodule(norm.path).weight.detach()
+    torch.testing.assert_close(written.updates[weight].merged(base), base + 0.3)

@@ -195,9 +195,30 @@ def test_what_acts_on_the_weight_is_trained_as_its_lora(kind: str, make: Any, tm
         torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_norm_s_shift_is_kept_as_the_change_of_its_weight(count: int, tmp_path: Path) -> None:
+    """Beside LoRAs: no file holds those and spectral shifts, too."""
+    model = load_model(tiny.llama(tmp_path / "base"))
+    layer, norm = ModuleRef(MODEL, "model.layers.1.self_attn.q_proj"), ModuleRef(MODEL, "model.norm")
+    shifts: dict[ModuleRef, Update] = {layer: SpectralShift(random(16)), norm: SpectralShift(random(count, seed=1))}
+    start = Adapter(shifts, "svdiff")
+    with applied(model.components, start):
+        wanted, weight = text_output(model), model.main.get_submodule(norm.path).weight.detach().clone()
+    before = model.main.get_submodule(norm.path).weight.detach().clone()
+    assert not torch.allclose(weight, before, atol=1e-3)
+    with student_of(model, start) as student:
+        assert set(student.layers) == {layer}
+        torch.testing.assert_close(text_output(student.model), wanted, rtol=1e-3, atol=1e-4)
+        parameter = ModuleRef(MODEL, f"{norm.path}.weight")
+        assert set(student.updates()) == {layer, parameter}
+        torch.testing.assert_close(student.updates()[parameter].delta(), weight - before, rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_of_whole_parameters_alone_has_nothing_to_train(tmp_path: Path) -> None:
     model = load_model(tiny.llama(tmp_path / "base"))
     norm = ModuleRef(MODEL, "model.norm.weight")
     start = Adapter({norm: Diff(InMemory(torch.ones(16)), "model.norm.diff")}, format="peft")
-    with pytest.raises(InputError, match="no linear layer or convolution that could"), student_of(model, start):
-        pass
+    shift = Adapter({ModuleRef(MODEL, "model.norm"): SpectralShift(random(16))}, "svdiff")
+    for whole in (start, shift):
+        with pytest.raises(InputError, match="no linear layer or convolution that could"), student_of(model, whole):
+            pass

@@ -41,6 +41,7 @@ from regraft.runtime.applied import applied, fitting
 from regraft.runtime.both import BothModels, modules_of
 from regraft.runtime.libraries import quiet_libraries
 from regraft.runtime.load import Loaded
+from regraft.settling import settled as in_its_format
 from regraft.updates import LowRank
 
 __all__ = ["Look", "Objective", "RefineResult", "RefineSettings", "Strip", "refine"]
@@ -104,8 +105,8 @@ def refine(
     if settings.mapper is not None:
         # Before anything is loaded: it may be for other bases.
         check_mapper(settings.mapper, old, new)
-    first = start if isinstance(start, Adapter) else adapter
-    if not settings.targets and not could_train(first.updates):
+    first, its_base = (start, new) if isinstance(start, Adapter) else (adapter, old)
+    if not settings.targets and not could_train(first, its_base):
         raise nothing_to_train(first.path)
     strip = strip or Strip(0)
     # The start that looks at outputs would hold both models on the device.
@@ -165,11 +166,12 @@ def refine(
             strip.after(course.best_look, student.model)
             # Where nothing was gained, the very bytes of the start.
             gained = course.best_look.step > 0 or settings.rank is not None
-            updates = student.updates() if gained else dict(begin.adapter.updates)
+            refined = begin.adapter
+            if gained:
+                refined, _ = in_its_format(refined, student.updates(), (), new)
             trained, modules = sum(p.numel() for p in student.parameters()), len(student.layers)
             untrained, quantised = _untrained(student), student.quantised
         beside = rows(begin.how, course, none, copy, known)
-    refined = replace(begin.adapter, updates=updates)
     report = report_of(
         adapter.path,
         (old, new),
@@ -187,7 +189,7 @@ def refine(
     )
     drawn = {"prompts": strip.rows, "pictures": strip.columns}
     report = report.model_copy(update={"hidden": hidden, "quantised": quantised, **drawn})
-    metadata = with_ranks(_told(refined, report), updates.values())
+    metadata = with_ranks(_told(refined, report), refined.updates.values())
     return RefineResult(replace(refined, metadata=metadata), report)
 
 

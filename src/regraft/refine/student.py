@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from regraft.adapter import Adapter, ModuleRef
+from regraft.base import Base
 from regraft.changes import by_itself, on_weight
 from regraft.errors import InputError
+from regraft.ops._common import BaseWeights
 from regraft.refine.encoders import trainable_encoders
 from regraft.refine.quantised import Quantize, quantise
 from regraft.runtime.applied import Place, applied, find_places
@@ -26,7 +28,7 @@ from regraft.runtime.load import Loaded
 from regraft.runtime.record import is_conv1d
 from regraft.tensors import InMemory
 from regraft.transport import cut
-from regraft.updates import Diff, LowRank, Update
+from regraft.updates import Diff, LowRank, SpectralShift, Update
 from regraft.updates.exact import as_lowrank, refactor
 
 _NAME = "refined"
@@ -126,12 +128,10 @@ def student_of(
     places, _ = find_places(model.components, start)
     # By the base's shapes, which some kinds' files don't tell.
     updates = {ref: places[ref].update if ref in places else update for ref, update in start.updates.items()}
-    own: dict[ModuleRef, LowRank] = {}
-    for ref, update in start.updates.items():
-        home, low = _low_rank(ref, update, places.get(ref), updates)
-        if low is not None:
-            own[home] = low
-            updates = {home if key == ref else key: value for key, value in updates.items()}
+    for ref, update in list(updates.items()):
+        home, form = _form(ref, update, places.get(ref), updates)
+        updates = {home if key == ref else key: form if key == ref else value for key, value in updates.items()}
+    own = {ref: update for ref, update in updates.items() if isinstance(update, LowRank)}
     # Where nobody else holds it, quantising lets go of the whole weights.
     del base
     encoders = trainable_encoders(model, own, targets)
@@ -140,8 +140,8 @@ def student_of(
         for ref, module in modules_of(model, own).items()
         if not why_not(model, ref, module, encoders, own[ref])
     }
-    # One file may hold one kind: what is not trained becomes a LoRA beside the trained ones, too.
-    rest = {ref: own.get(ref, update) for ref, update in updates.items() if ref not in trained}
+    # One file may hold one kind: what is not trained has become a LoRA beside the trained ones, too.
+    rest = {ref: update for ref, update in updates.items() if ref not in trained}
     generator = torch.Generator().manual_seed(seed)
     trained |= _further(model, targets, trained, rank, encoders)
     trained = {ref: _of_rank(update, rank or update.rank, generator) for ref, update in trained.items()}
@@ -156,46 +156,62 @@ def student_of(
         yield Student(model, _injected(model, trained), trained, rest, quantised, encoders)
 
 
-def _low_rank(
+def _form(
     ref: ModuleRef, update: Update, place: Place | None, others: Collection[ModuleRef]
-) -> tuple[ModuleRef, LowRank | None]:
-    """The LoRA that an update equals on this base, and its module; None where it has none.
+) -> tuple[ModuleRef, Update]:
+    """The LoRA that an update equals on this base, and its module; where it has none, itself.
+
+    A norm's shift of singular values is the change of its weight, which files that hold LoRAs have a place for.
 
     Args:
         ref: as the adapter names it.
-        update: its update.
+        update: its update, by the base's shape.
         place: where that goes; None where the base has no such place.
         others: that the adapter changes, too.
     """
-    update = update if place is None else place.update
-    if not update.by_parameter:
-        low = as_lowrank(update) or by_itself(update)
-        if low is not None or place is None:
-            return ref, low
-        bias = getattr(place.module, "bias", None)
-        bias = bias.detach().cpu() if isinstance(bias, Tensor) else None
-        try:
-            return ref, on_weight(update, place.tensor.detach().cpu(), bias=bias)
-        except ValueError:
-            # It acts across the rows of a fused weight of which this is a part.
-            return ref, None
-    home = ModuleRef(ref.component, ref.path.removesuffix(".weight"))
-    whole = isinstance(update, Diff) and place is not None and place.name == "weight" and home not in others
-    if whole and place is not None and _is_layer(place.module):
-        return home, refactor(update.delta(place.tensor.detach().cpu())).update
-    return ref, None
+    if update.by_parameter:
+        home = ModuleRef(ref.component, ref.path.removesuffix(".weight"))
+        whole = isinstance(update, Diff) and place is not None and place.name == "weight" and home not in others
+        if whole and place is not None and _is_layer(place.module):
+            return home, refactor(update.delta(place.tensor.detach().cpu())).update
+        return ref, update
+    low = as_lowrank(update) or by_itself(update)
+    if low is not None or place is None:
+        return ref, low or update
+    weight, bias = place.tensor.detach().cpu(), getattr(place.module, "bias", None)
+    parameter = ModuleRef(ref.component, f"{ref.path}.{place.name}")
+    if weight.dim() < 2:
+        shifts = isinstance(update, SpectralShift) and parameter not in others
+        return (parameter, Diff(InMemory(update.delta(weight)), f"{ref.path}.diff")) if shifts else (ref, update)
+    try:
+        return ref, on_weight(update, weight, bias=bias.detach().cpu() if isinstance(bias, Tensor) else None)
+    except ValueError:
+        # It acts across the rows of a fused weight of which this is a part.
+        return ref, update
 
 
 def _is_layer(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d) or (module is not None and is_conv1d(module))
 
 
-def could_train(updates: Mapping[ModuleRef, Update]) -> bool:
-    """Whether any of them may be trained, told from kinds and shapes alone."""
-    return any(
-        not update.by_parameter or (isinstance(update, Diff) and len(update.shape) > 1 and ref.path.endswith(".weight"))
-        for ref, update in updates.items()
-    )
+def could_train(adapter: Adapter, base: Base) -> bool:
+    """Whether anything of it may be trained, told from kinds and shapes alone: the updates' and the base's.
+
+    Args:
+        adapter: any.
+        base: that it is for.
+    """
+    weights = BaseWeights(base, adapter)
+    for ref, update in adapter.updates.items():
+        if update.by_parameter:
+            shape = update.shape if isinstance(update, Diff) and ref.path.endswith(".weight") else ()
+        else:
+            found = weights.find(ref)
+            # What the base lacks is told of where it is looked for.
+            shape = found.shape if found is not None else (0, 0)
+        if len(shape) > 1:
+            return True
+    return False
 
 
 def nothing_to_train(path: Path | None) -> InputError:
