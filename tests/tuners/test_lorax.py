@@ -283,6 +283,27 @@ def test_blocks_that_were_removed_or_added_are_paired_by_their_weights(whole: bo
     assert torch.allclose(sigmas(again, 2), sigmas(long, 2), atol=1e-5)
 
 
+def test_blocks_are_paired_by_their_weights_where_the_same_ones_are_tuned() -> None:
+    def tuned(*seeds: int, blocks: list[int]) -> nn.Module:
+        names = [f"blocks.{i}.a" for i in blocks]
+        return get_peft_model(Stack(*seeds), LoraXConfig(r=5, full=True, target_modules=names))
+
+    def sigma(model: nn.Module, block: int) -> Tensor:
+        return model.get_submodule(f"base_model.model.blocks.{block}.a").lorax_sigma["default"]
+
+    # The short one is made of the blocks 0, 2 and 4 of the long one, whose last is not tuned.
+    long, short = stir(tuned(1, 2, 3, 4, 5, blocks=[0, 1, 2])), tuned(1, 3, 5, blocks=[0, 1, 2])
+    why = r"blocks\.2\.a: the old model has no 'default' at blocks\.4\.a, which answers to it"
+    with pytest.raises(ValueError, match=why):
+        transfer_lorax(long, short)
+    assert not any(sigma(short, i).any() for i in range(3))
+    # The other way, block 1 of the long one is an added one.
+    short, long = stir(tuned(1, 3, 5, blocks=[0, 1])), tuned(1, 2, 3, 4, 5, blocks=[0, 1])
+    assert set(transfer_lorax(short, long)) == {"blocks.0.a"}
+    assert torch.allclose(sigma(long, 0), sigma(short, 0), atol=1e-5)
+    assert not sigma(long, 1).any()
+
+
 @pytest.mark.parametrize("case", ["lorax", "lorax full"])
 def test_weighted_sums_of_adapters_are_sums_of_their_changes(case: str) -> None:
     """Whatever signs their singular vectors have come with."""

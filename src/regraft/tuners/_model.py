@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -118,3 +118,16 @@ class CombinableModel(TunedModel):
 def tuned_layers(model: nn.Module, kind: type[TunedLayer]) -> Iterator[tuple[str, Any]]:
     """Path and layer of every layer of a tuner."""
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, kind))
+
+
+def base_modules(model: nn.Module) -> dict[str, Any]:
+    """Path → module of a base's own modules, itself included; of one that adapters are on, what lies under them."""
+    found: dict[str, Any] = {}
+    tuned = ""
+    for name, module in model.named_modules():
+        if tuned and name.startswith(tuned):
+            continue
+        found[name] = module
+        if isinstance(module, BaseTunerLayer):
+            tuned, found[name] = f"{name}.", module.get_base_layer()
+    return found

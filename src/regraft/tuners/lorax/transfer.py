@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
 
 from regraft.loading import base_in
 from regraft.pairing import pair_bases
-from regraft.tuners._model import tuned_layers
+from regraft.tuners._model import base_modules, tuned_layers
 from regraft.tuners.lorax.layer import LoraXLayer
 
 
@@ -41,15 +42,14 @@ def transfer_lorax(old: nn.Module, new: nn.Module, adapter_name: str = "default"
     )
     if not news:
         raise ValueError(f"the new model has no LoRA-X adapter {adapter_name!r}")
-    homes = dict(zip(olds, olds, strict=True)) if olds.keys() == news.keys() else _paired(old, new, olds, news)
-    kept: dict[str, float] = {}
-    for key, layer in news.items():
-        if key not in homes:
-            continue
-        if homes[key] not in olds:
-            raise ValueError(f"{key}: the old model has no {adapter_name!r} there")
-        kept[key] = _carry(olds[homes[key]], layer, adapter_name)
-    return kept
+    # The same modules may be tuned in bases of other depths.
+    alike = olds.keys() == news.keys() and _in_blocks(old) == _in_blocks(new)
+    homes = {key: key for key in news} if alike else _paired(old, new, olds, news)
+    for key, home in homes.items():
+        if home not in olds:
+            where = "there" if home == key else f"at {home}, which answers to it"
+            raise ValueError(f"{key}: the old model has no {adapter_name!r} {where}")
+    return {key: _carry(olds[home], news[key], adapter_name) for key, home in homes.items()}
 
 
 def _paired(old: nn.Module, new: nn.Module, olds: Collection[str], news: Collection[str]) -> dict[str, str]:
@@ -59,6 +59,13 @@ def _paired(old: nn.Module, new: nn.Module, olds: Collection[str], news: Collect
     roles = {_role(key) for key in olds}
     # What the old model has nowhere is told by its own name.
     return {key: found.get(key, key) for key in news if key in found or _role(key) not in roles}
+
+
+def _in_blocks(model: nn.Module) -> set[str]:
+    """Names of the base's modules that lie in numbered blocks, or are blocks."""
+    base: Any = model
+    names = base_modules(base.get_base_model() if hasattr(base, "get_base_model") else base)
+    return {name for name in names if _role(name) != name}
 
 
 def _role(key: str) -> str:
