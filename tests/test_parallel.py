@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from regraft import Settings, open_base, port
+from regraft.fitting import fit_migration
 from regraft.parallel import MOST, MOST_BYTES, side_by_side
-from toys import deltas, drifted, lora, relative_error, save_base
+from toys import deltas, drifted, llama, lora, relative_error, save_base
 
 
 @pytest.fixture
@@ -85,6 +86,26 @@ def test_an_error_is_the_callers(two_threads: None) -> None:
     with pytest.raises(ValueError, match="no such luck"):
         list(side_by_side(work, range(50)))
     assert torch.get_num_threads() == 2
+
+
+def test_progress_is_told_by_one_thread_at_a_time(two_threads: None, tmp_path: Path) -> None:
+    state = llama(layers=1)
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, drifted(state, 0.1)))]
+    inside, second = threading.Lock(), threading.Event()
+    told: list[int] = []
+
+    def tick(done: int, total: int, what: str) -> None:
+        if not inside.acquire(blocking=False):
+            second.set()
+            return
+        told.append(done)
+        # Time for the other thread to come in, if it can.
+        second.wait(0.3 if len(told) == 1 else 0)
+        inside.release()
+
+    migration = fit_migration(*bases, "auto", tick=tick)
+    assert not second.is_set()
+    assert told == list(range(1, len(migration.entries) + 1))
 
 
 @pytest.mark.parametrize("method", ["copy", "lora-x", "prolora", "auto"])

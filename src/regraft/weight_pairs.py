@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import prod
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -48,8 +49,9 @@ class PairedWeights:
         self.updates: dict[ModuleRef, LowRank] = {}
         self.narrowing: Narrowing | None = None
         self._nearness: dict[ModuleRef, Nearness] = {}
-        #: Called with how many wanted modules have been measured, and the last of them.
+        #: Called with how many wanted modules have been measured, and the last of them; by one thread at a time.
         self.measured: Callable[[int, ModuleRef], None] = lambda done, module: None
+        self._done, self._noting = 0, Lock()
         self._row_norms: dict[ModuleRef, Tensor] = {}
         self._fetched = False
         self._places, self._announced = {module: place for place, module in enumerate(self._wanted)}, 0
@@ -99,8 +101,13 @@ class PairedWeights:
         return old, new
 
     def _note(self, module: ModuleRef, nearness: Nearness) -> None:
-        self._nearness[module] = nearness
-        self.measured(len(self._nearness), module)
+        with self._noting:
+            # Methods load modules beyond the wanted ones, too.
+            counts = module in self._places and module not in self._nearness
+            self._nearness[module] = nearness
+            if counts:
+                self._done += 1
+                self.measured(self._done, module)
 
     def _announce_after(self, module: ModuleRef) -> None:
         """Have the system read what comes next while this module is computed."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from regraft.ui import places
 from regraft.ui.asked import Asked, base_of, cleaned, prompts_of
 from regraft.ui.desk import Desk, Progress
 from regraft.ui.work import free_stem, port
-from regraft.ui.worker import Worker
+from regraft.ui.worker import Told, Worker, _done
 
 DATA = data_folder()
 STYLE = DATA / "loras" / "style-v1.safetensors"
@@ -116,6 +118,32 @@ def test_a_job_says_how_far_it_is_and_what_it_made(desk: Desk) -> None:
     assert job.change > 2
     assert isinstance(desk.results["forecast"].record, CheckReport)
     assert desk.results["forecast"].record.verdict == "survives"
+
+
+def test_a_job_of_several_threads_sends_one_message_after_the_other() -> None:
+    class Line:
+        """As a pipe is: two threads that write at once mix what they write."""
+
+        def __init__(self) -> None:
+            self.sent: list[Told] = []
+            self.inside, self.second = threading.Lock(), threading.Event()
+
+        def send(self, told: Told) -> None:
+            if not self.inside.acquire(blocking=False):
+                self.second.set()
+                return
+            self.second.wait(0.3 if not self.sent else 0)
+            self.sent.append(told)
+            self.inside.release()
+
+    def job(tick: Callable[[int, int, str], None]) -> str:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda i: tick(i, 4, ""), range(4)))
+        return "made"
+
+    line = Line()
+    assert _done(line, job, {}) == Told("done", "made")  # type: ignore[arg-type]
+    assert sorted(told.said[0] for told in line.sent) == [0, 1, 2, 3]
 
 
 def test_an_error_comes_as_words_and_the_worker_goes_on(desk: Desk, tmp_path: Path) -> None:

@@ -173,14 +173,18 @@ def _serve(line: Connection) -> None:
 
 
 def _done(line: Connection, job: Any, arguments: dict[str, Any]) -> Told:
+    sending = threading.Lock()
+
+    def say(told: Told) -> None:
+        # Half a message would be left on the line by a stop amid of it, and two mixed by a job of several threads.
+        with undisturbed(), sending:
+            line.send(told)
+
     def tick(done: int, total: int, what: str) -> None:
-        with undisturbed():
-            line.send(Told("tick", (done, total, what)))
+        say(Told("tick", (done, total, what)))
 
     def shows(*what: Any) -> None:
-        # A stop amid of it would leave half a message on the line.
-        with undisturbed():
-            line.send(Told("shows", what))
+        say(Told("shows", what))
 
     told = {"tick": tick, **({"shows": shows} if job.__name__ == "refine" else {})}
     try:
