@@ -219,12 +219,15 @@ def _is(base: Base, wanted: BaseId, adapter: Adapter) -> bool:
 def _tensors(model: nn.Module, place: Path) -> dict[str, TensorRef]:
     """A model's own parameters and buffers by the names that its files have."""
     found: dict[str, TensorRef] = {}
-    for name, value in model.state_dict().items():
+    state = model.state_dict()
+    # bitsandbytes packs into any dtype, a floating one too; how is said beside the weight.
+    packed = {name.partition(".quant_state.")[0] for name in state if ".quant_state." in name}
+    for name, value in state.items():
         # PEFT keeps a changed layer as it was below `base_layer`, and its own parts beside it.
         plain = name.replace(".base_layer.", ".")
         if ".lora_" in name or not isinstance(value, Tensor):
             continue
-        if not value.is_floating_point() and plain.endswith(".weight"):
+        if plain.endswith(".weight") and (name in packed or not value.is_floating_point()):
             raise InputError("is quantised in memory: its weights can't be compared", file=place, key=plain)
         found[plain] = _Held(value)
     return found

@@ -76,14 +76,15 @@ def tiny_clip() -> nn.Module:
     return CLIPTextModel(config).eval()
 
 
-def quantised(bits: int) -> nn.Module:
-    """One linear layer, in bitsandbytes' NF4 or int8, on the CPU."""
+def quantised(bits: int, storage: torch.dtype = torch.uint8) -> nn.Module:
+    """One linear layer, in bitsandbytes' NF4, packed into some dtype, or int8, on the CPU."""
     import bitsandbytes as bnb
 
     torch.manual_seed(0)
     plain = nn.Linear(64, 64, bias=False)
     if bits == 4:
-        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        how = {"quant_type": "nf4", "compute_dtype": torch.float32, "quant_storage": storage}
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, **how)
     else:
         layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=0.0)
     layer.load_state_dict(plain.state_dict())

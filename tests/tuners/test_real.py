@@ -9,9 +9,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regraft import load_adapter
+from regraft import InputError, load_adapter
+from regraft.loading import base_in
+from regraft.tuners import load_spectral_shifts
 from tuners.cases import stir
 from tuners.real import TUNERS, quantised, tiny_gpt2, tiny_llama, tiny_unet
 
@@ -150,6 +153,21 @@ def test_a_quantised_base_is_decomposed_as_it_is_read(tuner: str, bits: int, tmp
         assert (model(x) - found).norm() < 0.3 * found.norm()
         layer.unmerge()
         assert (model(x) - found).norm() < 0.3 * found.norm()
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_community_file_goes_onto_a_base_however_that_is_packed(storage: torch.dtype, tmp_path: Any) -> None:
+    save_file({"0.delta": torch.linspace(0.5, 1.0, 64)}, tmp_path / "x.safetensors")
+    net, x = quantised(4, storage), torch.randn(3, 64)
+    with torch.no_grad():
+        # By another one: on some CPUs a run packs the weight anew.
+        plain = quantised(4, storage)(x)
+        load_spectral_shifts(net, tmp_path / "x.safetensors")
+        change = net[0].get_delta_weight("default").float()
+        assert torch.allclose(torch.linalg.svdvals(change), torch.linspace(1.0, 0.5, 64), atol=1e-3)
+        assert torch.allclose(net(x), plain + x @ change.T, atol=1e-3)
+    with pytest.raises(InputError, match=r"0\.weight: is quantised in memory"):
+        base_in(quantised(4, storage))
 
 
 _APART = "it slows every import of transformers: `.ci/run` installs it for these tests alone, as regraft[quantised]"

@@ -316,7 +316,7 @@ def check_layer(layer: nn.Module, key: str, title: str, *, takes: Mapping[str, t
         raise TypeError(
             f"{key}: {title} can't change the output of torch.nn.MultiheadAttention, which reads this weight itself"
         )
-    if not any(isinstance(layer, types) for types in takes.values()) and not _is_quantised_linear(layer, key, title):
+    if not any(isinstance(layer, types) for types in takes.values()) and not is_quantised(layer, key, title):
         raise TypeError(f"{key}: {title} can't change {type(layer).__name__} layers; it takes {', '.join(takes)}")
 
 
@@ -337,7 +337,8 @@ def check_matrix_layer(layer: nn.Module, key: str, title: str, *, in_groups: str
         raise TypeError(f"{key}: {title} can't change a convolution in groups: {in_groups}")
 
 
-def _is_quantised_linear(layer: nn.Module, key: str, title: str) -> bool:
+def is_quantised(layer: nn.Module, key: str, title: str) -> bool:
+    """Whether it is a quantised linear layer, whose weight may be packed: into what dtype is no matter of its own."""
     # What torchao quantises stays a torch.nn.Linear: its arguments are not needed to tell the others.
     try:
         return backend_of(layer, key, title) is not None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import inject_adapter_in_model
 from peft.functional import set_adapter
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from regraft.families import without_text_model
 from regraft.formats.svdiff import TEXT_WEIGHTS, WEIGHTS, number_per_element
 from regraft.output import readable, whole
 from regraft.tensor_files import read_safetensors
-from regraft.tuners._model import tuned_layers
+from regraft.tuners._layer import is_quantised
+from regraft.tuners._model import base_modules, tuned_layers
 from regraft.tuners.svdiff.config import SvdiffConfig
 from regraft.tuners.svdiff.layer import SvdiffLayer, shift_count
 
@@ -58,7 +58,7 @@ def load_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
             raise InputError(what, file=path, key=key, remedy="Give a spectral_shifts.safetensors.")
         with reading(path, key):
             shifts[_place(layers, key.removesuffix(_SUFFIX), path)] = ref.load().float()
-    on_vectors = [shift for name, shift in shifts.items() if len(_shape(layers[name])) == 1]
+    on_vectors = [shift for name, shift in shifts.items() if len(_shape(layers[name], name)) == 1]
     single = all(len(shift) == 1 for shift in on_vectors)
     config = SvdiffConfig(target_modules=list(shifts), norm_shift="scalar" if single else "element")
     for name, shift in shifts.items():
@@ -76,18 +76,9 @@ def load_spectral_shifts(model: nn.Module, path: str | Path, adapter_name: str =
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """By path, the modules with a weight; of one that adapters are on, what lies under them."""
-    found: dict[str, nn.Module] = {}
-    tuned: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{path}.") for path in tuned):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            tuned.append(name)
-            module = module.get_base_layer()
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            found[name] = module
-    return found
+    """By path, the modules with a weight."""
+    modules = base_modules(model).items()
+    return {name: module for name, module in modules if isinstance(getattr(module, "weight", None), nn.Parameter)}
 
 
 def _place(layers: Mapping[str, nn.Module], name: str, path: Path) -> str:
@@ -105,16 +96,18 @@ def _check_fits(layer: nn.Module, name: str, shift: Tensor, config: SvdiffConfig
         SvdiffLayer.check(layer, config, name)
     except TypeError as error:
         raise InputError(str(error), file=path, remedy="Is it of this model?") from None
-    count = shift_count(_shape(layer), config.norm_shift)
+    count = shift_count(_shape(layer, name), config.norm_shift)
     if len(shift) != count:
         what = f"has {len(shift)} numbers where the module has {count}"
         raise InputError(what, file=path, key=name, remedy="Is it of this model?")
 
 
-def _shape(layer: Any) -> Sequence[int]:
-    """Of the weight, of which a quantised layer holds packed numbers."""
+def _shape(layer: Any, name: str) -> Sequence[int]:
+    """Of the weight, of which a quantised layer may hold packed numbers, in floating point or not."""
+    if is_quantised(layer, name, SvdiffLayer.title):
+        return layer.out_features, layer.in_features
     weight: Tensor = layer.weight
-    return weight.shape if weight.is_floating_point() else (layer.out_features, layer.in_features)
+    return weight.shape
 
 
 def _is_text_encoder(model: nn.Module) -> bool:
