@@ -96,6 +96,7 @@ def test_what_tables_take_for_a_row_is_the_slope_between_two_libraries() -> None
     assert (found.driver_ms, found.closing_ms) == (0.5, pytest.approx(20.0))
     assert found.driver_kb == pytest.approx(2 + 200)
     assert measured(small).closing_ms == 250
+    assert measured(small, library(4, closing_seconds=3.0)) == measured(small)
 
 
 def test_the_small_library_is_of_every_format_and_kind(tmp_path: Path) -> None:
@@ -134,6 +135,12 @@ def test_a_part_that_is_there_is_not_measured_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(bench, "write", lambda record, asked: None)
     bench.measure_library(record, "reduced", 5, make, asked)
     assert ran == ["killed", *bench.PARTS]
+
+
+def test_two_libraries_of_one_size_are_written(tmp_path: Path) -> None:
+    asked = argparse.Namespace(out=tmp_path / "batch.json", adapters=4, full_size=4, kill_every=None)
+    bench.write({"reduced": library(), "full_size": library()}, asked)
+    assert "on_paper" in json.loads(asked.out.read_text(encoding="utf-8"))
 
 
 def test_the_page_says_what_was_given_up_and_what_was_not_tested() -> None:

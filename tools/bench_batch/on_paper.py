@@ -79,9 +79,10 @@ def measured(library: dict[str, Any], other: dict[str, Any] | None = None) -> Me
     Args:
         library: whose adapters are meant.
         other: a library with another number of rows: what tables take for each row is the slope between the two. With
-            one alone, what they take at all is laid on its rows.
+            one alone, or two of one size, what they take at all is laid on its rows.
     """
-    few, many = sorted((library, other or {"adapters": 0}), key=lambda one: int(one["adapters"]))
+    sloped = other if other is not None and other["adapters"] != library["adapters"] else {"adapters": 0}
+    few, many = sorted((library, sloped), key=lambda one: int(one["adapters"]))
     nothing = {"closing_seconds": 0.0, "closing_mb": 0.0}
     more = many["adapters"] - few["adapters"]
     before, after = few.get("workers_2", nothing), many["workers_2"]
