@@ -56,3 +56,15 @@ def test_a_file_that_is_gone_is_told_where_the_hash_is_asked_for(tmp_path: Path)
     for _ in range(2):
         with pytest.raises(InputError, match=r"gone\.safetensors"):
             gone.result()
+
+
+def test_want_of_memory_is_told_there_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> str:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(digest, "file_hash", failing)
+    wanted = FileDigest(file)
+    wanted.begin()
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no room"):
+            wanted.result()

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from threading import Lock, Thread
 
-from regraft.errors import RegraftError, reading
+from regraft.errors import reading
 
 
 def file_hash(path: Path) -> str:
@@ -31,7 +31,7 @@ class FileDigest:
     def __init__(self, path: Path, known: str | None = None) -> None:
         """Of ``path``, unless its hash is ``known``."""
         self._path = path
-        self._found: str | RegraftError | None = known
+        self._found: str | Exception | None = known
         self._thread: Thread | None = None
         self._lock = Lock()
 
@@ -52,7 +52,7 @@ class FileDigest:
         self.begin()
         if self._thread is not None:
             self._thread.join()
-        if isinstance(self._found, RegraftError):
+        if isinstance(self._found, Exception):
             raise self._found
         assert self._found is not None
         return self._found
@@ -60,7 +60,8 @@ class FileDigest:
     def _find(self) -> None:
         try:
             self._found = file_hash(self._path)
-        except RegraftError as error:
+        except Exception as error:
+            # Want of memory, too, is told to whoever asks for the hash.
             self._found = error
 
     def __reduce__(self) -> tuple[type[FileDigest], tuple[Path, str]]:
