@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,28 @@ def test_a_part_that_is_there_is_not_measured_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(bench, "write", lambda record, asked: None)
     bench.measure_library(record, "reduced", 5, make, asked)
     assert ran == ["killed", *bench.PARTS]
+
+
+def test_parts_keep_the_date_and_the_version_that_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a record from before each had its own, they are the record's."""
+    out = tmp_path / "batch.json"
+    asked = argparse.Namespace(cache=tmp_path, out=out, kill_every=None, adapters=4, full_size=0, page=None)
+    first = {"reduced": library(), "date": "2026-01-02", "regraft_version": "0.0.1"}
+
+    def measure_part(part: str, *_: Any) -> dict[str, Any]:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        return {part: {**done(30.0, 20.0), "every_s": 6.0, "nothing_lost_nothing_twice": True}}
+
+    monkeypatch.setattr(bench, "measure_part", measure_part)
+    monkeypatch.setattr(bench, "__version__", "0.0.2")
+    bench.measure_library(first, "reduced", 4, lambda place, count: ((place, place), place), asked)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    today = date.today().isoformat()
+    told = {part: (record["reduced"][part]["date"], record["reduced"][part]["regraft_version"]) for part in bench.PARTS}
+    before, now = ("2026-01-02", "0.0.1"), (today, "0.0.2")
+    assert told == {"workers_1": before, "workers_2": before, "killed": now}
+    assert (record["date"], record["regraft_version"]) == now
+    assert f"2026-01-02, regraft 0.0.1; {today}, regraft 0.0.2." in page(f"{BEGIN}{END}", record)
 
 
 def test_two_libraries_of_one_size_are_written(tmp_path: Path) -> None:

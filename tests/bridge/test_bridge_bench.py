@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,6 +225,31 @@ def test_a_record_is_added_to_and_its_page_tells_what_is_there(tmp_path: Path) -
     assert "| delta | 1.00 | 2.00 | 6.00 | 0.500 | 2.50 |" in text
     assert "ControlNet of v1" not in text
     assert "`the second`" in text
+
+
+def test_figures_keep_the_date_and_the_version_that_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a record from before each had its own, they are the record's."""
+    out = tmp_path / "record.json"
+    record = Record(out)
+    record.rows["styles"] = {"demo": CASES}
+    record.finish("the first")
+    assert "measured" not in record.rows
+    record.rows |= {"date": "2026-01-02", "regraft_version": "0.0.1"}
+    record.write()
+    assert "2026-01-02, regraft 0.0.1." in page(f"{BEGIN}{END}", record.rows)
+    monkeypatch.setattr("tools.bench_bridge.record.__version__", "0.0.2")
+    record = Record(out)
+    record.put("new alone", CASES["0"]["new alone"], "styles", "demo", "0")
+    record.finish("the second")
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    today, measured = date.today().isoformat(), rows["measured"]["styles"]["demo"]
+    assert measured["0"]["new alone"] == f"{today}, regraft 0.0.2"
+    assert measured["0"]["native"] == measured["1"]["new alone"] == "2026-01-02, regraft 0.0.1"
+    assert {seed: set(ways) for seed, ways in measured.items()} == {seed: set(ways) for seed, ways in CASES.items()}
+    assert (rows["date"], rows["regraft_version"]) == (today, "0.0.2")
+    assert f"2026-01-02, regraft 0.0.1; {today}, regraft 0.0.2." in page(f"{BEGIN}{END}", rows)
 
 
 def test_a_way_that_the_record_has_is_not_measured_again(

@@ -3,6 +3,7 @@
 ``python -m tools.bench_batch --cache DIR --out results/batch.json [--page docs/batch.md]``
 
 The record is written after each part, and parts that it has are not measured again: a bench that was stopped goes on.
+Each part says when and by which version it was measured; ``date`` and ``regraft_version`` of the record are the last.
 """
 
 from __future__ import annotations
@@ -97,6 +98,21 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
+def stamp() -> dict[str, str]:
+    """When and by what something is measured."""
+    return {"date": date.today().isoformat(), "regraft_version": __version__}
+
+
+def keep_stamps(record: dict[str, Any]) -> None:
+    """Give parts that don't say when they were measured what the record says, before that is overwritten."""
+    known = {name: record[name] for name in stamp() if name in record}
+    for library in ("reduced", "full_size"):
+        found = record.get(library, {})
+        for part in PARTS:
+            if part in found:
+                found[part] = {**known, **found[part]}
+
+
 def measure_library(
     record: dict[str, Any], name: str, count: int, make: Callable[[Path, int], Library], asked: argparse.Namespace
 ) -> None:
@@ -108,11 +124,13 @@ def measure_library(
     missing = [part for part in PARTS if part not in found]
     if not missing:
         return
+    keep_stamps(record)
     place = asked.cache.absolute()
     place.mkdir(parents=True, exist_ok=True)
     library = make(place, count)
     for part in missing:
         found |= measure_part(part, found, library, place, asked.kill_every)
+        found[part] |= stamp()
         found |= compared(found)
         print(f"{count} adapters, {part}: {found[part]['seconds']:.1f} s", flush=True)
         write(record, asked)
@@ -126,14 +144,13 @@ def write(record: dict[str, Any], asked: argparse.Namespace) -> None:
     words = " ".join(f"{option} {value:g}" for option, value in options.items())
     record |= {
         "command": f"python -m tools.bench_batch --cache DIR --out {asked.out.name} {words}",
-        "date": date.today().isoformat(),
+        **stamp(),
         "machine": {
             "processor": platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
             "python": sys.version.split()[0],
             "torch": torch.__version__,
         },
-        "regraft_version": __version__,
     }
     there = [record[name] for name in ("full_size", "reduced") if "workers_2" in record.get(name, {})]
     if there:

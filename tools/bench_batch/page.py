@@ -27,7 +27,8 @@ def section(record: dict[str, Any]) -> str:
         found = record[name]
         parts += [f"{found['adapters']:,} adapters {what}:", _figures(found), _told(found)]
     parts += [_paper(record)] if "on_paper" in record else []
-    return "\n\n".join([*parts, f"`{record['command']}`, {record['date']}."])
+    when = _when([record[name] for name in libraries]) or record["date"]
+    return "\n\n".join([*parts, f"`{record['command']}`, {when}."])
 
 
 def page(text: str, record: dict[str, Any]) -> str:
@@ -38,6 +39,13 @@ def page(text: str, record: dict[str, Any]) -> str:
         record: of the benchmark.
     """
     return replaced(text, BEGIN, END, section(record))
+
+
+def _when(libraries: list[dict[str, Any]]) -> str:
+    """When and by which versions the parts that are shown were measured; empty where they don't say so."""
+    shown = [found[part] for found in libraries for part in ("workers_1", "workers_2", "killed")]
+    told = {(part["date"], part["regraft_version"]) for part in shown if "date" in part}
+    return "; ".join(f"{day}, regraft {version}" for day, version in sorted(told))
 
 
 def _figures(found: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ def main() -> None:
         if "controlnet" in parts:
             steered(bench, record, asked.seeds)
         if "cost" in parts:
-            record.rows["cost"] = costs(bench)
+            record.put("cost", costs(bench))
     record.finish(command_of(asked))
     if asked.strip and kept:
         strip(kept, asked.strip)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def section(record: dict[str, Any]) -> str:
     found = record["summary"]
     parts = [*_goals(record), *_styles(record), *_nets(found["controlnet"]), *_cost(record.get("cost"))]
     commands = [f"`{command}`" for command in record["commands"]]
-    return "\n\n".join([*parts, *commands, f"{record['date']}, regraft {record['regraft_version']}."])
+    return "\n\n".join([*parts, *commands, f"{_when(record)}."])
 
 
 def page(text: str, record: dict[str, Any]) -> str:
@@ -37,6 +37,20 @@ def page(text: str, record: dict[str, Any]) -> str:
         record: of the benchmark.
     """
     return replaced(text, BEGIN, END, section(record))
+
+
+def _when(record: dict[str, Any]) -> str:
+    """When and by which versions its figures were measured."""
+    told = set(_stamps(record.get("measured", {})))
+    return "; ".join(sorted(told)) or f"{record['date']}, regraft {record['regraft_version']}"
+
+
+def _stamps(measured: Any) -> Iterator[str]:
+    if isinstance(measured, str):
+        yield measured
+        return
+    for part in measured.values():
+        yield from _stamps(part)
 
 
 def _goals(record: dict[str, Any]) -> list[str]:
