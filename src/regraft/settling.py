@@ -36,12 +36,10 @@ def settled(
     """
     before = {update.kind for update in adapter.updates.values()}
     other = {ref for ref, update in updates.items() if update.kind not in before}
-    ready = replace(adapter, updates=updates)
     if not other:
-        return ready, list(rows)
-    format = _INSTEAD.get(adapter.format, adapter.format)
-    if format != adapter.format:
-        ready = replace(ready, format=format, layout={})
+        return replace(adapter, updates=updates), list(rows)
+    ready = replace(for_factors(adapter), updates=updates)
+    format = ready.format
     if format == "peft" and ready.config is not None and any(isinstance(u, LowRank) for u in updates.values()):
         ready = replace(ready, config=as_lora(ready.config))
     whole = {ref: diff for ref in other if format in HOLD_DIFF and (diff := _dense(ref, updates[ref])) is not None}
@@ -60,6 +58,12 @@ def settled(
         for row in () if plan.lost else plan.changes:
             said[row.name] = (row.reason, 1.0 - (row.energy_kept or 1.0))
     return ready, [_told(row, *said.get(row.target or "", ("", 0.0))) for row in rows]
+
+
+def for_factors(adapter: Adapter) -> Adapter:
+    """The adapter in a format that holds LoRAs: in its own, but for a file of spectral shifts."""
+    format = _INSTEAD.get(adapter.format)
+    return adapter if format is None else replace(adapter, format=format, layout={})
 
 
 def _dense(ref: ModuleRef, update: Update) -> dict[ModuleRef, Update] | None:

@@ -17,7 +17,7 @@ from regraft.lineage import lineage_of, with_port
 from regraft.refine import RefineResult, RefineSettings, refine
 from regraft.refine import loop as loop_module
 from regraft.refine.aims import Aim
-from regraft.refine.starting import Start, refine_entry
+from regraft.refine.starting import Start, from_zero, refine_entry
 from regraft.runtime import applied, load_model
 from regraft.singular import print_of
 from regraft.tensors import InMemory
@@ -316,3 +316,14 @@ def test_a_start_of_shifts_is_written_in_forms_that_one_file_holds(
     assert {ref: update.kind for ref, update in written.updates.items()} == {layer: "lora", weight: "full"}
     base = load_model(new).main.get_submodule(norm.path).weight.detach()
     torch.testing.assert_close(written.updates[weight].merged(base), base + 0.3)
+
+
+@pytest.mark.parametrize("format", ["svdiff", "lycoris"])
+def test_what_begins_at_zero_is_in_a_format_that_holds_loras(format: str, old: Path, new: Path) -> None:
+    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    shifts: dict[ModuleRef, Update] = {
+        ModuleRef("model", path): SpectralShift(InMemory(torch.ones(16))) for path in paths
+    }
+    begun = from_zero(Adapter(shifts, format), open_base(old), open_base(new)).adapter
+    assert [update.kind for update in begun.updates.values()] == ["lora", "lora"]
+    assert begun.format == "lycoris"

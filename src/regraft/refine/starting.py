@@ -20,6 +20,7 @@ from regraft.migration import summarise
 from regraft.migrations.base_id import from_summary
 from regraft.plan import check_families
 from regraft.port import port
+from regraft.settling import for_factors
 from regraft.tensors import InMemory, Shape
 from regraft.updates import LowRank, Update
 
@@ -89,7 +90,8 @@ def from_zero(adapter: Adapter, old: Base, new: Base) -> Start:
             file=adapter.path,
             remedy="Let it begin from a port: leave out --start zero.",
         )
-    return Start(replace(adapter, updates=zero, metadata=with_port(adapter, refine_entry(old, new))), ZERO, "as asked")
+    metadata = with_port(adapter, refine_entry(old, new))
+    return Start(replace(for_factors(adapter), updates=zero, metadata=metadata), ZERO, "as asked")
 
 
 def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: str) -> Start:
@@ -101,7 +103,8 @@ def _from_afar(adapter: Adapter, old: Base, new: Base, settings: Settings, why: 
         if not zero:
             raise
         metadata = with_port(adapter, refine_entry(old, new))
-        return Start(replace(adapter, updates=zero, metadata=metadata), ZERO, f"{why}; stream: {error.what}")
+        empty = replace(for_factors(adapter), updates=zero, metadata=metadata)
+        return Start(empty, ZERO, f"{why}; stream: {error.what}")
     return Start(_fully_named(result.adapter, adapter, old, new), STREAM, why)
 
 
