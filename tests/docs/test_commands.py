@@ -44,6 +44,10 @@ NOT_RUN = {
     'regraft bridge run ADAPTER --from OLD --to NEW --prompt "a boat" --prompt "the sun" -o grid.png': _BRIDGE,
     'regraft bridge run ADAPTER --from OLD --to NEW --prompt "function" --strength 0.85 -o texts.txt': _BRIDGE,
     "regraft bridge train --from OLD --to NEW --self -o mapper.safetensors": _BRIDGE,
+    "regraft check ADAPTER --from OLD --to NEW": "the first of the page on bridges: other pages have it with files",
+    "regraft refine ADAPTER --from OLD --to NEW --teacher bridge --mapper mapper.safetensors -o adapter.safetensors": (
+        _BRIDGE
+    ),
     'regraft bridge run ADAPTER --from OLD --to NEW --mapper mapper.safetensors --prompt "a boat" -o grid.png': _BRIDGE,
     'regraft bridge run --from OLD --to NEW --controlnet NET --control-image edges.png --prompt "a boat" -o grid.png': (
         _BRIDGE

@@ -204,9 +204,9 @@ def _meanings() -> str:
         "- **Effect cosine and norm ratio**: as `regraft verify` measures them, on inputs that the bases make.",
         "- **Style, judge, concept** (diffusion): of sampled pictures, the share of pixels on the style's palette, and "
         "of pictures whose style and whose subject a small classifier recognises; on drawings that it was not trained "
-        "on, it is right about the subject in 99.7 % or more, about the style in 99.9 % (`results/judge.json`, with the "
-        "command). **Accuracy**, **correlation** (encoders): of the head's answers; of the property with what is read "
-        "from the vectors.",
+        "on, it is right about the subject in 99.7 % or more, about the style in 99.9 % (`results/judge.json`, with "
+        "the command). **Accuracy**, **correlation** (encoders): of the head's answers; of the property with what is "
+        "read from the vectors.",
         "- **Energy kept**: ‖ΔW ported‖² / ‖ΔW‖². A diagnostic: it says nothing of what survived.",
         "- **Seconds, MB**: processor time of the port, and the memory that it added at its peak, on one thread.",
     ]
