@@ -53,9 +53,9 @@ NOT_RUN = {
         _BRIDGE
     ),
     "regraft bridge run my_lora.safetensors --from OLD --to NEW --prompt TEXT -o grid.png": _BRIDGE,
-    "regraft train --subject 'my-cat=<v1> cat' --subject 'my-dog=<v2> dog' --cut-mix 0.6 --unmix 1 --prior 50 "
+    "regraft train --subject 'my-cat=<v1> cat' --subject 'my-dog=<v2> dog' --cut-mix 0.6 --prior 50 "
     "--base my-sd-folder -o both.safetensors": _TRAINS,
-    "regraft train --subject 'my-cat=<v1> cat' --subject 'my-dog=<v2> dog' --unmix 1 --prior 50 --base my-sd-folder "
+    "regraft train --subject 'my-cat=<v1> cat' --subject 'my-dog=<v2> dog' --prior 50 --base my-sd-folder "
     "-o both.safetensors": _TRAINS,
     "regraft train PICTURES --base my-sd-folder -o my_lora.safetensors --steps 1500": _TRAINS,
     "regraft train TEXTS.jsonl --base my-llm-folder -o my_adapter --kind dora --rank 32": _TRAINS,
