@@ -64,10 +64,9 @@ def legend(report: SpeedReport) -> str:
         f"checkpoints {'not in' if report.cold else 'where they were, often in'} the page cache; median of "
         f"{report.runs}. Warm: by a saved migration, beside reading it and the adapter and writing what comes out "
         "(× files); a start varies by some tenths of a second, which is as much. Plain way: both models in memory, "
-        "torch.linalg.svd of each module; timed on one module of each shape and multiplied. Of procrustes, that rotates "
-        "the smaller side of each module; ours finds between near bases that there is nothing to rotate. Apart: largest "
-        "relative distance between our ΔW and the "
-        "plain way's."
+        "torch.linalg.svd of each module; timed on one module of each shape and multiplied. Of procrustes, that "
+        "rotates the smaller side of each module; ours finds between near bases that there is nothing to rotate. "
+        "Apart: largest relative distance between our ΔW and the plain way's."
     )
 
 
