@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +217,8 @@ def test_ctrl_c_does_not_wait_for_a_fit_before_it_says_what_is_done(
     def fit(spec: PairSpec, *rest: Any, **given: Any) -> Fitted:
         if Path(spec.target).name == "newer.safetensors":
             noted.wait(20)
+            # A signal that comes just before a thread begins to wait does not wake it: it is to be waiting by then.
+            time.sleep(0.5)
             signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
             seen.wait(20)
             ended.set()
