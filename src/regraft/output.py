@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: What tells that a folder is an adapter's.
 ADAPTER_CONFIG = "adapter_config.json"
+#: So many characters of an output's name are in that of the folder that `whole` makes for it.
+STAGED = 40
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -100,7 +102,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         # A private folder: it can hold a file or a folder alike, and nobody else's name collides with it.
         # A name of the longest length that a disk allows has no room for more beside it.
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name[:STAGED]}.", dir=path.parent))
     except OSError as error:
         raise _said(error, path) from None
     try:

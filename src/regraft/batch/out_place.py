@@ -14,12 +14,11 @@ from regraft.batch.places import home_of, is_inside, is_url, location, path_of, 
 from regraft.batch.rows import Row
 from regraft.errors import OutputError, UsageError, first_line
 from regraft.experts import EXPERTS, labelled
+from regraft.output import STAGED
 from regraft.tensor_files import WEIGHTS_SUFFIXES
 
 #: What a batch holds while it writes to a folder.
 LOCK = ".regraft-batch.lock"
-# So much of an output's name is in that of the folder that it is written in.
-_STAGED = 40
 
 
 def check_out(rows: Sequence[Row], out: str, *, overwrite: bool) -> None:
@@ -127,11 +126,11 @@ def _is_stage(folder: Path, stems: AbstractSet[str]) -> bool:
     if found is None or not folder.is_dir():
         return False
     name = found[1]
-    near = (stem for stem in stems if name.startswith(stem.partition(".")[0][:_STAGED]))
-    if not any(name == output[:_STAGED] for stem in near for output in _outputs(stem)):
+    near = (stem for stem in stems if name.startswith(stem.partition(".")[0][:STAGED]))
+    if not any(name == output[:STAGED] for stem in near for output in _outputs(stem)):
         return False
     try:
-        return all(held.name[:_STAGED] == name or held.name == "replaced" for held in folder.iterdir())
+        return all(held.name[:STAGED] == name or held.name == "replaced" for held in folder.iterdir())
     except OSError:
         return False
 

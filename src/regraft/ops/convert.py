@@ -18,7 +18,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base, open_base
 from regraft.errors import OutputError, UsageError
 from regraft.families import family_of_base, get_family
-from regraft.formats import Format, get_format
+from regraft.formats import get_format
 from regraft.formats._factors import KEEP
 from regraft.formats.peft import PREFIX
 from regraft.metadata import strip_private, with_ranks
@@ -34,12 +34,13 @@ from regraft.ops._common import (
     read_whole,
 )
 from regraft.ops._writing import write_checked
+from regraft.ops.held import Held
 from regraft.ops.wholes import of_whole
 from regraft.output import check_writable
 from regraft.report.ops_schema import ConvertedModule, ConvertReport, Fate
 from regraft.residual import changed_by, check_whole
 from regraft.tensors import InMemory
-from regraft.updates import Diff, Full, Ia3, LowRank, SpectralShift, Update
+from regraft.updates import Diff, Full, Ia3, LowRank, Update
 
 #: Share of ‖ΔW‖² that a refactored change keeps, unless told otherwise.
 ENERGY = 0.999
@@ -135,72 +136,6 @@ def _row(ref: ModuleRef, update: Update, form: Form) -> ConvertedModule:
         energy_kept=form.energy_kept,
         reason=form.reason,
     )
-
-
-class Held:
-    """What a format can hold, by asking its writer once for every sort of update."""
-
-    def __init__(self, adapter: Adapter, format: Format) -> None:
-        if format.write is None:
-            raise UsageError(f"format {format.name!r} can be read, not written", remedy="Choose another with --format.")
-        self.adapter, self.write = adapter, format.write
-        self.answers: dict[tuple[object, ...], str | None] = {}
-        self.accepted: dict[ModuleRef, Update] = {}
-
-    def refusal(self, updates: Mapping[ModuleRef, Update]) -> str | None:
-        """Why the format can't hold these updates beside those that it was found to hold; None where it can."""
-        sort = tuple(part for ref, update in updates.items() for part in _sort(ref, update))
-        if sort not in self.answers:
-            together = {**self.accepted, **updates}
-            try:
-                self.write(replace(self.adapter, updates=together, tokens={}, sidecars={}))
-            except OutputError as error:
-                self.answers[sort] = _why(error)
-            else:
-                self.answers[sort], self.accepted = None, together
-        return self.answers[sort]
-
-    def lost_tokens(self) -> list[ConvertedModule]:
-        """A row for every added token, where the format has no place for them."""
-        if not self.adapter.tokens:
-            return []
-        try:
-            self.write(replace(self.adapter, updates=self.accepted, sidecars={}))
-        except OutputError as error:
-            return [
-                ConvertedModule(
-                    name=str(token),
-                    kind="token",
-                    becomes=None,
-                    status="lost",
-                    rank_in=None,
-                    rank_out=None,
-                    reason=_why(error),
-                )
-                for token in self.adapter.tokens
-            ]
-        return []
-
-
-def _why(error: OutputError) -> str:
-    # That the old format can hold it goes without saying.
-    return error.what if error.remedy in (None, KEEP) else f"{error.what}. {error.remedy}"
-
-
-def _sort(ref: ModuleRef, update: Update) -> tuple[object, ...]:
-    """What a writer may look at: two updates of one sort are held alike."""
-    parts = {role: (len(part.shape), _ones(part.shape)) for role, part in update.parts().items()}
-    if not isinstance(update, LowRank):
-        parts = {role: about for role, about in parts.items() if role == "magnitude"} | dict.fromkeys(parts, (0, ()))
-    # SVDiff's files hold one number on a norm, and many on any other module.
-    named = update.by_parameter or isinstance(update, SpectralShift)
-    last = ref.path.rpartition(".")[2] if named else ""
-    layout = getattr(update, "orientation", None), getattr(update, "convention", None), len(update.shape)
-    return ref.component, update.kind, last, *layout, tuple(sorted(parts.items()))
-
-
-def _ones(shape: tuple[int, ...]) -> tuple[bool, ...]:
-    return tuple(size == 1 for size in shape)
 
 
 class _Forms:

@@ -27,7 +27,7 @@ from regraft.formats.peft import PREFIX
 from regraft.names import resolve_names
 from regraft.ops._common import Ticker, cast, factored, no_ticker
 from regraft.ops._writing import write_checked
-from regraft.ops.convert import Held
+from regraft.ops.held import Held
 from regraft.output import check_writable
 from regraft.pairing import find_component
 from regraft.plan import Selection

@@ -128,11 +128,12 @@ def _fully_named(ported: Adapter, adapter: Adapter, old: Base, new: Base) -> Ada
 def _of_kind(adapter: Adapter, old: Base, new: Base) -> dict[ModuleRef, LowRank]:
     """Empty updates of every module of the new base whose role the adapter changes in every block of the old one."""
     like: dict[tuple[str, str], list[tuple[Update, int]]] = {}
+    modules = {component: set(old.modules(component)) for component in old.components}
     for ref, update in adapter.updates.items():
         if not update.by_parameter:
             home = _home(ref.component, old)
-            there = home in old.components and ref.path in set(old.modules(home))
-            dims = len(old.shape(ModuleRef(home, ref.path))) if there else len(update.shape)
+            there = ref.path in modules.get(home, ())
+            dims = len(old.shape(ModuleRef(home, ref.path)) if there else update.shape)
             like.setdefault((_home(ref.component, new), role_of(ref)[1]), []).append((update, dims))
     found: dict[ModuleRef, LowRank] = {}
     for component in new.components:

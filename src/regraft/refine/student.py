@@ -128,9 +128,7 @@ def student_of(
     places, _ = find_places(model.components, start)
     # By the base's shapes, which some kinds' files don't tell.
     updates = {ref: places[ref].update if ref in places else update for ref, update in start.updates.items()}
-    for ref, update in list(updates.items()):
-        home, form = _form(ref, update, places.get(ref), updates)
-        updates = {home if key == ref else key: form if key == ref else value for key, value in updates.items()}
+    updates = dict(_form(ref, update, places.get(ref), updates) for ref, update in updates.items())
     own = {ref: update for ref, update in updates.items() if isinstance(update, LowRank)}
     # Where nobody else holds it, quantising lets go of the whole weights.
     del base
