@@ -20,8 +20,8 @@ from running import Run
 import regraft.methods
 from regraft import load_adapter
 from regraft.demo import data_folder
-from regraft.report.schema import Interval, VerifyReport
 from regraft.runtime import load_model
+from report.report_samples import verify
 from verify import tiny
 
 #: Verbs that the fast tier doesn't run, and why. Under ``-m slow`` those that end in minutes are run, too.
@@ -149,12 +149,7 @@ def standing(place: Path, request: pytest.FixtureRequest, run: Run) -> Path:
         (place / "prompts.txt").write_text("the river is in\na rain on the river\n", encoding="utf-8")
     if page == "standard":
         with_migrations(place, run)
-        figure = Interval(mean=0.9, low=0.8, high=1.0)
-        facts = {"original": "a", "ported": "b", "source": "old", "target": "new", "model_class": "", "inputs": ""}
-        record = VerifyReport(
-            **facts, n_inputs=8, effect_cosine=figure, effect_norm_ratio=figure, controls={}, summary="", seconds=1
-        )
-        (place / "verify.json").write_text(record.to_json(), encoding="utf-8")
+        (place / "verify.json").write_text(verify().to_json(), encoding="utf-8")
     return place
 
 

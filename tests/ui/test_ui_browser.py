@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from regraft.demo import data_folder
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'regraft[ui]'")
-from regraft.report.schema import Interval, Picture, VerifyReport
+from regraft.report.schema import Picture
 from regraft.ui import shown
+from report.report_samples import verify
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'regraft[test]'")
 
@@ -193,16 +194,7 @@ def _png(size: int, colour: str) -> str:
 @pytest.fixture(scope="module")
 def pair() -> str:
     """A document with the slider over a red and a blue picture, both named by a stranger."""
-    figure = Interval(mean=0.9, low=0.8, high=1.0)
-    facts = {"original": "a", "ported": "b", "source": "old", "target": "new", "model_class": "", "inputs": ""}
-    record = VerifyReport(
-        **facts,
-        n_inputs=1,
-        effect_cosine=figure,
-        effect_norm_ratio=figure,
-        controls={},
-        summary="",
-        seconds=1,
+    record = verify(
         prompts=[f"a boat {HOSTILE}"],
         pictures=[
             Picture(title=f"{name} {HOSTILE}", group="", png=[_png(32, colour)])

@@ -18,10 +18,11 @@ from fastapi.testclient import TestClient
 
 from regraft.adapter import ModuleRef
 from regraft.errors import RegraftError
-from regraft.report.schema import InspectReport, Interval, Picture, VerifyReport
+from regraft.report.schema import InspectReport, Picture
 from regraft.ui import shown
 from regraft.ui.desk import Desk
 from regraft.ui.server import _listen, make_app
+from report.report_samples import verify
 
 KEY = "the key"
 COOKIE = f"regraft-{hashlib.sha256(KEY.encode()).hexdigest()[:8]}"
@@ -163,19 +164,10 @@ def test_hostile_names_and_metadata_are_text() -> None:
 
 
 def test_two_pictures_are_told_apart_from_none_yet_and_none_drawn() -> None:
-    figure = Interval(mean=0.9, low=0.8, high=1.0)
-    facts = {"original": "a", "ported": "b", "source": "old", "target": "new", "model_class": "", "inputs": ""}
     # A PNG's first 24 bytes, which hold its size, and no picture.
     head = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (32).to_bytes(4, "big") * 2
     png = base64.b64encode(head).decode()
-    record = VerifyReport(
-        **facts,
-        n_inputs=2,
-        effect_cosine=figure,
-        effect_norm_ratio=figure,
-        controls={},
-        summary="",
-        seconds=1,
+    record = verify(
         prompts=["a boat", "a sun"],
         pictures=[Picture(title="old", group="", png=[png, png]), Picture(title="new", group="", png=[png, ""])],
     )
