@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
+from regraft.lapack import LapackError, Tridiagonal
+from regraft.methods._directions import Directions, Made, Spectrum, Unmade
+from regraft.methods._filters import step_between
 from regraft.transport import Chained, LinearMap, Terms, Transport, projection, rank_for_energy
 
 # From this size on, an eigendecomposition of the Gram matrix is worth its care.
 _LARGE = 256
 # Of the largest singular value: what float32 still tells apart after squaring, and sizes whose squares it holds.
 _SMALL, _TINY, _HUGE = 0.03, 1e-15, 1e15
-# Directions on either side of the cut.
-_AROUND = 32
+# Directions on either side of the cut; below it, the window begins at the widest gap between the two others.
+_AROUND, _FEWEST, _MOST = 16, 12, 24
 # Of a weight, that are held in double precision at a time.
 _ROWS = 1024
 # Least τ² by the sum of σ², which the largest σ² can't exceed, at which a Cholesky factor is sound in float32.
@@ -27,46 +28,6 @@ _LEAST = 1e-6
 MOST_EDGE = 100.0
 # Column blocks of the Gram matrix; only those on and below the diagonal are made.
 _BLOCKS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """Orthonormal columns U (m, r); those of a weight's longer side as U = W M, which are not multiplied out unasked.
-
-    Attributes:
-        inner: M (n, r), or U itself.
-        weight: W (m, n), or None.
-    """
-
-    inner: Tensor
-    weight: Tensor | None = None
-
-    @cached_property
-    def matrix(self) -> Tensor:
-        """U."""
-        if self.weight is None:
-            return self.inner
-        found: Tensor = self.weight @ self.inner
-        found /= found.norm(dim=0)
-        return found
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.inner.shape[1]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing lies outside of them."""
-        return (self.inner if self.weight is None else self.weight).shape[0] == self.rank
-
-    def project(self, x: Tensor) -> Tensor:
-        """U Uᵀ x for x (m, k)."""
-        if self.is_whole:
-            return x
-        if self.weight is None:
-            return self.inner @ (self.inner.T @ x)
-        return self.weight @ (self.inner @ (self.inner.T @ (self.weight.T @ x)))
 
 
 class Projected(Chained):
@@ -95,7 +56,7 @@ class Projected(Chained):
         return tuple(zip(_in_and_out(ups[1], ups[0]), _in_and_out(downs[0], downs[1]), strict=True))
 
     def images(self, up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        like = self.left[0].inner
+        like = self.left[0].like
         up, down = up.to(like), down.T.to(like)
         found = [(_along(self.left, up), _along(self.right, down))]
         if len(self.left) > 1:
@@ -129,30 +90,39 @@ def _in_and_out(a: Tensor, b: Tensor) -> tuple[LinearMap, LinearMap]:
 
 def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """`directions` as matrices: U (out, r) and V (in, r)."""
-    left, right = directions(weight, rank, energy)
+    left, right = directions(weight, rank, energy, made=True)
     return left.matrix, right.matrix
 
 
-def directions(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions]:
+def directions(
+    weight: Tensor, rank: int | float | None, energy: float | None, *, made: bool = False
+) -> tuple[Directions, Directions]:
     """Leading left and right singular vectors of ``weight`` (out, in).
 
     Args:
         weight: float32 matrix.
         rank: r; a float up to 1 is a share of the full rank (1.0 all of it). Takes precedence over ``energy``.
         energy: share of ‖W‖² that the subspace holds.
+        made: whether they will be asked for as matrices.
 
     Raises:
         UsageError: a rank or energy out of range.
     """
     # There is no float64 on MPS.
     large = min(weight.shape) >= _LARGE and weight.device.type != "mps"
-    found = _by_gram(weight, rank, energy) if large else None
+    found = None
+    if large:
+        is_tall = weight.shape[0] >= weight.shape[1]
+        tall = weight if is_tall else weight.T
+        found = (_by_gram if made or weight.device.type != "cpu" else _unmade)(tall, rank, energy)
+        if found is not None and not is_tall:
+            found = found[::-1]
     if found is not None:
         return found
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     r = _held(s, rank, energy)
     # Copies: a slice would keep the full factors in memory for as long as the transport lives.
-    return Directions(_own(u[:, :r])), Directions(_own(vh[:r].T))
+    return Made(_own(u[:, :r])), Made(_own(vh[:r].T))
 
 
 def _held(singular_values: Tensor, rank: int | float | None, energy: float | None) -> int:
@@ -167,31 +137,73 @@ def _held(singular_values: Tensor, rank: int | float | None, energy: float | Non
     return full if share == 1 else rank_for_energy(singular_values, share)
 
 
-def _by_gram(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions] | None:
+def _by_gram(tall: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions] | None:
     """The same by the smaller side's Gram matrix, whose eigenvectors cost a third of the decomposition.
 
     Squaring costs half of the digits. They are enough for directions that are not small: the longer side's vectors are
     orthonormal to 2e-3 at worst, and where the subspace holds smaller ones, the result is None. At the cut, neighbours
     lie so close that their order is settled in double precision.
+
+    Returns:
+        The longer side's, and the shorter one's.
     """
-    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     squares, vectors = torch.linalg.eigh(_lower_gram(tall))
     values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     r = _held(values, rank, energy)
-    largest = float(values[0])
-    if not _TINY < largest < _HUGE or not float(values[r - 1]) > _SMALL * largest:
+    if not _is_sound(values, r):
         return None
     near = slice(max(0, r - _AROUND), min(len(values), r + _AROUND))
-    block = vectors[:, near].double()
+    settled, block = _settled(tall, vectors[:, near], r - near.start)
+    inner = torch.cat([vectors[:, : near.start], block], dim=1)
+    return Made(inner / torch.cat([values[: near.start], settled]), tall), Made(inner)
+
+
+def _unmade(tall: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions] | None:
+    """`_by_gram` without eigenvectors, but for those at the cut: what is far above it passes through a filter."""
+    try:
+        form = Tridiagonal(_lower_gram(tall))
+        squares = form.values()
+        n = len(squares)
+        values = torch.from_numpy(squares).flip(0).clamp_min(0).sqrt().to(tall)
+        r = _held(values, rank, energy)
+        if not _is_sound(values, r):
+            return None
+        starts = range(max(1, r - _MOST), r - _FEWEST + 1)
+        larger = max(starts, key=lambda start: float(squares[n - start] - squares[n - start - 1]), default=0)
+        step = step_between(squares, larger) if larger else None
+        block = form.back(form.vectors(squares[max(0, n - r - _AROUND) : n - larger]).flip(1))
+    except LapackError:
+        return _by_gram(tall, rank, energy)
+    if larger and step is None:
+        # Of values that are all but equal no filter tells one from the next.
+        return _by_gram(tall, rank, energy)
+    sizes, near = _settled(tall, block, r - larger)
+    spectrum = Spectrum(tall, form, step, larger, near, sizes, lambda: directions(tall, r, None, made=True))
+    return Unmade(spectrum, is_long=True), Unmade(spectrum, is_long=False)
+
+
+def _is_sound(values: Tensor, r: int) -> bool:
+    """Whether the r largest singular values are none too small for their squares in single precision."""
+    largest = float(values[0])
+    return _TINY < largest < _HUGE and float(values[r - 1]) > _SMALL * largest
+
+
+def _settled(tall: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest singular values in the span of some right singular vectors, and their vectors.
+
+    Args:
+        tall: (m, n).
+        block: (n, k), orthonormal columns.
+        count: up to k.
+    """
+    precise = block.double()
     # By parts: in double precision a weight is twice its size.
-    moved = torch.cat([part.double() @ block for part in torch.split(tall, _ROWS)])
+    moved = torch.cat([part.double() @ precise for part in torch.split(tall, _ROWS)])
     # Largest last.
-    settled, turn = torch.linalg.eigh(moved.T @ moved)
-    settled, turn = settled.flip(0).clamp_min(0).sqrt().to(values), turn.flip(1)
-    inner = torch.cat([vectors[:, : near.start], (block @ turn).to(weight.dtype)[:, : r - near.start]], dim=1)
-    sizes = torch.cat([values[: near.start], settled[: r - near.start]])
-    long, short = Directions(inner / sizes, tall), Directions(inner)
-    return (long, short) if tall is weight else (short, long)
+    squares, turn = torch.linalg.eigh(moved.T @ moved)
+    values: Tensor = squares.flip(0).clamp_min(0).sqrt().to(tall)[:count]
+    vectors: Tensor = (precise @ turn.flip(1)).to(tall.dtype)[:, :count]
+    return values, vectors
 
 
 class Filtered(Chained):

@@ -54,8 +54,9 @@ def lora_x(
         if old is not None and old.shape != new.shape:
             return equal_sizes_only("lora-x with an edge", old, new)
         return filtered(new, edge)
-    u, v = directions(new, subspace_rank, energy)
-    if old is not None and old.shape != new.shape:
+    sized = old is not None and old.shape != new.shape
+    u, v = directions(new, subspace_rank, energy, made=sized or threshold is not None)
+    if old is not None and sized:
         return index_matched(*subspaces(old, u.rank, None), u.matrix, v.matrix)
     if isinstance(threshold, str):
         raise UsageError(f"lora-x has no threshold {threshold!r}", remedy="The paper gives none: give a number.")
