@@ -18,7 +18,7 @@ from regraft.methods._moments import Moments, cut_in
 from regraft.methods.task import Running
 from regraft.port import PortResult, port
 from regraft.runtime import applied, load_model
-from regraft.runtime.walk import Walk, Walks
+from regraft.runtime.walk import Walks
 from regraft.tensors import InMemory
 from regraft.updates import Diff, LowRank
 from verify import tiny
@@ -224,24 +224,37 @@ def test_a_walk_stops_at_each_module_and_reads_what_was_changed_on_the_way() -> 
     model, x = Two(), torch.randn(5, 3)
     plain = model(x)
     places = {"first": model.first, "second": model.second}
-    with Walks([lambda: model(x), lambda: model(2 * x)], places, "before") as walks:
+    with Walks([lambda: model(x), lambda: model(2 * x)], places, "instead") as walks:
         stops = [walk.at("first") for walk in walks.walks]
         assert [stop[0].tolist() for stop in stops if stop] == [x.tolist(), (2 * x).tolist()]
-        with torch.no_grad():
-            model.first.weight.zero_()
-            model.first.bias.zero_()
+        assert torch.equal(model(x), plain)
+        walks.walks[0].answer(torch.zeros_like(model.first(x)))
         at_second = walks.walks[0].at("second")
         assert at_second is not None
         assert not at_second[0].any()
         assert torch.equal(walks.walks[0].finish(), model.second.bias.expand(5, 2))
-    assert not model.first._forward_pre_hooks
-    assert not torch.equal(plain, model(x))
+        assert torch.equal(walks.walks[1].finish(), model(2 * x))
+    assert "forward" not in model.first.__dict__
+    assert torch.equal(plain, model(x))
+
+
+def test_walks_through_one_model_mind_their_own_stops_and_leave_gradients_as_they_are() -> None:
+    model, x = Two(), torch.randn(5, 3)
+    with Walks([lambda: model(x)], {"first": model.first}, "after") as left:
+        with Walks([lambda: model(-x)], {"second": model.second}, "after") as right:
+            for walks, key, given in ((left, "first", x), (right, "second", model.first(-x).relu())):
+                stop = walks.walks[0].at(key)
+                assert stop is not None
+                assert torch.equal(stop[0], given)
+            assert torch.is_grad_enabled()
+        assert not model.second._forward_hooks
+        assert torch.equal(left.walks[0].finish(), model(x))
+    assert not model.first._forward_hooks
 
 
 def test_an_error_in_the_model_reaches_whoever_walks_it() -> None:
     model = Two()
-    walk = Walk(lambda: model(torch.zeros(1, 7)), {"second": model.second}, "after")
-    with pytest.raises(RuntimeError):
-        walk.at("second")
-    walk.close()
+    places = {"second": model.second}
+    with Walks([lambda: model(torch.zeros(1, 7))], places, "after") as walks, pytest.raises(RuntimeError):
+        walks.walks[0].at("second")
     assert not model.second._forward_hooks

@@ -23,8 +23,8 @@ from regraft.runtime.applied import applied
 from regraft.runtime.both import modules_of, twin
 from regraft.runtime.libraries import quiet_libraries
 from regraft.runtime.load import Loaded
-from regraft.runtime.record import calls_of, input_rows, is_conv1d, is_matrix, matrix_of, output_rows, shaped_as
-from regraft.runtime.walk import Walks
+from regraft.runtime.record import as_output, calls_of, input_rows, is_conv1d, is_matrix, matrix_of, output_rows
+from regraft.runtime.walk import Walk, Walks
 from regraft.spaces import named_sides
 from regraft.updates import Update
 
@@ -124,22 +124,19 @@ def sweep_layers(task: AdapterTask, batches: Sequence[Batch], sweeps: Sequence[S
             moments = streams.collect(ref, target, sweeps)
             for i, sweep in enumerate(sweeps):
                 _solve(task, layers, ref, target, moments[i], sweep, results[i])
-                streams.put(i, target, results[i].delta)
+                streams.put(i, target, results[i].factors)
     return [_carried(task, layers, result, sweep) for result, sweep in zip(results, sweeps, strict=True)]
 
 
 @dataclass
 class _Result:
-    """What a sweep has made so far; ``delta`` is the newest ΔW_t, (out, in)."""
+    """What a sweep has made so far; the product of ``factors`` is the newest ΔW_t, (out, in)."""
 
-    updates: dict[ModuleRef, Update]
-    lost: dict[ModuleRef, float]
-    delta: Tensor
+    updates: dict[ModuleRef, Update] = field(default_factory=dict)
+    lost: dict[ModuleRef, float] = field(default_factory=dict)
+    factors: tuple[Tensor, ...] = ()
     before: float = 0.0
     after: float = 0.0
-
-    def __init__(self) -> None:
-        self.updates, self.lost, self.delta = {}, {}, torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -212,13 +209,29 @@ class _Missing:
         held = self._held.get((batch, stream))
         return change if held is None else change + held
 
-    def settle(self, delta: Tensor) -> None:
-        """Note what a write's solution ΔW (out, in) leaves missing."""
+    def settle(self, factors: Sequence[Tensor]) -> None:
+        """Note what a write's solution leaves missing, ΔW (out, in) being the product of its factors."""
         for batch, stream, x, change in self._asked:
-            rest = change - x @ delta.to(x).T
+            rest = change - _through(factors, x)
             held = self._held.get((batch, stream))
             self._held[batch, stream] = rest if held is None else held + rest
         self._asked.clear()
+
+
+def _through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """x ΔWᵀ of rows x (N, in), ΔW being the product of its factors."""
+    for factor in reversed(factors):
+        x = x @ factor.to(x).T
+    return x
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where a ported new base stands: a walk before a module, the rows x (N, in) it reads, and the base's output."""
+
+    walk: Walk[ModuleRef]
+    x: Tensor
+    output: Tensor
 
 
 class _Streams:
@@ -235,7 +248,6 @@ class _Streams:
         for model in self.ported:
             stack.enter_context(applied(model.components, rest))
         self.new = modules_of(new, layers.order.values())
-        self.places = [modules_of(model, layers.order.values()) for model in self.ported]
         self.folded, self.biases = layers.folded, layers.biases
         gone = [ref for refs in layers.folded.values() for ref in refs]
         olds, news = [*layers.order, *gone], list(layers.order.values())
@@ -245,9 +257,10 @@ class _Streams:
             stack.enter_context(_walks(new, "new", news, batches, "after")),
         ]
         self.ported_walks = [
-            stack.enter_context(_walks(model, "new", news, batches, "before")) for model in self.ported
+            stack.enter_context(_walks(model, "new", news, batches, "instead")) for model in self.ported
         ]
         self.missing = [_Missing() for _ in range(ported)]
+        self.stops: list[list[_Stop]] = [[] for _ in range(ported)]
         self.rows = [(batch.rows("old"), batch.rows("new")) for batch in batches]
 
     def collect(self, ref: ModuleRef, target: ModuleRef, sweeps: Sequence[Sweep]) -> list[Moments]:
@@ -263,12 +276,15 @@ class _Streams:
             for gone in self.folded.get(ref, ()):
                 y_s, y_a = y_s + self._outputs(self.walks[0], i, gone), y_a + self._outputs(self.walks[1], i, gone)
             for j, sweep in enumerate(sweeps):
-                stop = self.ported_walks[j].walks[i].at(target)
+                walk = self.ported_walks[j].walks[i]
+                stop = walk.at(target)
                 assert stop is not None
                 # The base's own module: what it gives without a change, on what it reads now.
-                now = _chosen(output_rows(module, module.forward(stop[0])), self.rows[i][1])
-                x = _chosen(input_rows(module, stop[0]), self.rows[i][1])
-                change = (y_t - now).add_(y_a - y_s).add_(y_s - y_t, alpha=sweep.pull)
+                output, rows = module.forward(stop[0]), input_rows(module, stop[0])
+                self.stops[j].append(_Stop(walk, rows, output))
+                now, x = (_chosen(part, self.rows[i][1]) for part in (output_rows(module, output), rows))
+                # (y_t − now) + (y_a − y_s) + μ (y_s − y_t), with one new tensor.
+                change = (y_t - y_s).mul_(1 - sweep.pull).add_(y_a).sub_(now)
                 if target in self.biases:
                     change -= self.biases[target].to(change)
                 moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
@@ -281,18 +297,17 @@ class _Streams:
         side = 1 if walks is self.walks[2] else 0
         return _chosen(output_rows(nn.Identity(), stop[1]), self.rows[i][side])
 
-    def put(self, sweep: int, target: ModuleRef, delta: Tensor) -> None:
-        """Set a ported module's weight; the next layers read what it gives."""
-        self.missing[sweep].settle(delta)
-        module = self.places[sweep][target]
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        changed = weight.detach() + shaped_as(module, delta.to(weight))
-        module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
-        if target in self.biases:
-            old, more = module._parameters.get("bias"), self.biases[target].to(weight)
-            both = more if old is None else old.detach() + more
-            module._parameters["bias"] = nn.Parameter(both, requires_grad=False)
+    def put(self, sweep: int, target: ModuleRef, factors: Sequence[Tensor]) -> None:
+        """Change what a ported module gives, ΔW being the product of the factors; the next layers read that."""
+        self.missing[sweep].settle(factors)
+        first, *rest = factors
+        for stop in self.stops[sweep]:
+            # One pass over the output, which is nobody else's.
+            rows = output_rows(nn.Identity(), stop.output).addmm_(_through(rest, stop.x), first.to(stop.x).T)
+            if target in self.biases:
+                rows += self.biases[target].to(rows)
+            stop.walk.answer(as_output(rows, stop.output))
+        self.stops[sweep].clear()
 
 
 def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -304,7 +319,7 @@ def _walks(
     side: Literal["old", "new"],
     refs: Sequence[ModuleRef],
     batches: Sequence[Batch],
-    when: Literal["before", "after"],
+    when: Literal["instead", "after"],
 ) -> Walks[ModuleRef]:
     runs = [lambda batch=batch: batch.run(model, side) for batch in batches]
     return Walks(runs, modules_of(model, refs), when)
@@ -335,15 +350,16 @@ def _solve(
     if rank is None:
         name, update = task.dense(ref, (delta.T if transposed else delta).float())
         result.updates[name] = update
-        result.delta = delta.float()
+        result.factors = (delta.float(),)
     else:
         rank = rank if isinstance(rank, float) else min(sweep.times * rank, *delta.shape)
         up, down, lost = cut_in(delta, rank, moments.metric(sweep.ridge) if sweep.cut == "inputs" else None)
         factors = (down.T.contiguous(), up.T.contiguous()) if transposed else (up, down)
         made = task.made(ref, *factors)
         result.updates[target], result.lost[target] = made, lost
-        result.delta = up @ down
-    result.after += moments.left(result.delta)
+        result.factors = (up, down)
+        delta = up @ down
+    result.after += moments.left(delta)
 
 
 def _carried(task: AdapterTask, layers: Layers, result: _Result, sweep: Sweep) -> Carried:

@@ -7,7 +7,6 @@ encoders, with the adapter on them, as in use.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.runtime.applied import applied
 from regraft.runtime.latents import predicted
 from regraft.runtime.load import Loaded
+from regraft.runtime.walk import course
 
 N_INPUTS, STATES, STEPS, CONTEXT_TOKENS = 16, 4, 8, 16
 # Pure noise is what a model sees at the very beginning only: without a pipeline no lower timestep can be asked for.
@@ -206,11 +206,11 @@ class Enough(Exception):
 @contextmanager
 def recording(model: nn.Module, calls: list[Call], *, stop: bool = False) -> Iterator[None]:
     """Note the arguments of every call; with ``stop``, leave at the first by `Enough`."""
-    signature, ours = inspect.signature(model.forward), threading.get_ident()
+    signature, ours = inspect.signature(model.forward), course()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Several threads may be on their way through one model (`regraft.runtime.walk`).
-        if threading.get_ident() != ours:
+        # Several runs may be on their way through one model.
+        if course() is not ours:
             return
         arguments = signature.bind(*args, **kwargs).arguments
         calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()})

@@ -100,6 +100,14 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     return y.float().flatten(2).transpose(1, 2).flatten(0, 1) if y.dim() == 4 else y.float().reshape(-1, y.shape[-1])
 
 
+def as_output(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `output_rows`: rows (N, out) in the shape of a module's output, and in its dtype."""
+    if like.dim() == 4:
+        n, out = like.shape[:2]
+        return rows.reshape(n, -1, out).transpose(1, 2).reshape(like.shape).to(like.dtype)
+    return rows.reshape(like.shape).to(like.dtype)
+
+
 def calls_of(model: Loaded, side: Side, refs: Sequence[ModuleRef], batch: RunsBatch) -> dict[ModuleRef, int]:
     """How often each module runs on one batch, in the order of execution; those that don't are left out."""
     counted: dict[ModuleRef, int] = {}

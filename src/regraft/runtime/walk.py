@@ -1,118 +1,91 @@
-"""A forward pass that stops at chosen modules, so that a module's weight can be changed on the way.
+"""A forward pass that stops at chosen modules, so that what a module gives can be looked at or chosen on the way.
 
-Each walk is a thread of its own, of which one runs at a time: whoever asks for the next stop waits for it. So several
-models, and several batches, go through their layers side by side, and what is held is what their passes hold.
+Each walk is a course of its own (a greenlet): it runs when it is asked for the next stop, and whoever asks waits for
+it. So several models, and several batches, go through their layers side by side, and what is held is what their passes
+hold. They are all one thread to the system: with a thread for each, OpenMP keeps a team of threads for each of them,
+and the teams take the processor from one another.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from regraft.runtime.libraries import library
+
 Key = TypeVar("Key")
-When = Literal["before", "after"]
+When = Literal["instead", "after"]
 
 
-class _Left(BaseException):
-    """Ends a walk that nobody waits for any more."""
+def course() -> object:
+    """What runs here: the same object within a walk, and another in every other one and outside."""
+    found: object = library("greenlet").getcurrent()
+    return found
 
 
 class Walk(Generic[Key]):
-    """One run of a model, stopped before or after each of some modules."""
+    """One run of a model, stopped at each of some modules; made by `Walks`."""
 
-    def __init__(self, run: Callable[[], Tensor], modules: Mapping[Key, nn.Module], when: When) -> None:
-        """Start at the first module.
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        """Nothing is run yet.
 
         Args:
             run: the forward pass.
-            modules: where to stop; each runs once.
-            when: stop ``before`` a module, with its input, or ``after``, with its input and output.
         """
         self.output: Tensor | None = None
-        self._run, self._when = run, when
+        self._run = run
         self._stops: dict[Key, tuple[Tensor, Tensor | None]] = {}
-        self._ours, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self._left, self._done = False, False
-        self._error: BaseException | None = None
-        self._hooks = [self._hook(key, module) for key, module in modules.items()]
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._answer: Tensor | None = None
+        self._course: Any = library("greenlet").greenlet(self._work)
 
-    def _hook(self, key: Key, module: nn.Module) -> Any:
-        # Two walks through one model have hooks on the same modules: each minds its own.
-        if self._when == "before":
-
-            def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                if threading.current_thread() is self._thread:
-                    self._stop(key, args[0], None)
-
-            return module.register_forward_pre_hook(before)
-
-        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if threading.current_thread() is self._thread:
-                self._stop(key, args[0], output)
-
-        return module.register_forward_hook(after)
+    @property
+    def course(self) -> object:
+        """The `course` of its run."""
+        return self._course
 
     def _work(self) -> None:
-        try:
-            self._wait()
-            # Whether gradients are recorded is a setting of the thread.
-            with torch.no_grad():
-                self.output = self._run()
-        except _Left:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._done = True
-            self._theirs.release()
+        self.output = self._run()
 
-    def _stop(self, key: Key, x: Tensor, y: Tensor | None) -> None:
+    def stop(self, key: Key, x: Tensor, y: Tensor | None) -> Tensor | None:
+        """Wait, within the run, until the walk is asked for the next stop; returns what was answered meanwhile."""
         self._stops[key] = (x, y)
-        self._theirs.release()
-        self._wait()
-
-    def _wait(self) -> None:
-        self._ours.acquire()
-        if self._left:
-            raise _Left
+        self._course.parent.switch()
+        answer, self._answer = self._answer, None
+        return answer
 
     def _go_on(self) -> None:
-        self._ours.release()
-        self._theirs.acquire()
-        if self._error is not None:
-            raise self._error
+        self._course.parent = course()
+        # Whether gradients are recorded is a setting of the thread, which the runs share.
+        with torch.no_grad():
+            self._course.switch()
 
     def at(self, key: Key) -> tuple[Tensor, Tensor | None] | None:
         """Input and output of a module, once the walk is there; None where it never comes by.
 
-        Stops on the way are kept until they are asked for; each can be asked for once. After a stop ``before`` a
-        module, the module runs when the walk is asked for the next.
+        Stops on the way are kept until they are asked for; each can be asked for once.
         """
-        while key not in self._stops and not self._done:
+        while key not in self._stops and not self._course.dead:
             self._go_on()
         return self._stops.pop(key, None)
 
+    def answer(self, output: Tensor) -> None:
+        """What the module gives at which the walk stands, in place of running it."""
+        self._answer = output
+
     def finish(self) -> Tensor:
         """Go on to the end: the model's output."""
-        while not self._done:
+        while not self._course.dead:
             self._go_on()
         assert self.output is not None
         return self.output
 
     def close(self) -> None:
         """Leave, wherever the walk is."""
-        if not self._done:
-            self._left = True
-            self._ours.release()
-            self._thread.join()
-        for hook in self._hooks:
-            hook.remove()
+        if not self._course.dead:
+            self._course.throw()
         self._stops.clear()
 
 
@@ -120,7 +93,47 @@ class Walks(Generic[Key]):
     """The same walk for several batches, one behind the other."""
 
     def __init__(self, runs: Sequence[Callable[[], Tensor]], modules: Mapping[Key, nn.Module], when: When) -> None:
-        self.walks = [Walk(run, modules, when) for run in runs]
+        """Each stands before the beginning.
+
+        Args:
+            runs: a forward pass for each batch, of one model.
+            modules: where to stop; each runs once in a pass.
+            when: stop ``after`` a module, with its input and output, or ``instead`` of it, with its input: the module
+                runs when the walk is asked for the next stop, unless it is answered what it gives.
+        """
+        self.walks: list[Walk[Key]] = [Walk(run) for run in runs]
+        self._by_course = {id(walk.course): walk for walk in self.walks}
+        self._undo: list[Callable[[], None]] = []
+        for key, module in modules.items():
+            (self._stop_after if when == "after" else self._stop_instead)(key, module)
+
+    def _here(self) -> Walk[Key] | None:
+        # Others may run the same model meanwhile: a stop is for the walks' own runs.
+        return self._by_course.get(id(course()))
+
+    def _stop_after(self, key: Key, module: nn.Module) -> None:
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if (walk := self._here()) is not None:
+                walk.stop(key, args[0], output)
+
+        self._undo.append(module.register_forward_hook(after).remove)
+
+    def _stop_instead(self, key: Key, module: nn.Module) -> None:
+        own, was_own = module.forward, "forward" in module.__dict__
+
+        def instead(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            walk = self._here()
+            answer = None if walk is None else walk.stop(key, x, None)
+            return own(x, *args, **kwargs) if answer is None else answer
+
+        def undo() -> None:
+            if was_own:
+                module.forward = own
+            else:
+                del module.forward
+
+        module.forward = instead
+        self._undo.append(undo)
 
     def __enter__(self) -> Walks[Key]:
         return self
@@ -128,3 +141,5 @@ class Walks(Generic[Key]):
     def __exit__(self, *_: object) -> None:
         for walk in self.walks:
             walk.close()
+        for undo in self._undo:
+            undo()
