@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from regraft.lapack import LapackError, Tridiagonal
-from regraft.methods._directions import Made, Unmade
 from regraft.methods._filters import step_between
-from regraft.methods._subspace import directions
+from regraft.methods._subspace import _made, _Side, directions
 from toys import relative_error
 
 
@@ -110,7 +109,8 @@ def test_projections_without_vectors_are_those_of_a_decomposition(shape: tuple[i
     weight = with_values(*shape, torch.linspace(1, 0.05, least, dtype=torch.float64) ** 1.5)
     u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     left, right = directions(weight, rank, None)
-    assert isinstance(left, Unmade)
+    assert isinstance(left, _Side)
+    assert left.both.spectrum is not None
     for found, basis in ((left, u[:, :rank]), (right, vh[:rank].T)):
         x = noise(len(basis), 5, 3)
         assert relative_error(found.project(x), (basis @ (basis.T @ x.double())).float()) < 2e-4
@@ -120,9 +120,7 @@ def test_projections_without_vectors_are_those_of_a_decomposition(shape: tuple[i
 
 def test_the_rank_follows_the_energy_with_and_without_vectors() -> None:
     weight = with_values(300, 300, torch.linspace(1, 0.1, 300, dtype=torch.float64))
-    made, unmade = (directions(weight, None, 0.8, made=made)[0] for made in (True, False))
-    assert isinstance(unmade, Unmade)
-    assert made.rank == unmade.rank
+    assert directions(weight, None, 0.8)[0].rank == _made(weight, None, 0.8)[0].rank
 
 
 @pytest.mark.parametrize("values", [torch.ones(300), torch.cat([torch.ones(200), torch.full((100,), 0.5)])])
@@ -131,7 +129,8 @@ def test_a_cut_among_equal_values_is_a_projection_of_its_rank(values: Tensor, tu
     weight = with_values(300, 300, values.double()) if turned else values.diag()
     left, right = directions(weight, 120, None)
     # Where not even rounding tells them apart, no filter does.
-    assert isinstance(left, Unmade if turned else Made)
+    assert isinstance(left, _Side)
+    assert (left.both.spectrum is not None) == turned
     for found in (left, right):
         whole = found.project(torch.eye(300))
         assert relative_error(found.project(whole), whole) < 1e-4

@@ -1,9 +1,8 @@
-"""Leading singular vectors of a weight: as matrices, or as projections that are made without them."""
+"""Leading singular vectors of a weight as matrices; and their projections, that are made without them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,7 +38,7 @@ class Directions(ABC):
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing lies outside of them."""
+        """Whether nothing is known to lie outside of them."""
         return self.rows == self.rank
 
     def project(self, x: Tensor) -> Tensor:
@@ -99,7 +98,6 @@ class Spectrum:
         larger: their number.
         near: the others, orthonormal columns, (n, r − ``larger``).
         sizes: their singular values, (r − ``larger``,).
-        make: makes both sides' directions with their matrices, the longer one first.
     """
 
     weight: Tensor
@@ -108,14 +106,19 @@ class Spectrum:
     larger: int
     near: Tensor
     sizes: Tensor
-    make: Callable[[], tuple[Directions, Directions]]
 
     @property
     def rank(self) -> int:
         """r."""
         return self.larger + self.near.shape[1]
 
-    def project(self, x: Tensor, *, over: bool = False) -> Tensor:
+    def project(self, x: Tensor, side: int) -> Tensor:
+        """U Uᵀ x of the longer side (0), x (m, k), with U = W V S⁻¹; V Vᵀ x of the shorter one (1), x (n, k)."""
+        if side == 1:
+            return self._projected(x, over=False)
+        return self.weight @ self._projected(self.weight.T @ x, over=True)
+
+    def _projected(self, x: Tensor, *, over: bool) -> Tensor:
         """V Vᵀ x of x (n, k); with ``over`` V S⁻² Vᵀ x, S being the singular values."""
         near = self.near / self.sizes.square() if over else self.near
         found: Tensor = near @ (self.near.T @ x)
@@ -123,43 +126,3 @@ class Spectrum:
             columns = self.form.towards(x).T.double().numpy()
             found += self.form.back(torch.from_numpy(self.step.of(self.form, columns, over=over)).T)
         return found
-
-    @cached_property
-    def made(self) -> tuple[Directions, Directions]:
-        """Both sides with their matrices, the longer one first."""
-        return self.make()
-
-
-@dataclass(frozen=True, eq=False)
-class Unmade(Directions):
-    """Those of a weight's shorter side, V, or of its longer one, W V S⁻¹.
-
-    Attributes:
-        spectrum: of the shorter side.
-        is_long: whether they are those of the longer one.
-    """
-
-    spectrum: Spectrum
-    is_long: bool
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.spectrum.made[0 if self.is_long else 1].matrix
-
-    @property
-    def rank(self) -> int:
-        return self.spectrum.rank
-
-    @property
-    def rows(self) -> int:
-        return self.spectrum.weight.shape[0 if self.is_long else 1]
-
-    @property
-    def like(self) -> Tensor:
-        return self.spectrum.weight
-
-    def _projected(self, x: Tensor) -> Tensor:
-        if not self.is_long:
-            return self.spectrum.project(x)
-        weight = self.spectrum.weight
-        return weight @ self.spectrum.project(weight.T @ x, over=True)

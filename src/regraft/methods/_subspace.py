@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from regraft.errors import UsageError
 from regraft.lapack import LapackError, Tridiagonal
-from regraft.methods._directions import Directions, Made, Spectrum, Unmade
+from regraft.methods._directions import Directions, Made, Spectrum
 from regraft.methods._filters import step_between
 from regraft.transport import Chained, LinearMap, Terms, Transport, projection, rank_for_energy
 
@@ -90,50 +92,123 @@ def _in_and_out(a: Tensor, b: Tensor) -> tuple[LinearMap, LinearMap]:
 
 def subspaces(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """`directions` as matrices: U (out, r) and V (in, r)."""
-    left, right = directions(weight, rank, energy, made=True)
+    left, right = directions(weight, rank, energy)
     return left.matrix, right.matrix
 
 
-def directions(
-    weight: Tensor, rank: int | float | None, energy: float | None, *, made: bool = False
-) -> tuple[Directions, Directions]:
+def directions(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions]:
     """Leading left and right singular vectors of ``weight`` (out, in).
 
     Args:
         weight: float32 matrix.
         rank: r; a float up to 1 is a share of the full rank (1.0 all of it). Takes precedence over ``energy``.
         energy: share of ‖W‖² that the subspace holds.
-        made: whether they will be asked for as matrices.
 
     Raises:
         UsageError: a rank or energy out of range.
     """
+    _check(rank, energy)
+    if min(weight.shape) < _LARGE or weight.device.type != "cpu":
+        return _made(weight, rank, energy)
+    both = _Unmade(weight, rank, energy)
+    return _Side(both, 0), _Side(both, 1)
+
+
+class _Unmade:
+    """The leading directions of a weight's two sides: projections and matrices of them, each made when asked for."""
+
+    def __init__(self, weight: Tensor, rank: int | float | None, energy: float | None) -> None:
+        self.weight, self._asked = weight, (rank, energy)
+        self.is_tall = weight.shape[0] >= weight.shape[1]
+
+    @cached_property
+    def made(self) -> tuple[Directions, Directions]:
+        return _made(self.weight, *self._asked)
+
+    @cached_property
+    def spectrum(self) -> Spectrum | None:
+        return _spectrum(self.weight if self.is_tall else self.weight.T, *self._asked)
+
+    @property
+    def rank(self) -> int:
+        if "made" in self.__dict__ or self.spectrum is None:
+            return self.made[0].rank
+        return self.spectrum.rank
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all directions were asked for: told before any is looked for."""
+        rank, energy = self._asked
+        full = min(self.weight.shape)
+        return energy == 1 if rank is None else _number(rank, full) == full
+
+    def project(self, x: Tensor, side: int) -> Tensor:
+        if self.spectrum is None:
+            return self.made[side].project(x)
+        return self.spectrum.project(x, side if self.is_tall else 1 - side)
+
+
+@dataclass(frozen=True, eq=False)
+class _Side(Directions):
+    """One side of both: 0 is the left one."""
+
+    both: _Unmade
+    side: int
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.both.made[self.side].matrix
+
+    @property
+    def rank(self) -> int:
+        return self.both.rank
+
+    @property
+    def rows(self) -> int:
+        return self.both.weight.shape[self.side]
+
+    @property
+    def like(self) -> Tensor:
+        return self.both.weight
+
+    @property
+    def is_whole(self) -> bool:
+        return self.both.is_full and self.rows == min(self.both.weight.shape)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        return self.both.project(x, self.side)
+
+
+def _made(weight: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions]:
     # There is no float64 on MPS.
-    large = min(weight.shape) >= _LARGE and weight.device.type != "mps"
-    found = None
-    if large:
+    if min(weight.shape) >= _LARGE and weight.device.type != "mps":
         is_tall = weight.shape[0] >= weight.shape[1]
-        tall = weight if is_tall else weight.T
-        found = (_by_gram if made or weight.device.type != "cpu" else _unmade)(tall, rank, energy)
-        if found is not None and not is_tall:
-            found = found[::-1]
-    if found is not None:
-        return found
+        found = _by_gram(weight if is_tall else weight.T, rank, energy)
+        if found is not None:
+            return found if is_tall else found[::-1]
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     r = _held(s, rank, energy)
     # Copies: a slice would keep the full factors in memory for as long as the transport lives.
     return Made(_own(u[:, :r])), Made(_own(vh[:r].T))
 
 
-def _held(singular_values: Tensor, rank: int | float | None, energy: float | None) -> int:
-    full = len(singular_values)
+def _check(rank: int | float | None, energy: float | None) -> None:
     if rank is not None:
         if rank <= 0:
             raise UsageError(f"--subspace-rank {rank} is out of range", remedy="Give a rank of 1 or more, or a share.")
-        return max(1, round(rank * full)) if isinstance(rank, float) and rank <= 1 else min(int(rank), full)
+    elif energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy} is out of range", remedy="Give a share above 0, up to 1.")
+
+
+def _number(rank: int | float, full: int) -> int:
+    return max(1, round(rank * full)) if isinstance(rank, float) and rank <= 1 else min(int(rank), full)
+
+
+def _held(singular_values: Tensor, rank: int | float | None, energy: float | None) -> int:
+    full = len(singular_values)
+    if rank is not None:
+        return _number(rank, full)
     share = 0.9 if energy is None else energy
-    if not 0 < share <= 1:
-        raise UsageError(f"--energy {share} is out of range", remedy="Give a share above 0, up to 1.")
     return full if share == 1 else rank_for_energy(singular_values, share)
 
 
@@ -158,8 +233,8 @@ def _by_gram(tall: Tensor, rank: int | float | None, energy: float | None) -> tu
     return Made(inner / torch.cat([values[: near.start], settled]), tall), Made(inner)
 
 
-def _unmade(tall: Tensor, rank: int | float | None, energy: float | None) -> tuple[Directions, Directions] | None:
-    """`_by_gram` without eigenvectors, but for those at the cut: what is far above it passes through a filter."""
+def _spectrum(tall: Tensor, rank: int | float | None, energy: float | None) -> Spectrum | None:
+    """The same, without other eigenvectors than those at the cut; None where it can't do without."""
     try:
         form = Tridiagonal(_lower_gram(tall))
         squares = form.values()
@@ -171,15 +246,14 @@ def _unmade(tall: Tensor, rank: int | float | None, energy: float | None) -> tup
         starts = range(max(1, r - _MOST), r - _FEWEST + 1)
         larger = max(starts, key=lambda start: float(squares[n - start] - squares[n - start - 1]), default=0)
         step = step_between(squares, larger) if larger else None
+        if larger and step is None:
+            # Of values that are all but equal no filter tells one from the next.
+            return None
         block = form.back(form.vectors(squares[max(0, n - r - _AROUND) : n - larger]).flip(1))
     except LapackError:
-        return _by_gram(tall, rank, energy)
-    if larger and step is None:
-        # Of values that are all but equal no filter tells one from the next.
-        return _by_gram(tall, rank, energy)
+        return None
     sizes, near = _settled(tall, block, r - larger)
-    spectrum = Spectrum(tall, form, step, larger, near, sizes, lambda: directions(tall, r, None, made=True))
-    return Unmade(spectrum, is_long=True), Unmade(spectrum, is_long=False)
+    return Spectrum(tall, form, step, larger, near, sizes)
 
 
 def _is_sound(values: Tensor, r: int) -> bool:

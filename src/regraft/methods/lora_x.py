@@ -54,17 +54,19 @@ def lora_x(
         if old is not None and old.shape != new.shape:
             return equal_sizes_only("lora-x with an edge", old, new)
         return filtered(new, edge)
-    sized = old is not None and old.shape != new.shape
-    u, v = directions(new, subspace_rank, energy, made=sized or threshold is not None)
-    if old is not None and sized:
-        return index_matched(*subspaces(old, u.rank, None), u.matrix, v.matrix)
+    u, v = directions(new, subspace_rank, energy)
+    if old is not None and old.shape != new.shape:
+        # The matrices first: with them there is no need of anything else to tell their rank.
+        left, right = u.matrix, v.matrix
+        return index_matched(*subspaces(old, u.rank, None), left, right)
     if isinstance(threshold, str):
         raise UsageError(f"lora-x has no threshold {threshold!r}", remedy="The paper gives none: give a number.")
     if threshold is not None:
         if old is None:
             raise UsageError("lora-x with --threshold compares both bases", remedy="Give --from.")
+        left, right = u.matrix, v.matrix
         u_old, v_old = subspaces(old, u.rank, None)
-        similarity = (overlap(u_old, u.matrix) + overlap(v_old, v.matrix)) / 2
+        similarity = (overlap(u_old, left) + overlap(v_old, right)) / 2
         if similarity < threshold:
             return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")
     return Transport() if u.is_whole and v.is_whole else Projected([u], [v])

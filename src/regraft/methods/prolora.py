@@ -78,9 +78,8 @@ def _carried(
     """One module's transport, or why it has none."""
     if old.shape != new.shape:
         return equal_sizes_only("prolora", old, new)
-    made = threshold is not None
-    u_old, v_old = directions(old, subspace_rank, energy, made=made)
-    u_new, v_new = directions(new, u_old.rank, None, made=made)
+    u_old, v_old = directions(old, subspace_rank, energy)
+    u_new, v_new = directions(new, u_old.rank, None)
     if threshold == "paper":
         sides = phi(u_old.matrix, u_new.matrix), phi(v_old.matrix, v_new.matrix)
         if min(sides) < PAPER_THRESHOLD:

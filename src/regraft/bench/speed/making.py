@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -183,6 +184,8 @@ def write_pair(pair: Geometry, folder: Path, *, dtype: torch.dtype = torch.float
         numbers = _Numbers()
         _write(old, pair.old, _tensors(numbers, pair.old), dtype)
         _write(new, pair.new, _moved(numbers, pair), dtype)
+        # Else the system goes on writing them while the first command is timed.
+        os.sync()
     return old, new
 
 
