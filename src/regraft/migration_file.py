@@ -6,14 +6,14 @@ The file's format is specified in docs/standard.md; the header's checks are in `
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft._version import __version__
@@ -33,6 +33,7 @@ from regraft.migrations.model import VERSION, Header, Map, Row
 from regraft.migrations.recognise import recognise
 from regraft.nearness import Nearness
 from regraft.output import check_writable, readable, whole
+from regraft.safetensors_stream import write_stream
 from regraft.tensor_files import read_safetensors
 from regraft.tensors import Shape, TensorRef
 from regraft.transport import LinearMap, Transport
@@ -53,11 +54,15 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
     """
     check_general(migration)
     check_writable(path, overwrite=overwrite)
-    tensors, header = _Encoder().encode(migration)
-    # An identity costs nothing, but safetensors wants a tensor: an empty one marks the file.
-    tensors = tensors or {"empty.0": torch.zeros(0)}
     with whole(path) as stage:
-        save_file(tensors, stage, metadata={KEY: dumped(header)})
+        with tempfile.TemporaryFile(dir=stage.parent) as maps, stage.open("wb") as stream:
+            encoder = _Encoder(maps)
+            header = encoder.encode(migration)
+            if not encoder.tensors:
+                # An identity costs nothing, but safetensors wants a tensor: an empty one marks the file.
+                encoder.add("empty.0", torch.zeros(0))
+            kinds = {name: (placed.dtype, placed.shape) for name, placed in encoder.tensors.items()}
+            write_stream(stream, kinds, encoder.tensor, {KEY: dumped(header)})
         readable(stage)
     return path
 
@@ -183,16 +188,43 @@ def _shape(name: str, tensors: Mapping[str, TensorRef]) -> Shape:
     return tuple(reversed(ref.shape)) if name.endswith(".T") else ref.shape
 
 
-class _Encoder:
-    """Header and tensors of one migration; equal tensors and equal maps get one name each."""
+class _Placed(NamedTuple):
+    """Where a tensor lies among the maps that have been encoded."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+    dtype: torch.dtype
+    shape: Shape
+    start: int
+
+
+class _Encoder:
+    """Header and tensors of one migration; equal tensors and equal maps get one name each.
+
+    The tensors wait on the disk until all are known, for a file begins with their names and sizes.
+    """
+
+    def __init__(self, waiting: BinaryIO) -> None:
+        self._waiting = waiting
+        self.tensors: dict[str, _Placed] = {}
         self.maps: list[dict[str, Any]] = []
         self._names: dict[tuple[object, ...], str] = {}
         self._indices: dict[str, int] = {}
 
-    def encode(self, migration: Migration) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor behind the others."""
+        start = self._waiting.seek(0, 2)
+        self._waiting.write(_bytes(tensor))
+        self.tensors[name] = _Placed(tensor.dtype, tuple(tensor.shape), start)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them, read back."""
+        placed = self.tensors[name]
+        found = torch.empty(placed.shape, dtype=placed.dtype)
+        self._waiting.seek(placed.start)
+        self._waiting.readinto(_bytes(found))  # type: ignore[attr-defined]
+        return found
+
+    def encode(self, migration: Migration) -> dict[str, Any]:
+        """The header."""
         rows = [self._row(module, entry) for module, entry in migration.entries.items()]
         header = {
             "version": VERSION,
@@ -212,9 +244,7 @@ class _Encoder:
             "via": [from_summary(base) for base in migration.via],
             "tool": f"regraft {__version__}",
         }
-        return self.tensors, {
-            key: value for key, value in header.items() if value not in (None, [], "") or key == "from"
-        }
+        return {key: value for key, value in header.items() if value not in (None, [], "") or key == "from"}
 
     def _row(self, module: ModuleRef, entry: Entry) -> dict[str, Any]:
         near, transport = entry.nearness, entry.transport
@@ -268,14 +298,17 @@ class _Encoder:
         if stored.dim() == 2 and (name := self._names.get(_content(stored.T.contiguous()))) is not None:
             return f"{name}.T"
         name = f"{stem}.{len(self.tensors)}"
-        self.tensors[name] = stored
+        self.add(name, stored)
         self._names[_content(stored)] = name
         return name
 
 
 def _content(tensor: Tensor) -> tuple[object, ...]:
-    raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest()
+    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(_bytes(tensor)).digest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def kind_of(transport: Transport | None) -> str:

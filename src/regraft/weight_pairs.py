@@ -17,12 +17,13 @@ from regraft.adapter import ModuleRef
 from regraft.base import Base
 from regraft.methods import Shapes
 from regraft.methods.task import AS_IT_IS, Running
+from regraft.migrations.spill import Spill
 from regraft.nearness import Nearness, compare, measure
 from regraft.pairing import Pairing
 from regraft.parallel import side_by_side
 from regraft.sketch import spread_runs
 from regraft.tensors import InMemory
-from regraft.transport import Transport
+from regraft.transport import Deferred, Transport
 from regraft.updates import LowRank
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class ComputedWeights:
         self.wanted, self.nearness, self.sampled = pairs.wanted, pairs.nearness, pairs.sampled
         self.statistics, self.shapes = pairs.statistics, pairs.shapes
         self.pairing, self.bases = pairs.pairing, (pairs.old, pairs.new)
+        self._spill = Spill()
 
     def __iter__(self) -> Iterator[ModuleRef]:
         return iter(self.pairs)
@@ -210,8 +212,8 @@ class ComputedWeights:
         if not isinstance(outcome, Transport):
             return outcome
         if narrowing is None:
-            # What is deferred may hold whole weights.
-            return outcome.held()
+            # What is deferred may hold whole weights; what it makes is this module's alone.
+            return self._spill(outcome.held()) if isinstance(outcome, Deferred) else outcome
         shape_new = self.pairs.new.shape(self.pairs.targets[module] if target is None else target)
         return narrowing(module, outcome, self.pairs.old.shape(module), shape_new)
 
