@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from regraft.errors import InputError, shortened
 from regraft.patterns import Pattern, TooComplex, compiled, matches
-from regraft.updates import LowRank
+from regraft.updates import Full, LowRank, Update
 
 Config = Mapping[str, Any]
 
@@ -235,6 +235,22 @@ def as_lora(config: Config | None) -> Config:
     if str(config.get("peft_type") or "LORA").upper() == "LORA":
         return config
     return {**MINIMAL, **{name: config[name] for name in _OF_ANY_KIND if name in config}}
+
+
+def with_saved(config: Config, updates: Mapping[str, Update]) -> dict[str, Any]:
+    """The config, which names the norms whose weights stand whole in the file.
+
+    PEFT would find their keys without that, but put them into the base itself, where they stay when the adapter is off.
+
+    Args:
+        config: of a LoRA.
+        updates: path → update of all that is stored.
+    """
+    vectors = [path for path, u in updates.items() if isinstance(u, Full) and len(u.shape) == 1]
+    norms = [path.removesuffix(".weight") for path in vectors if path.endswith(".weight")]
+    saved = config.get("modules_to_save") or []
+    more = sorted(path for path in norms if not is_matched(path, saved))
+    return {**config, "modules_to_save": [*saved, *more]} if more else dict(config)
 
 
 def is_matched(path: str, targets: Iterable[str]) -> bool:
