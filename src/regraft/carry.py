@@ -23,11 +23,11 @@ from regraft.prepare import Preparation
 from regraft.report.schema import PortedModule, Status
 from regraft.tensors import InMemory, Shape, check_finite
 from regraft.transport import Transport
-from regraft.updates import Diff, Full, LoHa, LoKr, LowRank, Slice, Tucker, Update
+from regraft.updates import Diff, Full, LoHa, LoKr, LowRank, Slice, SpectralShift, Tucker, Update
 from regraft.updates.columns import widen
 from regraft.updates.exact import as_lowrank
 from regraft.updates.lowrank import is_per_column
-from regraft.wholes import changed, respelled
+from regraft.wholes import changed, respelled, shifted
 from regraft.widening import widens
 
 
@@ -92,8 +92,9 @@ class Carrier:
                 return self._row(ref, update, "skipped", reasons[ref]), None, None
         if str(ref) in ready.problems:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
-        if isinstance(update, Full | Diff):
-            return self._carry_whole(ref, update)
+        if ref in ready.wholes:
+            shifts = isinstance(update, SpectralShift)
+            return self._carry_shift(ref, update) if shifts else self._carry_whole(ref, update)
         entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None
@@ -214,8 +215,8 @@ class Carrier:
     ) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         """The same as `carry`, with what a method made of the whole adapter."""
         ready = self.ready
-        whole = isinstance(update, Full | Diff)
-        if whole and not made.wholes and ref in ready.wholes and ready.wholes[ref].fate == "change":
+        whole = ref in ready.wholes
+        if whole and not made.wholes and ready.wholes[ref].fate == "change":
             return (
                 self._row(ref, update, "skipped", "its effect goes through other modules of the new base"),
                 None,
@@ -283,8 +284,9 @@ class Carrier:
         weights = (self.old.weight(self.ready.located.modules[ref]), self.new.weight(entry.target))
         return [weight.float().transpose(0, axis).flatten(1).norm(dim=1) for weight in weights]
 
-    def _carry_whole(self, ref: ModuleRef, update: Full | Diff) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+    def _carry_whole(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         whole = self.ready.wholes[ref]
+        assert isinstance(update, Full | Diff)
         if whole.fate == "skip":
             return self._row(ref, update, "skipped", whole.reason), None, None
         check_finite(update.value.load(), self.adapter.path, update.key)
@@ -301,6 +303,15 @@ class Carrier:
         if whole.fate == "own":
             return row, whole.target, update
         return row, whole.target, changed(update, whole, strength)
+
+    def _carry_shift(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+        whole = self.ready.wholes[ref]
+        assert isinstance(update, SpectralShift)
+        if whole.fate == "skip":
+            return self._row(ref, update, "skipped", whole.reason), None, None
+        check_finite(update.shift.load(), self.adapter.path, getattr(update.shift, "name", str(ref)))
+        target, carried, how = shifted(update, whole, self.settings.strength_of(ref, self.adapter.family))
+        return self._row(ref, update, "ported", how, target=target), target, carried
 
     def _row(
         self,
