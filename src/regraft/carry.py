@@ -18,6 +18,7 @@ from regraft.families import block_of
 from regraft.methods import Carried
 from regraft.methods.task import AS_IT_IS, Rank, Running
 from regraft.migration import Entry
+from regraft.orientation import orientation_in
 from regraft.plan import Selection
 from regraft.prepare import Preparation
 from regraft.report.schema import PortedModule, Status
@@ -129,12 +130,27 @@ class Carrier:
         found = as_lowrank(update)
         if found is not None:
             same = found.kind == update.kind and not isinstance(update, Slice)
-            return found, "" if same else f"; a {update.kind} as the LoRA that it equals", strength
+            if same:
+                return found, "", strength
+            return self._oriented(ref, found), f"; a {update.kind} as the LoRA that it equals", strength
         alone = by_itself(update.scaled(strength))
         if alone is not None:
-            return alone, f"; a {update.kind} converted: its change, a LoRA of rank {alone.rank}", 1.0
-        made = self._on_old(ref, update.scaled(strength))
+            return (
+                self._oriented(ref, alone),
+                f"; a {update.kind} converted: its change, a LoRA of rank {alone.rank}",
+                1.0,
+            )
+        made = self._oriented(ref, self._on_old(ref, update.scaled(strength)))
         return made, f"; a {update.kind} converted: its change of the old weight, a LoRA of rank {made.rank}", 1.0
+
+    def _oriented(self, ref: ModuleRef, made: Update) -> Update:
+        """A LoRA that another kind has become, as PEFT's files have one of an embedding or of GPT-2's Conv1D."""
+        base, home = self.old or self.new, self.ready.located.modules[ref]
+        plain = isinstance(made, LowRank) and made.orientation == "weight"
+        if self.adapter.format != "peft" or base is None or not plain:
+            return made
+        assert isinstance(made, LowRank)
+        return replace(made, orientation=orientation_in(base, home, len(made.shape)))
 
     def _unmoved(self, ref: ModuleRef, entry: Entry) -> bool:
         """Whether the new base has the very weight of the old one."""
