@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from regraft.tuners import SvdiffConfig
 from regraft.updates import Diff, SpectralShift
 from toys import StateDict, drifted, llama, permutation, regauged, save_base
 from tuners.cases import stir
-from tuners.real import tiny_llama, tiny_unet
+from tuners.real import tiny_gpt2, tiny_llama, tiny_unet
 
 # What files of spectral shifts are of, whatever the names.
 HOME = "unet"
@@ -248,10 +249,21 @@ def read(folder: Path) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("targets", [["q_proj", "input_layernorm", "norm"], ["input_layernorm"]], ids=["all", "norms"])
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (tiny_llama, ["q_proj", "input_layernorm", "norm"]),
+        (tiny_llama, ["input_layernorm"]),
+        # Norms with biases, which are not shifted.
+        (tiny_gpt2, ["c_attn", "ln_1", "ln_f"]),
+    ],
+    ids=["llama", "norms alone", "gpt2"],
+)
 @pytest.mark.parametrize("norm_shift", ["element", "scalar"])
-def test_peft_computes_with_the_new_base_what_was_meant(norm_shift: str, targets: list[str], tmp_path: Path) -> None:
-    moved_on(tiny_llama(), 1).save_pretrained(tmp_path / "old")
+def test_peft_computes_with_the_new_base_what_was_meant(
+    norm_shift: str, make: Callable[[], Any], targets: list[str], tmp_path: Path
+) -> None:
+    moved_on(make(), 1).save_pretrained(tmp_path / "old")
     moved_on(read(tmp_path / "old"), 2).save_pretrained(tmp_path / "new")
     config = SvdiffConfig(target_modules=targets, norm_shift=norm_shift, task_type="CAUSAL_LM")
     tuned = stir(get_peft_model(read(tmp_path / "old"), config))

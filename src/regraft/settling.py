@@ -10,7 +10,7 @@ from regraft.adapter import Adapter, ModuleRef
 from regraft.base import Base
 from regraft.errors import OutputError
 from regraft.formats import get_format
-from regraft.formats._peft_config import as_lora, with_saved
+from regraft.formats._peft_config import as_lora
 from regraft.methods.task import HOLD_DIFF
 from regraft.report.schema import PortedModule
 from regraft.singular import print_of
@@ -55,14 +55,15 @@ def settled(
     said = {str(ref): ("as a whole change, which is smaller", 0.0) for ref in whole}
     if not _holds(ready, format):
         # Imported here: the verbs on adapters import what a port does.
+        from regraft.ops._common import saving_norms
         from regraft.ops.convert import plan_conversion
 
         plan = plan_conversion(ready, format, new, energy=1.0)
         # What has no other form is left for the writer to refuse.
         ready = ready if plan.lost else plan.adapter
         if not plan.lost and format == "peft" and ready.config is not None:
-            wholes = {ref.path: u for ref, u in ready.updates.items() if u.kind == "full" and u is not updates.get(ref)}
-            ready = replace(ready, config=with_saved(ready.config, wholes))
+            made = [ref for ref, u in ready.updates.items() if u.kind == "full" and u is not updates.get(ref)]
+            ready = saving_norms(ready, new, made) if new is not None else ready
         for row in () if plan.lost else plan.changes:
             said[row.name] = (row.reason, 1.0 - (row.energy_kept or 1.0))
     return ready, [_told(row, *said.get(row.target or "", ("", 0.0))) for row in rows]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from regraft.errors import InputError, shortened
 from regraft.patterns import Pattern, TooComplex, compiled, matches
-from regraft.updates import Full, LowRank, Update
+from regraft.updates import LowRank
 
 Config = Mapping[str, Any]
 
@@ -237,19 +237,10 @@ def as_lora(config: Config | None) -> Config:
     return {**MINIMAL, **{name: config[name] for name in _OF_ANY_KIND if name in config}}
 
 
-def with_saved(config: Config, updates: Mapping[str, Update]) -> dict[str, Any]:
-    """The config, which names the norms whose weights stand whole in the file.
-
-    PEFT would find their keys without that, but put them into the base itself, where they stay when the adapter is off.
-
-    Args:
-        config: of a LoRA.
-        updates: path → update of all that is stored.
-    """
-    vectors = [path for path, u in updates.items() if isinstance(u, Full) and len(u.shape) == 1]
-    norms = [path.removesuffix(".weight") for path in vectors if path.endswith(".weight")]
+def with_saved(config: Config, modules: Iterable[str]) -> dict[str, Any]:
+    """The config, with these modules among those that are stored whole."""
     saved = config.get("modules_to_save") or []
-    more = sorted(path for path in norms if not is_matched(path, saved))
+    more = sorted(path for path in modules if not is_matched(path, saved))
     return {**config, "modules_to_save": [*saved, *more]} if more else dict(config)
 
 

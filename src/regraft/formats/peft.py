@@ -37,15 +37,7 @@ from regraft.formats._bundled_embeddings import check_embedding
 from regraft.formats._common import Choices, Parts, chosen, contiguous, doubled, shapes_of, training_metadata
 from regraft.formats._factors import Repeated, Reshaped, cannot_hold, flat, folded, magnitude_per_output, transposed
 from regraft.formats._model_card import CARD, with_base
-from regraft.formats._peft_config import (
-    as_lora,
-    check_config,
-    corrected,
-    orientation_of,
-    pooled_of,
-    scale_of,
-    with_saved,
-)
+from regraft.formats._peft_config import as_lora, check_config, corrected, orientation_of, pooled_of, scale_of
 from regraft.formats._peft_kinds import (
     TOKENS,
     TYPES,
@@ -317,8 +309,6 @@ def _config(
         return corrected_kind(old, kind, others, keep_targets=keep)
     # What holds trained tokens alone stays of its kind.
     config = corrected(as_lora(old) if low_rank or old is None else old, low_rank, keep_targets=keep)
-    if low_rank and not own:
-        config = with_saved(config, next(iter(adapter.components().values())))
     if any(update.orientation == "conv1d" for update in low_rank.values()):
         config["fan_in_fan_out"] = True
     # An activated LoRA does nothing until these tokens have come.

@@ -21,7 +21,7 @@ from regraft.base import Base, open_base
 from regraft.errors import Refused, UsageError
 from regraft.families import same_naming
 from regraft.formats import get_format
-from regraft.formats._peft_config import as_lora, with_saved
+from regraft.formats._peft_config import as_lora
 from regraft.metadata import with_ranks
 from regraft.ops._common import (
     BaseWeights,
@@ -35,6 +35,7 @@ from regraft.ops._common import (
     no_ticker,
     read_whole,
     same_tensors,
+    saving_norms,
 )
 from regraft.ops._writing import write_checked
 from regraft.ops.convert import plan_conversion
@@ -373,13 +374,14 @@ def merge_adapters(
     adapters = [read_whole(source, opened) for source in sources]
     merged, rows = merge(adapters, settings, opened, tick=tick)
     into = format or merged.format
-    if into == "peft" and opened is not None and any(isinstance(u, Diff) for u in merged.updates.values()):
+    kinds = {type(update) for update in merged.updates.values()}
+    if into == "peft" and opened is not None and {Diff, LowRank} <= kinds:
         # PEFT holds a norm whole.
         plan = plan_conversion(merged, into, opened, energy=1.0)
         merged = merged if plan.lost else plan.adapter
         if merged.config is not None:
-            values = {ref.path: update for ref, update in merged.updates.items()}
-            merged = replace(merged, config=with_saved(as_lora(merged.config), values))
+            made = [ref for ref, update in merged.updates.items() if isinstance(update, Full)]
+            merged = saving_norms(replace(merged, config=as_lora(merged.config)), opened, made)
     written, _ = write_checked(cast(merged, save_dtype), target, into, overwrite=overwrite)
     rebuilt = [row for row in rows if row.how == "base"]
     notes = []
