@@ -78,7 +78,7 @@ def test_every_part_of_the_gate_learns() -> None:
 def test_a_gate_takes_any_number_of_inputs(shape: tuple[int, ...]) -> None:
     """An expert that no token is sent to has nothing to record; what is recorded stays a share."""
     model = trained("foura").train()
-    before = layer(model, "lin").foura_usage["default"].clone()
+    before = layer(model, "lin").foura_usage["default"].fill_(0.5).clone()
     layer(model, "lin")(torch.ones(shape)).sum().backward()
     after = layer(model, "lin").foura_usage["default"]
     assert bool(((after >= 0) & (after <= 1)).all())
