@@ -45,6 +45,12 @@ class Base:
             if name.endswith(".weight") and len(ref.shape) >= 2:
                 yield name.removesuffix(".weight")
 
+    def vectors(self, component: str) -> Iterator[str]:
+        """Paths of the modules with a weight of one dimension: norms."""
+        for name, ref in self.components[component].items():
+            if name.endswith(".weight") and len(ref.shape) == 1:
+                yield name.removesuffix(".weight")
+
     def shape(self, module: ModuleRef) -> Shape:
         """Shape of the module's weight, from the header."""
         return self._ref(module).shape

@@ -18,16 +18,17 @@ from regraft.families import block_of
 from regraft.methods import Carried
 from regraft.methods.task import AS_IT_IS, Rank, Running
 from regraft.migration import Entry
+from regraft.orientation import orientation_in
 from regraft.plan import Selection
 from regraft.prepare import Preparation
 from regraft.report.schema import PortedModule, Status
 from regraft.tensors import InMemory, Shape, check_finite
 from regraft.transport import Transport
-from regraft.updates import Diff, Full, LoHa, LoKr, LowRank, Slice, Tucker, Update
+from regraft.updates import Diff, Full, LoHa, LoKr, LowRank, Slice, SpectralShift, Tucker, Update
 from regraft.updates.columns import widen
 from regraft.updates.exact import as_lowrank
 from regraft.updates.lowrank import is_per_column
-from regraft.wholes import changed, respelled
+from regraft.wholes import changed, respelled, shifted
 from regraft.widening import widens
 
 
@@ -92,8 +93,9 @@ class Carrier:
                 return self._row(ref, update, "skipped", reasons[ref]), None, None
         if str(ref) in ready.problems:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
-        if isinstance(update, Full | Diff):
-            return self._carry_whole(ref, update)
+        if ref in ready.wholes:
+            shifts = isinstance(update, SpectralShift)
+            return self._carry_shift(ref, update) if shifts else self._carry_whole(ref, update)
         entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None
@@ -128,12 +130,27 @@ class Carrier:
         found = as_lowrank(update)
         if found is not None:
             same = found.kind == update.kind and not isinstance(update, Slice)
-            return found, "" if same else f"; a {update.kind} as the LoRA that it equals", strength
+            if same:
+                return found, "", strength
+            return self._oriented(ref, found), f"; a {update.kind} as the LoRA that it equals", strength
         alone = by_itself(update.scaled(strength))
         if alone is not None:
-            return alone, f"; a {update.kind} converted: its change, a LoRA of rank {alone.rank}", 1.0
-        made = self._on_old(ref, update.scaled(strength))
+            return (
+                self._oriented(ref, alone),
+                f"; a {update.kind} converted: its change, a LoRA of rank {alone.rank}",
+                1.0,
+            )
+        made = self._oriented(ref, self._on_old(ref, update.scaled(strength)))
         return made, f"; a {update.kind} converted: its change of the old weight, a LoRA of rank {made.rank}", 1.0
+
+    def _oriented(self, ref: ModuleRef, made: Update) -> Update:
+        """A LoRA that another kind has become, as PEFT's files have one of an embedding or of GPT-2's Conv1D."""
+        base, home = self.old or self.new, self.ready.located.modules[ref]
+        plain = isinstance(made, LowRank) and made.orientation == "weight"
+        if self.adapter.format != "peft" or base is None or not plain:
+            return made
+        assert isinstance(made, LowRank)
+        return replace(made, orientation=orientation_in(base, home, len(made.shape)))
 
     def _unmoved(self, ref: ModuleRef, entry: Entry) -> bool:
         """Whether the new base has the very weight of the old one."""
@@ -214,8 +231,8 @@ class Carrier:
     ) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         """The same as `carry`, with what a method made of the whole adapter."""
         ready = self.ready
-        whole = isinstance(update, Full | Diff)
-        if whole and not made.wholes and ref in ready.wholes and ready.wholes[ref].fate == "change":
+        whole = ref in ready.wholes
+        if whole and not made.wholes and ready.wholes[ref].fate == "change":
             return (
                 self._row(ref, update, "skipped", "its effect goes through other modules of the new base"),
                 None,
@@ -283,8 +300,9 @@ class Carrier:
         weights = (self.old.weight(self.ready.located.modules[ref]), self.new.weight(entry.target))
         return [weight.float().transpose(0, axis).flatten(1).norm(dim=1) for weight in weights]
 
-    def _carry_whole(self, ref: ModuleRef, update: Full | Diff) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+    def _carry_whole(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         whole = self.ready.wholes[ref]
+        assert isinstance(update, Full | Diff)
         if whole.fate == "skip":
             return self._row(ref, update, "skipped", whole.reason), None, None
         check_finite(update.value.load(), self.adapter.path, update.key)
@@ -301,6 +319,15 @@ class Carrier:
         if whole.fate == "own":
             return row, whole.target, update
         return row, whole.target, changed(update, whole, strength)
+
+    def _carry_shift(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
+        whole = self.ready.wholes[ref]
+        assert isinstance(update, SpectralShift)
+        if whole.fate == "skip":
+            return self._row(ref, update, "skipped", whole.reason), None, None
+        check_finite(update.shift.load(), self.adapter.path, getattr(update.shift, "name", str(ref)))
+        target, carried, how = shifted(update, whole, self.settings.strength_of(ref, self.adapter.family))
+        return self._row(ref, update, "ported", how, target=target), target, carried
 
     def _row(
         self,

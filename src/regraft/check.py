@@ -158,7 +158,8 @@ def _rows(adapter: Adapter, ready: Preparation) -> list[CheckedModule]:
         elif str(ref) in ready.problems:
             status, reason = "refused", ready.problems[str(ref)]
         else:
-            status, reason = "ported", entry.reason if entry else "stored whole: carried as its change"
+            whole = "stored whole" if adapter.updates[ref].by_parameter else "the shift of a norm"
+            status, reason = "ported", entry.reason if entry else f"{whole}: carried as its change"
             target = str(entry.target) if entry is not None and entry.target is not None else str(ref)
             if refused:
                 status, reason = "refused", "the adapter as a whole is refused"

@@ -26,7 +26,7 @@ from regraft.fingerprint import Fingerprint, parse_brief
 from regraft.hub import hub_id_of
 from regraft.likeness import compare_sketches
 from regraft.lineage import KEY as LINEAGE
-from regraft.plan import locate
+from regraft.plan import count_fits, locate
 from regraft.report.identify_schema import CandidateSummary, ClueSummary, IdentifyReport, Match
 from regraft.tensor_files import WEIGHTS_SUFFIXES
 
@@ -199,8 +199,8 @@ def _judge(adapter: Adapter, clues: Sequence[Clue], path: Path) -> CandidateSumm
 def _fit(adapter: Adapter, base: Base) -> tuple[int, int]:
     """Modules of the adapter that have a weight of their shape in the base, and all of them."""
     located = locate(adapter, base, "old")
-    fits = sum(adapter.updates[ref].fits(base.shape(home)) for ref, home in located.modules.items())
-    return fits, len(located.modules) + len(located.unknown) + len(located.missing)
+    all_ = len(located.modules) + len(located.vectors) + len(located.unknown) + len(located.missing)
+    return count_fits(adapter, base, located), all_
 
 
 def _by_fingerprint(clue: Clue, base: Base, evidence: list[str]) -> Match | None:

@@ -86,7 +86,11 @@ def _copy(adapter: Adapter, ready: Preparation, old: Base, new: Base) -> Adapter
         _, target, moved = carrier.carry(ref, update)
         if target is None or moved is None:
             continue
-        landed.setdefault(_place(ref, ready) or target, []).append(moved)
+        place = _place(ref, ready) or target
+        if not moved.by_parameter and ref in ready.wholes:
+            # A shift of a norm that has not moved: it stays one of its module.
+            place = ModuleRef(place.component, place.path.removesuffix(".weight"))
+        landed.setdefault(place, []).append(moved)
         entry = ready.migration.entries.get(ready.located.modules.get(ref, ref))
         for copy, (_, part) in zip(entry.copies if entry is not None else (), carrier.copies(ref, update), strict=True):
             assert copy.target is not None

@@ -113,8 +113,8 @@ class Migration:
 
     @property
     def components(self) -> Mapping[str, Collection[str]]:
-        """Component of the old base → its modules."""
-        grouped: dict[str, list[str]] = {}
+        """Component of the old base → its modules that have an entry."""
+        grouped: dict[str, list[str]] = {component: [] for component in self.parameters}
         for component, path in self.entries:
             grouped.setdefault(component, []).append(path)
         return grouped
@@ -122,6 +122,13 @@ class Migration:
     def modules(self, component: str) -> Iterator[str]:
         """The old base's modules of one component."""
         return iter(self.components.get(component, ()))
+
+    def vectors(self, component: str) -> Iterator[str]:
+        """The old base's modules of one component that may be norms: those with a weight that has no entry."""
+        known = set(self.modules(component))
+        for name in self.parameters.get(component, ()):
+            if name.endswith(".weight") and name.removesuffix(".weight") not in known:
+                yield name.removesuffix(".weight")
 
     def port(
         self,

@@ -91,9 +91,10 @@ class Narrowing:
             base: whose modules the migration names; the new one where no old one is given.
             without: modules through whose maps anything else goes.
         """
-        if any(update.by_parameter for update in adapter.updates.values()):
+        located = locate(adapter, base, "old")
+        if located.vectors or any(update.by_parameter for update in adapter.updates.values()):
             return cls({})
-        named = locate(adapter, base, "old").modules
+        named = located.modules
         users, others = Counter(named.values()), {*tables_in(adapter, base), *without}
         single = {home: adapter.updates[ref] for ref, home in named.items() if users[home] == 1 and home not in others}
         return cls({home: update for home, update in single.items() if _is_low(update)})

@@ -35,6 +35,10 @@ class Named(Protocol):
         """Names of the component's modules."""
         ...
 
+    def vectors(self, component: str) -> Iterator[str]:
+        """Names of the component's modules whose weight has one dimension: norms."""
+        ...
+
 
 def names_of(named: Named) -> dict[str, tuple[str, ...]]:
     """Module names of a base or migration by component, to un-flatten underscored names by."""
@@ -88,7 +92,8 @@ def find_component(base: Named, component: str, paths: Iterable[str]) -> str | N
     paths = list(paths)
     best, most = None, 0
     for name in base.components:
-        found = sum(path is not None for path in resolve_names(paths, set(base.modules(name))).values())
+        there = {*base.modules(name), *base.vectors(name)}
+        found = sum(path is not None for path in resolve_names(paths, there).values())
         if found > most:
             best, most = name, found
     # Fewer than half of the names: another model that happens to share a few.

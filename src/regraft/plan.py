@@ -16,7 +16,7 @@ from regraft.names import resolve_names
 from regraft.pairing import Named, find_component
 from regraft.residual import check_whole
 from regraft.tensors import Shape
-from regraft.updates import ByShape, Update, with_shapes
+from regraft.updates import ByShape, SpectralShift, Update, with_shapes
 
 if TYPE_CHECKING:
     from regraft.migration import Migration
@@ -61,11 +61,13 @@ class Located:
 
     Attributes:
         modules: adapter's module → base's module.
+        vectors: adapter's module that shifts a weight of one dimension (SVDiff on a norm) → that weight in the base.
         missing: everything of a component that the base lacks → that reason.
         unknown: adapter's modules that match nothing in a component that is there.
     """
 
     modules: Mapping[ModuleRef, ModuleRef]
+    vectors: Mapping[ModuleRef, ModuleRef] = field(default_factory=dict)
     missing: Mapping[ModuleRef, str] = field(default_factory=dict)
     unknown: tuple[ModuleRef, ...] = ()
 
@@ -79,6 +81,7 @@ def locate(adapter: Adapter, base: Named, which: str) -> Located:
         which: "old" or "new", for the reasons.
     """
     modules: dict[ModuleRef, ModuleRef] = {}
+    vectors: dict[ModuleRef, ModuleRef] = {}
     missing: dict[ModuleRef, str] = {}
     unknown: list[ModuleRef] = []
     for component, updates in adapter.components().items():
@@ -87,12 +90,16 @@ def locate(adapter: Adapter, base: Named, which: str) -> Located:
         if home is None:
             missing.update({ModuleRef(component, path): f"the {which} base has no {component}" for path in updates})
             continue
-        for path, target in resolve_names(paths, set(base.modules(home))).items():
-            if target is None:
-                unknown.append(ModuleRef(component, path))
+        norms = set(base.vectors(home)) if any(isinstance(u, SpectralShift) for u in updates.values()) else set()
+        for path, target in resolve_names(paths, {*base.modules(home), *norms}).items():
+            ref = ModuleRef(component, path)
+            if target is None or (target in norms and not isinstance(updates[path], SpectralShift)):
+                unknown.append(ref)
+            elif target in norms:
+                vectors[ref] = ModuleRef(home, f"{target}.weight")
             else:
-                modules[ModuleRef(component, path)] = ModuleRef(home, target)
-    return Located(modules, missing, tuple(unknown))
+                modules[ref] = ModuleRef(home, target)
+    return Located(modules, vectors, missing, tuple(unknown))
 
 
 def with_shapes_of(adapter: Adapter, migration: Migration, old: Base | None) -> Adapter:
@@ -114,6 +121,19 @@ def _shape_of(home: ModuleRef, migration: Migration, old: Base | None) -> Shape 
     if old is not None:
         return old.shape(home) if f"{home.path}.weight" in old.components[home.component] else None
     return migration.entries[home].shape_old if home in migration.entries else None
+
+
+def count_fits(adapter: Adapter, base: Base, located: Located) -> int:
+    """How many of an adapter's modules have a weight of their shape in a base.
+
+    Args:
+        adapter: any.
+        base: any.
+        located: the adapter's modules there.
+    """
+    weights = {ref: ModuleRef(home.component, f"{home.path}.weight") for ref, home in located.modules.items()}
+    found = {ref: base.parameter(place) for ref, place in {**weights, **located.vectors}.items()}
+    return sum(there is not None and adapter.updates[ref].fits(there.shape) for ref, there in found.items())
 
 
 def source_modules(adapter: Adapter, old: Base) -> dict[ModuleRef, Update]:
@@ -166,8 +186,8 @@ def check_families(adapter: Adapter, old: Base | None, new: Base) -> None:
     check_whole(adapter)
     base, which = (old, "old") if old is not None else (new, "new")
     located = locate(adapter, base, which)
-    wanted = len(located.modules) + len(located.unknown)
-    fits = sum(adapter.updates[ref].fits(base.shape(home)) for ref, home in located.modules.items())
+    wanted = len(located.modules) + len(located.vectors) + len(located.unknown)
+    fits = count_fits(adapter, base, located)
     # A few names and shapes are common to many families; half of them are not.
     if 2 * fits >= wanted and (wanted or not located.missing):
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from regraft.adapter import Adapter, ModuleRef
@@ -108,7 +108,7 @@ def prepare(
     homes = {name: home_of(migration, name, updates) for name, updates in adapter.components().items()}
     located = replace(located, missing={r: why for r, why in located.missing.items() if homes[r.component] is None})
     left_out = {ref: why for ref in adapter.updates if (why := selection.left_out(ref)) is not None}
-    shares = _shares(adapter, left_out, located, old)
+    shares = _shares(adapter, {*left_out, *located.vectors}, located, old)
     problems = _unknown(adapter, located, which, selection)
     problems |= {str(token): why for token, why in refused_tokens(adapter, new, migration).items()}
     skipped = {ref: why for ref, why in located.missing.items() if ref not in left_out}
@@ -129,7 +129,7 @@ def prepare(
             problems[str(ref)] = f"is a {update.kind}, whose change depends on the old base's weight: give --from too"
         if migration.source is not None and (entry.target is not None or entry.uncovered):
             nearness[ref] = entry.nearness
-    wholes = plan_wholes(adapter, migration, old, new)
+    wholes = plan_wholes(adapter, migration, old, new, located.vectors)
     wholes = {ref: whole for ref, whole in wholes.items() if ref not in left_out and ref not in located.missing}
     for ref, whole in wholes.items():
         if whole.fate == "problem":
@@ -164,7 +164,7 @@ def _surveyed(
 
 
 def _shares(
-    adapter: Adapter, left_out: Mapping[ModuleRef, str], located: Located, old: Base | None
+    adapter: Adapter, left_out: Collection[ModuleRef], located: Located, old: Base | None
 ) -> dict[ModuleRef, float]:
     """Each module's share of ‖ΔW‖² over what is to be carried."""
     squares: dict[ModuleRef, float | None] = {}

@@ -13,8 +13,9 @@ from regraft.formats import get_format
 from regraft.formats._peft_config import as_lora
 from regraft.methods.task import HOLD_DIFF
 from regraft.report.schema import PortedModule
+from regraft.singular import print_of
 from regraft.tensors import InMemory
-from regraft.updates import Diff, LowRank, Update
+from regraft.updates import Diff, LowRank, SpectralShift, Update
 
 # A file of spectral shifts holds nothing else; LyCORIS' grammar holds all that a shift can turn into.
 _INSTEAD = {"svdiff": "lycoris"}
@@ -38,6 +39,10 @@ def settled(
     other = {ref for ref, update in updates.items() if update.kind not in before}
     if not other:
         return replace(adapter, updates=updates), list(rows)
+    shifts = _as_shifts(adapter, updates, new) if new is not None else None
+    if shifts is not None:
+        named = {f"{ref}.weight" for ref in shifts.updates}
+        return shifts, [_told(row, "as a shift per element" if row.target in named else "", 0.0) for row in rows]
     ready = replace(for_factors(adapter), updates=updates)
     format = ready.format
     if format == "peft" and ready.config is not None and any(isinstance(u, LowRank) for u in updates.values()):
@@ -50,14 +55,43 @@ def settled(
     said = {str(ref): ("as a whole change, which is smaller", 0.0) for ref in whole}
     if not _holds(ready, format):
         # Imported here: the verbs on adapters import what a port does.
+        from regraft.ops._common import saving_norms
         from regraft.ops.convert import plan_conversion
 
         plan = plan_conversion(ready, format, new, energy=1.0)
         # What has no other form is left for the writer to refuse.
         ready = ready if plan.lost else plan.adapter
+        if not plan.lost and format == "peft" and ready.config is not None:
+            made = [ref for ref, u in ready.updates.items() if u.kind == "full" and u is not updates.get(ref)]
+            ready = saving_norms(ready, new, made) if new is not None else ready
         for row in () if plan.lost else plan.changes:
             said[row.name] = (row.reason, 1.0 - (row.energy_kept or 1.0))
     return ready, [_told(row, *said.get(row.target or "", ("", 0.0))) for row in rows]
+
+
+def _as_shifts(adapter: Adapter, updates: Mapping[ModuleRef, Update], new: Base) -> Adapter | None:
+    """Changes of norms alone, as PEFT's file of spectral shifts holds them: one number per element, W' = W + δ.
+
+    No LoRA is among them, and PEFT begins no adapter of norms alone.
+    """
+    if (adapter.config or {}).get("peft_type") != "SVDIFF" or adapter.format != "peft":
+        return None
+    # Imported here: as below.
+    from regraft.ops._common import BaseWeights
+
+    weights = BaseWeights(new, replace(adapter, updates=updates))
+    made: dict[ModuleRef, Update] = {}
+    for ref, update in updates.items():
+        found = weights.find(ref)
+        if found is None or len(found.shape) != 1 or not isinstance(update, Diff | SpectralShift):
+            return None
+        weight = found.load()
+        dtype = (update.value if isinstance(update, Diff) else update.shift).dtype
+        shift, stamp = update.delta(weight).to(dtype), InMemory(print_of(weight.float()))
+        made[ModuleRef(ref.component, ref.path.removesuffix(".weight"))] = SpectralShift(
+            InMemory(shift), weight_shape=found.shape, stamp=stamp
+        )
+    return replace(adapter, updates=made, config={**(adapter.config or {}), "norm_shift": "element"})
 
 
 def for_factors(adapter: Adapter) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -14,8 +15,8 @@ from regraft.migration import Migration
 from regraft.moves import Move, move_of
 from regraft.names import resolve_names
 from regraft.pairing import Pairing, find_component, pair_bases
-from regraft.tensors import TensorRef
-from regraft.updates import Diff, Full, Update
+from regraft.tensors import InMemory, TensorRef
+from regraft.updates import Diff, Full, SpectralShift, Update
 from regraft.widening import widens
 
 
@@ -43,17 +44,27 @@ class Whole:
     place: ModuleRef | None = None
 
 
-def plan_wholes(adapter: Adapter, migration: Migration, old: Base | None, new: Base | None) -> dict[ModuleRef, Whole]:
-    """Decide for every `Full` and `Diff` update, from headers.
+def plan_wholes(
+    adapter: Adapter,
+    migration: Migration,
+    old: Base | None,
+    new: Base | None,
+    vectors: Mapping[ModuleRef, ModuleRef] = MappingProxyType({}),
+) -> dict[ModuleRef, Whole]:
+    """Decide for every `Full` and `Diff` update and every shift of a norm, from headers.
 
     Args:
         adapter: any.
         migration: knows the old base's parameters by name.
         old: without both bases, a change can't be carried.
         new: likewise.
+        vectors: the adapter's modules that shift a norm's weight → that weight in the old base.
     """
     wholes: dict[ModuleRef, Whole] = {}
-    pairing = pair_bases(old, new) if old is not None and new is not None and _has_wholes(adapter) else None
+    some = bool(vectors) or _has_wholes(adapter)
+    pairing = pair_bases(old, new) if old is not None and new is not None and some else None
+    for shift, vector in vectors.items():
+        wholes[shift] = _shift(shift, adapter.updates[shift], vector, migration, old, new, pairing)
     for component, updates in adapter.components().items():
         paths = [path for path, update in updates.items() if isinstance(update, Full | Diff)]
         if not paths:
@@ -134,9 +145,28 @@ def _change(
     return Whole("change", reason, respelled(ref, target), before, after, move, target)
 
 
+def _shift(
+    ref: ModuleRef,
+    update: Update,
+    home: ModuleRef,
+    migration: Migration,
+    old: Base | None,
+    new: Base | None,
+    pairing: Pairing | None,
+) -> Whole:
+    """A shift of a norm's weight is carried as the change that it makes of it, as one that is stored."""
+    if old is None:
+        return Whole("problem", f"is a {update.kind}, whose change depends on the old base's weight: give --from too")
+    before = old.parameter(home)
+    if before is None or not update.fits(before.shape):
+        have = "no such weight" if before is None else f"{tuple(before.shape)}"
+        return Whole("problem", f"changes {tuple(update.shape)}, the base's weight is {have}")
+    return _difference(ref, update.shaped(before.shape), home, migration, old, new, pairing)
+
+
 def _difference(
     ref: ModuleRef,
-    update: Diff,
+    update: Update,
     home: ModuleRef,
     migration: Migration,
     old: Base | None,
@@ -238,3 +268,26 @@ def changed(update: Full, whole: Whole, strength: float) -> Full:
         added = added if turned is None or not turned.rotates else turned.terms[0][1].on_the_right(added)
         carried = torch.cat([carried, added])
     return update.with_value(carried)
+
+
+def shifted(update: SpectralShift, whole: Whole, strength: float) -> tuple[ModuleRef, Update, str]:
+    """A shift of a norm's weight on the new base: the change that it makes of the old one's.
+
+    Where the weight is the same in both, it is the shift itself.
+
+    Returns:
+        The module, or the name of the whole weight; the update there; what was made of it, for the report.
+    """
+    assert whole.before is not None
+    assert whole.target is not None
+    before = whole.before.load()
+    stays = strength == 1.0 and whole.move is None and whole.after is not None
+    if stays and whole.after is not None and torch.equal(before, whole.after.load()):
+        return whole.target, update, "the same weight in both bases"
+    change = update.scaled(strength).delta(before)
+    if whole.move is not None:
+        change = whole.move(change)
+    value = InMemory(change.to(update.shift.dtype).contiguous())
+    name = ModuleRef(whole.target.component, f"{whole.target.path}.weight")
+    how = f"{whole.reason}; a {update.kind} converted: its change of the old norm's weight"
+    return name, Diff(value, f"{whole.target.path}.w_norm"), how

@@ -10,9 +10,10 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.variants import QALoraLinearVariant
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regraft import InputError, load_adapter
+from regraft import InputError, load_adapter, open_base, port
 from regraft.updates import LowRank
 
 
@@ -61,6 +62,21 @@ def test_it_is_written_as_a_lora_that_any_base_takes(tuned: Any, tmp_path: Path)
     config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
     assert config["use_qalora"] is False
     plain = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "second"))
+    for name in ("one", "two"):
+        layer, first = plain.base_model.model.get_submodule(name), tuned.base_model.model.get_submodule(name)
+        x = torch.randn(5, layer.in_features)
+        torch.testing.assert_close(x @ layer.get_delta_weight("default").T, effect(first, x), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_ported_as_the_lora_that_it_equals(tuned: Any, tmp_path: Path) -> None:
+    state = Net().state_dict()
+    save_file(state, tmp_path / "old.safetensors")
+    drifted = {key: value + 0.02 * torch.randn_like(value) for key, value in state.items()}
+    save_file(drifted, tmp_path / "new.safetensors")
+    tuned.save_pretrained(tmp_path / "adapter")
+    bases = [open_base(tmp_path / f"{name}.safetensors") for name in ("old", "new")]
+    port(load_adapter(tmp_path / "adapter"), *bases, "copy").save(tmp_path / "ported")
+    plain = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "ported"))
     for name in ("one", "two"):
         layer, first = plain.base_model.model.get_submodule(name), tuned.base_model.model.get_submodule(name)
         x = torch.randn(5, layer.in_features)

@@ -161,6 +161,23 @@ def test_shifts_of_singular_values_are_summed_as_changes(tmp_path: Path) -> None
         merge(adapters, Settings((1.0, 0.5)))
 
 
+@pytest.mark.parametrize("numbers", [(24, 24), (24, 1), (1, 1)])
+def test_shifts_of_a_norm_add_up_as_changes_of_its_weight(numbers: tuple[int, int], tmp_path: Path) -> None:
+    path = "model.layers.0.input_layernorm"
+    ref, name = ModuleRef("model", path), ModuleRef("model", f"{path}.weight")
+    state = {key: t if t.dim() > 1 else t + noise(len(t), seed=5) for key, t in llama().items()}
+    base = open_base(save_base(state, tmp_path / "base.safetensors"))
+    shifts = [SpectralShift(InMemory(noise(n, seed=i))) for i, n in enumerate(numbers)]
+    adapters = [Adapter({ref: shift}, "svdiff", family="llama") for shift in shifts]
+    merged, rows = merge(adapters, Settings((1.0, 0.5)), base)
+    weight = state[name.path]
+    assert close(merged.updates[name].delta(), shifts[0].delta(weight) + 0.5 * shifts[1].delta(weight))
+    assert rows[0].how == "base"
+    beside = Adapter({name: Diff(InMemory(noise(24, seed=9)), "k")}, "lycoris", family="llama")
+    with pytest.raises(Refused, match=r"shifts this norm.*convert --base"):
+        merge([*adapters, beside], Settings((1.0, 0.5, 1.0)), base)
+
+
 def test_dora_alone_in_its_module_stays_dora() -> None:
     dora = with_magnitude(unet_lora(seed=2, rank=2))
     ref = next(iter(dora.updates))

@@ -146,6 +146,16 @@ def test_several_adapters_are_added_switched_and_deleted(case: str, tmp_path: Pa
     assert not any("other" in name for name in (*dict(model.named_parameters()), *dict(model.named_buffers())))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_for_each_sample_is_refused(case: str) -> None:
+    """PEFT would drop the argument, and every sample would get the active adapter."""
+    model = trained(case)
+    model.add_adapter("other", config(case))
+    with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
+        model(data(), adapter_names=["default", "other"])
+    assert torch.isfinite(model(data())).all()
+
+
 @pytest.mark.parametrize("case", MERGEABLE)
 def test_several_active_adapters_merge_to_their_joint_output(case: str) -> None:
     model = trained(case)

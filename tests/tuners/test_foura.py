@@ -74,6 +74,17 @@ def test_every_part_of_the_gate_learns() -> None:
         assert float(getattr(layer(model), f"foura_{name}")["default"].grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("shape", [(0, 12), (12,)], ids=["no token", "one vector"])
+def test_a_gate_takes_any_number_of_inputs(shape: tuple[int, ...]) -> None:
+    """An expert that no token is sent to has nothing to record; what is recorded stays a share."""
+    model = trained("foura").train()
+    before = layer(model, "lin").foura_usage["default"].fill_(0.5).clone()
+    layer(model, "lin")(torch.ones(shape)).sum().backward()
+    after = layer(model, "lin").foura_usage["default"]
+    assert bool(((after >= 0) & (after <= 1)).all())
+    assert torch.equal(after, before) == (shape[0] == 0)
+
+
 def test_a_gate_that_depends_on_the_input_can_t_be_merged() -> None:
     model = trained("foura")
     before = output(model)

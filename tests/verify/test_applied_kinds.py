@@ -96,3 +96,12 @@ def test_a_random_control_changes_each_parameter_as_much(model: nn.Module) -> No
     assert made.keys() == found.keys()
     for ref, place in found.items():
         assert made[ref].change() == pytest.approx(place.change(), rel=1e-3)
+
+
+@pytest.mark.parametrize("numbers", [1, 8], ids=["of its length", "of its elements"])
+def test_a_random_control_of_a_norm_s_shift_changes_the_norm_as_much(numbers: int, model: nn.Module) -> None:
+    shifted = Adapter({ModuleRef(MODEL, "norm"): SpectralShift(values(numbers))}, "svdiff")
+    (wanted,) = find_places({MODEL: model}, shifted)[0].values()
+    (made,) = find_places({MODEL: model}, random_like({MODEL: model}, shifted, 0))[0].values()
+    assert made.tensor is wanted.tensor
+    assert made.change() == pytest.approx(wanted.change(), rel=1e-3)

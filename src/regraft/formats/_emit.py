@@ -18,7 +18,7 @@ from regraft.formats._factors import Reshaped, cannot_hold
 from regraft.formats._grammar import MAIN, Extra, Prefix, scaled_rows, turned
 from regraft.formats._hashes import with_true_hashes
 from regraft.formats._naming import Table, needs_text_model, tables
-from regraft.formats._suffixes import PARAMETERS, spelled, split_key
+from regraft.formats._suffixes import PARAMETERS, SPELT, spelled, split_key
 from regraft.tensors import TensorRef
 from regraft.updates import Boft, Diff, Full, GLora, LoHa, LoKr, LowRank, Oft, Tucker, Update
 from regraft.updates._kind import is_per_column
@@ -40,6 +40,7 @@ class Spelling:
         kinds: of update that the format has a place for.
         whole: whether a parameter's new value stands under its own name.
         tokens: whether embeddings of added tokens may be bundled into the file.
+        norms: whether changes of norms have suffixes of their own, ``.w_norm`` and ``.b_norm``.
     """
 
     format: str
@@ -52,6 +53,7 @@ class Spelling:
     kinds: frozenset[str] = frozenset({"lora", "dora"})
     whole: bool = False
     tokens: bool = True
+    norms: bool = False
 
 
 #: The remedy for a rotation that is to act at a part of its strength.
@@ -213,7 +215,7 @@ class _Writer:
         """Raise an `OutputError` where the format has no place for this kind."""
         if isinstance(update, LowRank) and update.orientation != "weight":
             raise cannot_hold(self.spelling.format, "an update of an embedding or a Conv1D layer", ref)
-        if update.kind not in self.spelling.kinds and not self.own:
+        if update.kind not in self.spelling.kinds and not (self.own and update.kind in SPELT):
             raise cannot_hold(self.spelling.format, NAMES.get(update.kind, f"a {update.kind} update"), ref)
         biased = isinstance(update, LowRank) and update.bias is not None
         if biased and self.spelling.style != "lora_A" and not self.own:
@@ -299,14 +301,20 @@ class _Writer:
         if self.own:
             return slot.stem + suffix if suffix else own_name
         if isinstance(update, Diff):
-            if suffix in (".w_norm", ".b_norm"):
-                return slot.stem + suffix
+            if suffix in (".w_norm", ".b_norm") or (self.spelling.norms and self._of_norm(slot.refs[0], update)):
+                return slot.stem + (".b_norm" if last == "bias" else ".w_norm")
             return slot.stem + (".diff_b" if last == "bias" else ".diff")
         if self.spelling.whole:
             return own_name
         if last == "bias":
             raise cannot_hold(self.spelling.format, "a bias stored whole", slot.refs[0])
         return f"{slot.stem}.set_weight"
+
+    def _of_norm(self, ref: ModuleRef, update: Diff) -> bool:
+        """Whether it changes a norm's weight, or its bias beside that; a bias alone may be of any layer."""
+        path, _, last = ref.path.rpartition(".")
+        weight = update if last == "weight" else self.adapter.updates.get(ModuleRef(ref.component, f"{path}.weight"))
+        return isinstance(weight, Diff) and len(weight.shape) == 1
 
     def alphas(self, stems: Mapping[str, tuple[ModuleRef, Update]]) -> dict[str, TensorRef]:
         """Alpha of every update that needs or had one."""

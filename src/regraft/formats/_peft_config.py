@@ -237,6 +237,13 @@ def as_lora(config: Config | None) -> Config:
     return {**MINIMAL, **{name: config[name] for name in _OF_ANY_KIND if name in config}}
 
 
+def with_saved(config: Config, modules: Iterable[str]) -> dict[str, Any]:
+    """The config, with these modules among those that are stored whole."""
+    saved = config.get("modules_to_save") or []
+    more = sorted(path for path in modules if not is_matched(path, saved))
+    return {**config, "modules_to_save": [*saved, *more]} if more else dict(config)
+
+
 def is_matched(path: str, targets: Iterable[str]) -> bool:
     """Whether a list of ``target_modules`` names this module."""
     return any(path == target or path.endswith(f".{target}") for target in targets)

@@ -62,6 +62,8 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     ".b_norm": ("diff", "bias"),
     ".set_weight": ("full", "weight"),
 }
+#: Kinds of update that these suffixes spell.
+SPELT = frozenset({"lora", "dora", "tucker", "loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "full"})
 SUFFIXES: Mapping[str, Suffix] = {
     **{pair[0]: Suffix("down", style) for style, pair in PAIRS.items()},
     **{pair[1]: Suffix("up", style) for style, pair in PAIRS.items()},

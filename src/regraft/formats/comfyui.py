@@ -22,8 +22,7 @@ from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
 from regraft.formats._grammar import MAIN, Prefix, read
 from regraft.formats._naming import recognise_scheme
-from regraft.formats._suffixes import split_key
-from regraft.formats.lycoris import KINDS
+from regraft.formats._suffixes import SPELT, split_key
 
 PREFIXES = (
     Prefix("diffusion_model.", MAIN, flat=False),
@@ -32,7 +31,7 @@ PREFIXES = (
     Prefix("text_encoders.clip_g.transformer.", "text_encoder_2", flat=False),
     Prefix("text_encoders.t5xxl.transformer.", "text_encoder_3", flat=False),
 )
-_SPELLING = Spelling("comfyui", PREFIXES, schemes=("comfy", ORIGINAL), style="lora_A", always_alpha=False, kinds=KINDS)
+_SPELLING = Spelling("comfyui", PREFIXES, schemes=("comfy", ORIGINAL), style="lora_A", always_alpha=False, kinds=SPELT)
 _SURE = ("diffusion_model.", "text_encoders.")
 
 

@@ -8,6 +8,7 @@ Facts (lycoris-lora 3.2.0.post2 and 4.1.3):
   LoKr full, the scale is 1 whatever alpha says. ``alpha`` beside ``oft_blocks`` is the constraint of the rotation.
 - ``dora_scale`` is per output row, (out, 1, …), or per input column, (1, in, …) with ``wd_on_output=False``.
 - ``bypass_mode`` changes how the update is computed, not what is stored.
+- A norm's change is ``.w_norm``, its bias' ``.b_norm`` beside it; LyCORIS fails at a norm's ``.diff``.
 - Names follow the host's U-Net: sgm under sd-scripts, diffusers under diffusers.
 """
 
@@ -18,10 +19,10 @@ import re
 from regraft.adapter import Adapter
 from regraft.formats import AdapterFile, BaseNames, Format, Written
 from regraft.formats._emit import Spelling, write
+from regraft.formats._suffixes import SPELT
 from regraft.formats.kohya import PREFIXES, is_flat, read_flat, stated
 
-KINDS = frozenset({"lora", "dora", "tucker", "loha", "lokr", "diff", "ia3", "oft", "boft", "glora", "full"})
-_SPELLING = Spelling("lycoris", PREFIXES, kinds=KINDS)
+_SPELLING = Spelling("lycoris", PREFIXES, kinds=SPELT, norms=True)
 _SUFFIX = re.compile(
     r"\.(hada_w1_a|lokr_w[12](_a)?|lora_mid\.weight|oft_blocks|on_input|a1\.weight|diff|diff_b|w_norm|b_norm)$"
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -17,10 +17,12 @@ from regraft.errors import InputError, OutputError
 from regraft.families import get_family, without_text_model
 from regraft.formats import load_adapter
 from regraft.formats._common import check_values
+from regraft.formats._peft_config import with_saved
+from regraft.formats.peft import PREFIX
 from regraft.names import resolve_names
 from regraft.pairing import find_component
 from regraft.tensors import TensorRef
-from regraft.updates import ByShape, LoHa, LoKr, LowRank, Update, with_shapes
+from regraft.updates import ByShape, Full, LoHa, LoKr, LowRank, Update, with_shapes
 from regraft.updates.exact import as_lowrank, refactor
 
 #: Called with (modules done, modules in all, module's name).
@@ -96,6 +98,10 @@ class BaseWeights:
         alone = component == MODEL and len(self.base.components) == 1
         return next(iter(self.base.components)) if found is None and alone else found
 
+    def home(self, ref: ModuleRef) -> ModuleRef | None:
+        """The parameter's component and name in the base, or None."""
+        return self._homes.get(ref)
+
     def find(self, ref: ModuleRef) -> TensorRef | None:
         """The parameter in the base, still on disk, or None."""
         home = self._homes.get(ref)
@@ -163,6 +169,33 @@ class Factors:
             elif len(update.shape) == 2 and self._has_kernels():
                 return None
         return as_lowrank(update)
+
+
+def saving_norms(adapter: Adapter, base: Base, made: Collection[ModuleRef]) -> Adapter:
+    """A PEFT adapter whose config names the norms of which it holds the weight, with their biases beside it.
+
+    PEFT finds a weight's key without that, but puts the value into the base itself, where it stays when the adapter is
+    off. Of a module that is named it needs every parameter.
+
+    Args:
+        adapter: with a config of a LoRA.
+        base: that it is for.
+        made: names of weights that it holds whole.
+    """
+    weights, updates, named = BaseWeights(base, adapter), dict(adapter.updates), list[str]()
+    for ref in made:
+        home, found = weights.home(ref), weights.find(ref)
+        if home is None or found is None or len(found.shape) != 1 or not ref.path.endswith(".weight"):
+            continue
+        there, stem = home.path.removesuffix("weight"), ref.path.removesuffix("weight")
+        own = {name.removeprefix(there) for name in base.components[home.component] if name.startswith(there)}
+        if not own <= {"weight", "bias"}:
+            continue
+        bias, value = ModuleRef(ref.component, f"{stem}bias"), base.parameter(ModuleRef(home.component, f"{there}bias"))
+        if value is not None and bias not in updates:
+            updates[bias] = Full(value, f"{PREFIX}{bias.path}")
+        named.append(stem.removesuffix("."))
+    return replace(adapter, updates=updates, config=with_saved(adapter.config or {}, named))
 
 
 def change_on(base: BaseWeights, ref: ModuleRef, update: Update) -> Tensor:

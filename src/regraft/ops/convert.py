@@ -173,6 +173,9 @@ class _Forms:
                 # PEFT saves targeted embeddings beside their update, as they are in the base.
                 yield Form({}, "rewritten", "it is this base's own value, and changes nothing")
             yield Form({ref: Diff(InMemory(change), update.key)}, "rewritten", "its change from this base's value")
+        elif not update.by_parameter and base.load(ref).dim() == 1:
+            yield from self._of_norm(base, ref, update)
+            return
         elif isinstance(update, Diff):
             value = base.load(ref) + update.delta().reshape(update.shape)
             yield Form(
@@ -181,6 +184,15 @@ class _Forms:
                 "this base's value with the change in it",
             )
         yield from self._factored(ref, update, base)
+
+    def _of_norm(self, base: BaseWeights, ref: ModuleRef, update: Update) -> Iterator[Form]:
+        """A shift of a norm's weight as the change that it makes of it, and as the changed weight."""
+        name, change = ModuleRef(ref.component, f"{ref.path}.weight"), change_on(base, ref, update)
+        if name in self.taken:
+            return
+        yield Form({name: Diff(InMemory(change), f"{ref.path}.w_norm")}, "rewritten", "its change of this base's norm")
+        value = InMemory(base.load(ref) + change)
+        yield Form({name: Full(value, f"{PREFIX}{name.path}")}, "rewritten", "this base's norm with the change in it")
 
     def _factored(self, ref: ModuleRef, update: Update, base: BaseWeights | None) -> Iterator[Form]:
         """The change refactored as a LoRA; on a base, with everything in it that depends on the base."""

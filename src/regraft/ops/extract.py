@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from regraft.names import resolve_names
 from regraft.ops._common import Ticker, cast, factored, no_ticker
 from regraft.ops._writing import write_checked
 from regraft.ops.held import Held
+from regraft.orientation import EMBEDDING, orientation_in
 from regraft.output import check_writable
 from regraft.pairing import find_component
 from regraft.plan import Selection
@@ -37,15 +37,8 @@ from regraft.updates import Diff, Full, Update
 
 # Of a base's components, what no adapter file has a place for.
 _NEVER = ("vae", "safety_checker", "image_encoder", "feature_extractor")
-# nn.Embedding has the shape of a linear layer; PEFT's files tell them apart.
-_EMBEDDING = re.compile(
-    r"(^|\.)(\w*embed_tokens|wte|wpe|embed_in|shared|relative_attention_bias|(\w+_)?embeddings?)$", re.IGNORECASE
-)
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder|output_projection)\.weight$")
 _TIED = "{} is the output layer too: tools change the embedding alone, so that the output layer stays the base's."
-# transformers' Conv1D stores its weight as (in, out).
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "gpt_bigcode", "imagegpt")
-_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,7 @@ class _Extractor:
     def _factors(self, ref: ModuleRef, change: Tensor, relative: float | None, dtype: torch.dtype) -> None:
         module = ModuleRef(ref.component, ref.path.removesuffix(".weight"))
         factors, kept = factored(change.to(self.settings.device), energy=self.settings.energy, rank=self.settings.rank)
-        factors = replace(factors, orientation=self._orientation(module, change.dim()))
+        factors = replace(factors, orientation=orientation_in(self.base, module, change.dim()))
         whole = Diff(InMemory(change.to(dtype)), ref.path)
         why = self.held.refusal({module: factors})
         if why is None:
@@ -153,12 +146,6 @@ class _Extractor:
     def _count(self, change: Tensor, kept: float) -> None:
         squared = float(change.double().square().sum())
         self.before, self.after = self.before + squared, self.after + squared * kept
-
-    def _orientation(self, module: ModuleRef, dims: int) -> Any:
-        kind = str(self.base.configs.get(module.component, {}).get("model_type") or "")
-        if dims == 2 and kind in _CONV1D_MODELS and _CONV1D.search(module.path):
-            return "conv1d"
-        return "embedding" if dims == 2 and _EMBEDDING.search(module.path) else "weight"
 
     def _whole(self, ref: ModuleRef, change: Tensor, relative: float | None, new: TensorRef) -> None:
         form: Update = Diff(InMemory(change.to(new.dtype)), ref.path)
@@ -243,7 +230,7 @@ def _is_tied(base: Base, ref: ModuleRef) -> bool:
     kinds = " ".join(base.configs.get(ref.component, {}).get("architectures") or ())
     names = base.components.get(ref.component, {})
     return (
-        _EMBEDDING.search(ref.path) is not None
+        EMBEDDING.search(ref.path) is not None
         and ref.path.rpartition(".")[2] in ("embed_tokens", "wte", "shared", "word_embeddings", "embed_in")
         and re.search("LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM", kinds) is not None
         and not any(_HEAD.search(name) for name in names)

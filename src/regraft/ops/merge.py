@@ -21,6 +21,7 @@ from regraft.base import Base, open_base
 from regraft.errors import Refused, UsageError
 from regraft.families import same_naming
 from regraft.formats import get_format
+from regraft.formats._peft_config import as_lora
 from regraft.metadata import with_ranks
 from regraft.ops._common import (
     BaseWeights,
@@ -34,8 +35,10 @@ from regraft.ops._common import (
     no_ticker,
     read_whole,
     same_tensors,
+    saving_norms,
 )
 from regraft.ops._writing import write_checked
+from regraft.ops.convert import plan_conversion
 from regraft.output import check_writable
 from regraft.plan import same_matrix
 from regraft.report.ops_schema import MergedModule, MergeReport
@@ -104,13 +107,23 @@ def merge(
     for done, (name, here) in enumerate(parts.items()):
         tick(done, len(parts), str(name))
         spelt = here[0].ref if here[0].index == 0 else name
-        updates[spelt], row = merger.merge(spelt, here)
+        merged, row = merger.merge(spelt, here)
+        if merged.by_parameter and not here[0].update.by_parameter:
+            spelt = ModuleRef(spelt.component, f"{spelt.path}.weight")
+            if spelt in parts:
+                raise Refused(
+                    "one of the inputs shifts this norm, and another holds its change: they can't be added up",
+                    file=adapters[here[0].index].path,
+                    key=str(spelt),
+                    remedy="`regraft convert --base` first makes changes of the shifts.",
+                )
+        updates[spelt] = merged
         rows.append(row)
     first = adapters[0]
     metadata = {
         key: value for key, value in first.metadata.items() if all(a.metadata.get(key) == value for a in adapters[1:])
     }
-    merged = replace(
+    whole = replace(
         first,
         updates=updates,
         metadata=with_ranks(metadata, updates.values()),
@@ -119,7 +132,7 @@ def merge(
         sidecars={name: file for name, file in first.sidecars.items() if name != "README.md"},
         path=None,
     )
-    return merged, rows
+    return whole, rows
 
 
 def _check_families(adapters: Sequence[Adapter]) -> None:
@@ -251,6 +264,10 @@ class _Merger:
         if whole is not None:
             weight = self.bases[parts[0].index].load(parts[0].ref)
             return "base", whole.with_value(weight + total), None
+        if total.dim() == 1:
+            # Shifts of a norm's weight.
+            value = total.to(_dtype([part.update for part in parts])).contiguous()
+            return "base", Diff(InMemory(value), f"{name.path}.w_norm"), None
         energy = self.settings.energy
         rank = self.settings.rank if energy is None else None
         found, kept = factored(total, energy=energy if energy is not None or rank else 0.999, rank=rank)
@@ -357,6 +374,14 @@ def merge_adapters(
     adapters = [read_whole(source, opened) for source in sources]
     merged, rows = merge(adapters, settings, opened, tick=tick)
     into = format or merged.format
+    kinds = {type(update) for update in merged.updates.values()}
+    if into == "peft" and opened is not None and {Diff, LowRank} <= kinds:
+        # PEFT holds a norm whole.
+        plan = plan_conversion(merged, into, opened, energy=1.0)
+        merged = merged if plan.lost else plan.adapter
+        if merged.config is not None:
+            made = [ref for ref, update in merged.updates.items() if isinstance(update, Full)]
+            merged = saving_norms(replace(merged, config=as_lora(merged.config)), opened, made)
     written, _ = write_checked(cast(merged, save_dtype), target, into, overwrite=overwrite)
     rebuilt = [row for row in rows if row.how == "base"]
     notes = []

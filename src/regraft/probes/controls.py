@@ -28,8 +28,16 @@ def random_like(components: Mapping[str, nn.Module], adapter: Adapter, seed: int
     updates: dict[ModuleRef, Update] = {}
     with torch.no_grad():
         for ref, place in found.items():
-            like = _value if isinstance(place.update, Full | Diff) else _lowrank
-            updates[ref] = like(place, place.change(), generator)
+            norm = place.change()
+            if isinstance(place.update, Full | Diff):
+                updates[ref] = _value(place, norm, generator)
+            elif place.tensor.dim() == 1:
+                # A shift of a norm's weight.
+                noise = _normal(tuple(place.tensor.shape), generator)
+                name = ModuleRef(ref.component, f"{ref.path}.{place.name}")
+                updates[name] = Diff(InMemory(noise * (norm / float(noise.norm()))), f"{ref.path}.w_norm")
+            else:
+                updates[ref] = _lowrank(place, norm, generator)
     return replace(adapter, updates=updates)
 
 

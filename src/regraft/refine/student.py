@@ -180,7 +180,7 @@ def _form(
     parameter = ModuleRef(ref.component, f"{ref.path}.{place.name}")
     if weight.dim() < 2:
         shifts = isinstance(update, SpectralShift) and parameter not in others
-        return (parameter, Diff(InMemory(update.delta(weight)), f"{ref.path}.diff")) if shifts else (ref, update)
+        return (parameter, Diff(InMemory(update.delta(weight)), f"{ref.path}.w_norm")) if shifts else (ref, update)
     try:
         return ref, on_weight(update, weight, bias=bias.detach().cpu() if isinstance(bias, Tensor) else None)
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,14 @@ class TunedModel(BaseTuner):
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops the argument where a tuner doesn't look at it: all samples would get the active adapters.
+        if kwargs.get("adapter_names") is not None:
+            what = "an adapter for each sample of a batch (adapter_names) is for PEFT's LoRA"
+            raise ValueError(f"{what}: with {self.tuner_layer_cls.title}, set_adapter chooses for all of them")
+        yield
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the strength of an adapter on every layer."""

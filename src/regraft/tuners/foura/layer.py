@@ -139,10 +139,11 @@ class FouraLayer(TunedLayer):
         if own.transform == "fft":
             read = torch.stack(seen.chunk(2, -1)).square().sum(0).add(1e-12).sqrt()
         mask = adaptive_mask(read, gate, own.gate_threshold, own.gate_sharpness)
-        if self.training and torch.is_grad_enabled():
+        # An expert may get no token, of which there is no mean.
+        if self.training and torch.is_grad_enabled() and mask.numel():
             with torch.no_grad():
                 usage = self.foura_usage[name]
-                usage.lerp_(mask.detach().flatten(0, -2).mean(0).to(usage.dtype), 1 - _MOMENTUM)
+                usage.lerp_(mask.detach().reshape(-1, mask.shape[-1]).mean(0).to(usage.dtype), 1 - _MOMENTUM)
         return seen * self._doubled(mask, name)
 
     @torch.no_grad()
