@@ -16,6 +16,7 @@ from regraft.forecast.evidence import Survey
 from regraft.methods._subspace import overlap
 from regraft.nearness import compare
 from regraft.pairing import Pairing, pair_bases
+from regraft.parallel import side_by_side
 
 #: Modules of the fixed sample; ``--deep`` takes all.
 SAMPLE = 16
@@ -50,18 +51,23 @@ def survey(
     everywhere = same if deep else spread(same, SAMPLE)
     inside = [ref for ref in same if ref in set(touched)]
     inside = inside if deep else spread(inside, SAMPLE)
-    drifts, overlaps = [], []
-    for ref in dict.fromkeys([*everywhere, *inside]):
+    for_drift, for_overlap = set(everywhere), set(inside)
+
+    def looked_at(ref: ModuleRef) -> tuple[float | None, float | None]:
         before, after = old.weight(ref).flatten(1), new.weight(paired[ref]).flatten(1)
-        drift = compare(before, after).distance if ref in set(everywhere) else None
-        if drift is not None and isfinite(drift):
-            drifts.append(drift)
-        if ref in set(inside):
-            overlaps.append(subspace_overlap(before, after))
+        drift = compare(before, after).distance if ref in for_drift else None
+        return drift, subspace_overlap(before, after) if ref in for_overlap else None
+
+    # What is fetched from the hub is fetched in one go.
+    workers = 1 if old.partial or new.partial else None
+    refs = dict.fromkeys([*everywhere, *inside])
+    seen = list(side_by_side(looked_at, refs, workers, size=lambda ref: 8 * prod(old.shape(ref))))
+    drifts = [drift for drift, _ in seen if drift is not None and isfinite(drift)]
+    overlaps = [share for _, share in seen if share is not None]
     components = {target.component for target in paired.values()}
     there = sum(1 for name in components for _ in new.modules(name))
     return Survey(
-        modules=len(set(everywhere) | set(inside)),
+        modules=len(for_drift | for_overlap),
         deep=deep,
         drift=mean(drifts) if drifts else None,
         overlap=mean(overlaps) if overlaps else None,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from regraft.base import Base
@@ -91,6 +90,8 @@ def head_similarity(old: Heads, new: Heads, width: Tensor) -> Tensor:
 
 def match_heads(similarity: Tensor) -> list[int]:
     """The old head of every new one, with the highest sum of similarities (Hungarian); −1 for none left."""
+    from scipy.optimize import linear_sum_assignment
+
     olds, news = linear_sum_assignment(-similarity.double().numpy())
     found = [-1] * similarity.shape[1]
     for old, new in zip(olds.tolist(), news.tolist(), strict=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from regraft.adapter import ModuleRef
@@ -99,6 +97,9 @@ def arbitrated(delta: Tensor, old: Tensor, new: Tensor, rotation: float, density
 
 def _clusters(update: Tensor, s: Tensor, rotation: float) -> Tensor:
     """Singular directions that the update would rotate into each other, (clusters, k) of zeros and ones."""
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
     turned = update.abs() / ((s[:, None] - s[None, :]).abs() + 1e-6) > rotation
     turned.fill_diagonal_(False)
     count, labels = connected_components(csr_matrix((turned | turned.T).numpy()), directed=False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from regraft.report.schema import Interval
@@ -94,6 +93,9 @@ def interval(values: Sequence[float | None], *, seed: int, undefined: str, note:
     mean = low = high = float(defined.mean())
     # Of one value, or of equal ones, every resample has the same mean; SciPy refuses a single one.
     if np.ptp(defined) > 0:
+        # Importing it takes a second, which most runs have no use for.
+        from scipy.stats import bootstrap
+
         low, high = bootstrap(
             (defined,),
             np.mean,
