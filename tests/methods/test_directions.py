@@ -137,6 +137,15 @@ def test_a_cut_among_equal_values_is_a_projection_of_its_rank(values: Tensor, tu
         assert float(whole.trace()) == pytest.approx(120, abs=1e-3)
 
 
+def test_double_precision_stays_double() -> None:
+    weight = with_values(300, 300, torch.linspace(1, 0.1, 300).double()).double()
+    u, _, _ = torch.linalg.svd(weight)
+    x = noise(300, 5).double()
+    found = directions(weight, 100, None)[0].project(x)
+    assert found.dtype == torch.float64
+    assert relative_error(found, u[:, :100] @ (u[:, :100].T @ x)) < 1e-10
+
+
 def test_a_gap_in_the_values_is_cut_at() -> None:
     values = torch.cat([torch.linspace(1, 0.9, 200), torch.linspace(0.3, 0.2, 100)]).double()
     weight = with_values(300, 300, values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class Made(Directions):
     inner: Tensor
     weight: Tensor | None = None
 
-    @cached_property
+    @property
     def matrix(self) -> Tensor:
         if self.weight is None:
             return self.inner

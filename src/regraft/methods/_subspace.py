@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +19,8 @@ from regraft.transport import Chained, LinearMap, Terms, Transport, projection, 
 _LARGE = 256
 # Of the largest singular value: what float32 still tells apart after squaring, and sizes whose squares it holds.
 _SMALL, _TINY, _HUGE = 0.03, 1e-15, 1e15
-# Directions on either side of the cut; below it, the window begins at the widest gap between the two others.
+# Directions that are settled at the cut: so many of smaller values, and of larger ones from the fewest to the most, as
+# the gap above them is widest.
 _AROUND, _FEWEST, _MOST = 16, 12, 24
 # Of a weight, that are held in double precision at a time.
 _ROWS = 1024
@@ -100,7 +100,7 @@ def directions(weight: Tensor, rank: int | float | None, energy: float | None) -
     """Leading left and right singular vectors of ``weight`` (out, in).
 
     Args:
-        weight: float32 matrix.
+        weight: matrix, float32 or float64.
         rank: r; a float up to 1 is a share of the full rank (1.0 all of it). Takes precedence over ``energy``.
         energy: share of ‖W‖² that the subspace holds.
 
@@ -108,7 +108,7 @@ def directions(weight: Tensor, rank: int | float | None, energy: float | None) -
         UsageError: a rank or energy out of range.
     """
     _check(rank, energy)
-    if min(weight.shape) < _LARGE or weight.device.type != "cpu":
+    if min(weight.shape) < _LARGE or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return _made(weight, rank, energy)
     both = _Unmade(weight, rank, energy)
     return _Side(both, 0), _Side(both, 1)
@@ -120,20 +120,26 @@ class _Unmade:
     def __init__(self, weight: Tensor, rank: int | float | None, energy: float | None) -> None:
         self.weight, self._asked = weight, (rank, energy)
         self.is_tall = weight.shape[0] >= weight.shape[1]
+        # Not cached properties: before Python 3.12 their lock is one for all weights, which are at work side by side.
+        self._made: tuple[Directions, Directions] | None = None
+        self._spectra: list[Spectrum | None] = []
 
-    @cached_property
+    @property
     def made(self) -> tuple[Directions, Directions]:
-        return _made(self.weight, *self._asked)
+        if self._made is None:
+            self._made = _made(self.weight, *self._asked)
+        return self._made
 
-    @cached_property
+    @property
     def spectrum(self) -> Spectrum | None:
-        return _spectrum(self.weight if self.is_tall else self.weight.T, *self._asked)
+        if not self._spectra:
+            self._spectra.append(_spectrum(self.weight if self.is_tall else self.weight.T, *self._asked))
+        return self._spectra[0]
 
     @property
     def rank(self) -> int:
-        if "made" in self.__dict__ or self.spectrum is None:
-            return self.made[0].rank
-        return self.spectrum.rank
+        spectrum = self.spectrum if self._made is None else None
+        return self.made[0].rank if spectrum is None else spectrum.rank
 
     @property
     def is_full(self) -> bool:
