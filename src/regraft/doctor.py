@@ -17,7 +17,7 @@ from regraft.cache import cache_folder
 from regraft.report.doctor_schema import Device, DoctorReport, Package, VerbNeeds
 from regraft.runtime.room import fast_half
 
-_RUN = ("accelerate", "diffusers", "peft", "transformers")
+_RUN = ("accelerate", "diffusers", "greenlet", "peft", "transformers")
 #: Packages that are not needed by all verbs → what they are for, and how to get them.
 _PACKAGES = {
     **dict.fromkeys(_RUN, ("running models", "pip install 'regraft[run]'")),
