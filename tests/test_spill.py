@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regraft import OutputError, open_base
+from regraft.adapter import ModuleRef
 from regraft.fitting import fit_migration
 from regraft.migration_file import load_migration, save_migration
 from regraft.migrations import spill
 from regraft.migrations.spill import Spill, Spilled
+from regraft.narrowing import Folded
 from regraft.safetensors_stream import write_stream
+from regraft.tensors import InMemory
 from regraft.transport import LinearMap, Transport, projection
-from toys import drifted, llama, rotation, save_base
+from regraft.updates import Diff
+from toys import drifted, llama, lora, rotation, save_base
 
 
 @pytest.fixture
@@ -30,9 +35,9 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_streamed_file_is_what_the_library_writes() -> None:
     dice = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {
-        "b.half": torch.randn(3, 5, generator=dice).half(),
+        "a.half": torch.randn(3, 5, generator=dice).half(),
         "ä": torch.randn(7, generator=dice),
-        "a.brain": torch.randn(1, 3, generator=dice).bfloat16(),
+        "b.brain": torch.randn(1, 3, generator=dice).bfloat16(),
         "empty": torch.zeros(0),
         "wide": torch.randn(2, 2, generator=dice).double(),
     }
@@ -97,8 +102,24 @@ def test_a_migration_of_spilled_maps_has_the_same_bytes(
 def test_a_disk_that_is_full_is_told_of(no_room: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.BytesIO):
         def write(self, data: Sequence[int]) -> int:
+            # A disk takes what still fits.
+            if len(data) > 100:
+                return super().write(data[:100])
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(spill.tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(OutputError, match=r"No space left.*TMPDIR"):
         Spill()(Transport(((LinearMap(0.0, rotation(10, 1)), LinearMap()),)))
+
+
+def test_a_fit_for_one_adapter_spills_what_it_cannot_fold(tmp_path: Path, no_room: None) -> None:
+    state = llama()
+    bases = [open_base(save_base(s, tmp_path / f"{i}.safetensors")) for i, s in enumerate((state, drifted(state, 0.1)))]
+    adapter = lora(state)
+    norm = ModuleRef(next(iter(adapter.updates)).component, "model.norm.weight")
+    stored = replace(
+        adapter, updates={**adapter.updates, norm: Diff(InMemory(torch.ones(len(state["model.norm.weight"]))), "x")}
+    )
+    for given, kind in ((stored, Spilled), (adapter, Folded)):
+        migration = fit_migration(*bases, "lora-x", adapter=given, narrow=True)
+        assert {type(entry.transport) for entry in migration.entries.values()} == {kind}

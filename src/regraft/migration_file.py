@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, cast
 
 import torch
 from pydantic import ValidationError
@@ -37,6 +37,7 @@ from regraft.safetensors_stream import write_stream
 from regraft.tensor_files import read_safetensors
 from regraft.tensors import Shape, TensorRef
 from regraft.transport import LinearMap, Transport
+from regraft.waiting import Place, WaitingTensors, raw
 
 KEY = "regraft_migration"
 #: Bytes of the longest header text that is read; 100,000 modules take a third of it.
@@ -55,8 +56,8 @@ def save_migration(migration: Migration, path: Path, *, overwrite: bool = False)
     check_general(migration)
     check_writable(path, overwrite=overwrite)
     with whole(path) as stage:
-        with tempfile.TemporaryFile(dir=stage.parent) as maps, stage.open("wb") as stream:
-            encoder = _Encoder(maps)
+        with tempfile.TemporaryFile(dir=stage.parent, buffering=0) as maps, stage.open("wb") as stream:
+            encoder = _Encoder(WaitingTensors(cast("BinaryIO", maps)))
             header = encoder.encode(migration)
             if not encoder.tensors:
                 # An identity costs nothing, but safetensors wants a tensor: an empty one marks the file.
@@ -188,40 +189,26 @@ def _shape(name: str, tensors: Mapping[str, TensorRef]) -> Shape:
     return tuple(reversed(ref.shape)) if name.endswith(".T") else ref.shape
 
 
-class _Placed(NamedTuple):
-    """Where a tensor lies among the maps that have been encoded."""
-
-    dtype: torch.dtype
-    shape: Shape
-    start: int
-
-
 class _Encoder:
     """Header and tensors of one migration; equal tensors and equal maps get one name each.
 
     The tensors wait on the disk until all are known, for a file begins with their names and sizes.
     """
 
-    def __init__(self, waiting: BinaryIO) -> None:
+    def __init__(self, waiting: WaitingTensors) -> None:
         self._waiting = waiting
-        self.tensors: dict[str, _Placed] = {}
+        self.tensors: dict[str, Place] = {}
         self.maps: list[dict[str, Any]] = []
         self._names: dict[tuple[object, ...], str] = {}
         self._indices: dict[str, int] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Put a tensor behind the others."""
-        start = self._waiting.seek(0, 2)
-        self._waiting.write(_bytes(tensor))
-        self.tensors[name] = _Placed(tensor.dtype, tuple(tensor.shape), start)
+        self.tensors[name] = self._waiting.add(tensor)
 
     def tensor(self, name: str) -> Tensor:
         """One of them, read back."""
-        placed = self.tensors[name]
-        found = torch.empty(placed.shape, dtype=placed.dtype)
-        self._waiting.seek(placed.start)
-        self._waiting.readinto(_bytes(found))  # type: ignore[attr-defined]
-        return found
+        return self._waiting.read(self.tensors[name])
 
     def encode(self, migration: Migration) -> dict[str, Any]:
         """The header."""
@@ -304,11 +291,7 @@ class _Encoder:
 
 
 def _content(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(_bytes(tensor)).digest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw(tensor)).digest()
 
 
 def kind_of(transport: Transport | None) -> str:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from regraft.tensors import Shape
+from regraft.waiting import raw
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# In the library's order: wider ones first, so that each tensor begins at a multiple of its width.
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_stream(
@@ -29,8 +31,8 @@ def write_stream(
         tensor: gives one by its name, once for each.
         metadata: of the header.
     """
-    # Wider ones first, so that each begins at a multiple of its width.
-    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+    order = list(_NAMES)
+    names = sorted(kinds, key=lambda name: (order.index(kinds[name][0]), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
@@ -41,4 +43,4 @@ def write_stream(
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
     for name in names:
-        stream.write(memoryview(tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        stream.write(raw(tensor(name).contiguous()))

@@ -39,7 +39,7 @@ def settled(
     other = {ref for ref, update in updates.items() if update.kind not in before}
     if not other:
         return replace(adapter, updates=updates), list(rows)
-    shifts = _as_shifts(adapter, updates, new) if new is not None else None
+    shifts = as_shifts(adapter, updates, new) if new is not None else None
     if shifts is not None:
         named = {f"{ref}.weight" for ref in shifts.updates}
         return shifts, [_told(row, "as a shift per element" if row.target in named else "", 0.0) for row in rows]
@@ -69,7 +69,7 @@ def settled(
     return ready, [_told(row, *said.get(row.target or "", ("", 0.0))) for row in rows]
 
 
-def _as_shifts(adapter: Adapter, updates: Mapping[ModuleRef, Update], new: Base) -> Adapter | None:
+def as_shifts(adapter: Adapter, updates: Mapping[ModuleRef, Update], new: Base) -> Adapter | None:
     """Changes of norms alone, as PEFT's file of spectral shifts holds them: one number per element, W' = W + δ.
 
     No LoRA is among them, and PEFT begins no adapter of norms alone.

@@ -215,7 +215,9 @@ class ComputedWeights:
             # What is deferred may hold whole weights; what it makes is this module's alone.
             return self._spill(outcome.held()) if isinstance(outcome, Deferred) else outcome
         shape_new = self.pairs.new.shape(self.pairs.targets[module] if target is None else target)
-        return narrowing(module, outcome, self.pairs.old.shape(module), shape_new)
+        found = narrowing(module, outcome, self.pairs.old.shape(module), shape_new)
+        # Where nothing is folded, whole maps come of what was deferred.
+        return self._spill(found) if isinstance(outcome, Deferred) and type(found) is Transport else found
 
     def weight(self, which: Literal["old", "new"], module: ModuleRef) -> Tensor:
         base = self.pairs.old if which == "old" else self.pairs.new

@@ -70,7 +70,8 @@ def test_other_threads_go_on_meanwhile() -> None:
     ended = time.perf_counter()
     done.set()
     other.join()
-    assert any(begun < stamp < ended for stamp in stamps)
+    # With the lock held throughout there are a few, at the borders of the call.
+    assert sum(begun < stamp < ended for stamp in stamps) > (ended - begun) / 0.01
 
 
 @pytest.mark.parametrize("count", [1, 7, 45, 88, 89])
@@ -115,7 +116,8 @@ def test_projections_without_vectors_are_those_of_a_decomposition(shape: tuple[i
         x = noise(len(basis), 5, 3)
         assert relative_error(found.project(x), (basis @ (basis.T @ x.double())).float()) < 2e-4
         assert (found.rank, found.rows) == (rank, len(basis))
-        assert relative_error(found.matrix @ (found.matrix.T @ x), found.project(x)) < 2e-4
+    for found, basis in ((left, u[:, :rank]), (right, vh[:rank].T)):
+        assert relative_error(found.matrix @ found.matrix.T, (basis @ basis.T).float()) < 2e-4
 
 
 def test_the_rank_follows_the_energy_with_and_without_vectors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def test_on_the_same_base_it_is_the_copy(make: Any, tmp_path: Path) -> None:
     result = ported(adapter, base, base)
     for path, delta in deltas(result.adapter).items():
         assert error(delta, adapter.updates[ModuleRef(MODEL, path)].delta()) < 1e-4
+
+
+def test_on_the_same_base_it_is_the_copy_beside_a_bias_that_the_layers_above_read(tmp_path: Path) -> None:
+    base = tiny.bert(tmp_path / "base")
+    adapter = tiny.lora(load_model(base).main, ("query", "output.dense"))
+    bias = ModuleRef(MODEL, "encoder.layer.0.attention.output.dense.bias")
+    change = Diff(InMemory(torch.randn(16, generator=torch.Generator().manual_seed(3))), "bias.diff_b")
+    adapter = replace(adapter, updates={**adapter.updates, bias: change})
+    result = ported(adapter, base, base).adapter
+    for ref, update in adapter.updates.items():
+        assert error(result.updates[ref].delta(), update.delta()) < 1e-4
 
 
 def test_on_the_same_pipeline_it_is_the_copy_for_convolutions_and_text_encoders(tmp_path: Path) -> None:

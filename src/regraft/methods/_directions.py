@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,14 +59,16 @@ class Made(Directions):
 
     inner: Tensor
     weight: Tensor | None = None
+    _matrix: list[Tensor] = field(default_factory=list)
 
     @property
     def matrix(self) -> Tensor:
         if self.weight is None:
             return self.inner
-        found: Tensor = self.weight @ self.inner
-        found /= found.norm(dim=0)
-        return found
+        if not self._matrix:
+            found: Tensor = self.weight @ self.inner
+            self._matrix.append(found / found.norm(dim=0))
+        return self._matrix[0]
 
     @property
     def rank(self) -> int:

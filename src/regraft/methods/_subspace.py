@@ -149,9 +149,10 @@ class _Unmade:
         return energy == 1 if rank is None else _number(rank, full) == full
 
     def project(self, x: Tensor, side: int) -> Tensor:
-        if self.spectrum is None:
+        spectrum = self.spectrum if self._made is None else None
+        if spectrum is None:
             return self.made[side].project(x)
-        return self.spectrum.project(x, side if self.is_tall else 1 - side)
+        return spectrum.project(x, side if self.is_tall else 1 - side)
 
 
 @dataclass(frozen=True, eq=False)

@@ -227,10 +227,10 @@ def _through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Stop:
-    """Where a ported new base stands: a walk before a module, the rows x (N, in) it reads, and the base's output."""
+    """Where a ported new base stands: a walk before a module, what the module reads, and the base's output on that."""
 
     walk: Walk[ModuleRef]
-    x: Tensor
+    input: Tensor
     output: Tensor
 
 
@@ -249,6 +249,10 @@ class _Streams:
             stack.enter_context(applied(model.components, rest))
         self.new = modules_of(new, layers.order.values())
         self.folded, self.biases = layers.folded, layers.biases
+        own = modules_of(self.ported[0], layers.order.values())
+        self.added = {
+            target: more for target in own if (more := _added_bias(self.new[target], own[target])) is not None
+        }
         gone = [ref for refs in layers.folded.values() for ref in refs]
         olds, news = [*layers.order, *gone], list(layers.order.values())
         self.walks = [
@@ -281,14 +285,18 @@ class _Streams:
                 assert stop is not None
                 # The base's own module: what it gives without a change, on what it reads now.
                 output, rows = module.forward(stop[0]), input_rows(module, stop[0])
-                self.stops[j].append(_Stop(walk, rows, output))
+                self.stops[j].append(_Stop(walk, stop[0], output))
                 now, x = (_chosen(part, self.rows[i][1]) for part in (output_rows(module, output), rows))
                 # (y_t − now) + (y_a − y_s) + μ (y_s − y_t), with one new tensor.
                 change = (y_t - y_s).mul_(1 - sweep.pull).add_(y_a).sub_(now)
-                if target in self.biases:
-                    change -= self.biases[target].to(change)
+                for bias in self._biases(target):
+                    change -= bias.to(change)
                 moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
         return moments
+
+    def _biases(self, target: ModuleRef) -> list[Tensor]:
+        """What comes on a module's bias as it is, (out,) each: no ΔW is to make it."""
+        return [biases[target] for biases in (self.biases, self.added) if target in biases]
 
     def _outputs(self, walks: Walks[ModuleRef], i: int, key: ModuleRef) -> Tensor:
         stop = walks.walks[i].at(key)
@@ -302,12 +310,24 @@ class _Streams:
         self.missing[sweep].settle(factors)
         first, *rest = factors
         for stop in self.stops[sweep]:
+            # Read anew: a convolution's rows are its input many times over, too much to hold for all batches.
+            x = input_rows(self.new[target], stop.input)
             # One pass over the output, which is nobody else's.
-            rows = output_rows(nn.Identity(), stop.output).addmm_(_through(rest, stop.x), first.to(stop.x).T)
-            if target in self.biases:
-                rows += self.biases[target].to(rows)
+            rows = output_rows(nn.Identity(), stop.output).addmm_(_through(rest, x), first.to(x).T)
+            for bias in self._biases(target):
+                rows += bias.to(rows)
             stop.walk.answer(as_output(rows, stop.output))
         self.stops[sweep].clear()
+
+
+def _added_bias(base: nn.Module, ported: nn.Module) -> Tensor | None:
+    """What the copy put on a module's bias, (out,); None for nothing."""
+    here, there = base.bias, ported.bias
+    if not isinstance(there, Tensor):
+        return None
+    if not isinstance(here, Tensor):
+        return there.detach()
+    return None if torch.equal(here, there) else there.detach() - here.detach()
 
 
 def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -79,7 +79,9 @@ def _carried(
     if old.shape != new.shape:
         return equal_sizes_only("prolora", old, new)
     u_old, v_old = directions(old, subspace_rank, energy)
-    u_new, v_new = directions(new, u_old.rank, None)
+    # Where the matrices are needed, they tell the rank, too, and nothing else has to be looked for.
+    rank = u_old.rank if threshold is None else u_old.matrix.shape[1]
+    u_new, v_new = directions(new, rank, None)
     if threshold == "paper":
         sides = phi(u_old.matrix, u_new.matrix), phi(v_old.matrix, v_new.matrix)
         if min(sides) < PAPER_THRESHOLD:

@@ -135,7 +135,7 @@ class FromFile(Deferred):
 
 
 def in_memory(migration: Migration) -> Migration:
-    """The same migration with every map in memory, those that modules share once.
+    """The same migration with every map of a file in memory, those that modules share once.
 
     Raises:
         InputError: the file has changed or can't be read, or a map holds NaN or Inf.

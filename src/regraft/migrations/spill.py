@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import prod
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +14,10 @@ from torch import Tensor
 from regraft.errors import OutputError, first_line
 from regraft.tensors import Shape
 from regraft.transport import Deferred, LinearMap, Terms, Transport
+from regraft.waiting import Place, WaitingTensors
 
 #: Bytes of maps that a fit keeps in memory.
 MOST_HELD = 256 << 20
-
-_Read = Callable[[], Tensor]
 
 
 class Spill:
@@ -29,7 +26,7 @@ class Spill:
     def __init__(self) -> None:
         """Nothing is written yet."""
         self._held = 0
-        self._file: BinaryIO | None = None
+        self._tensors: WaitingTensors | None = None
         self._lock = Lock()
 
     def __call__(self, transport: Transport) -> Transport:
@@ -48,48 +45,42 @@ class Spill:
             if self._held + size <= MOST_HELD:
                 self._held += size
                 return transport
-            readers = {key: self._written(tensor) for key, tensor in wanted.items()}
-        terms = tuple((_waiting(left, readers), _waiting(right, readers)) for left, right in transport.terms)
-        return Spilled(terms, transport.rotates)
-
-    def _written(self, tensor: Tensor) -> _Read:
-        tensor = tensor.detach().to("cpu", torch.float32).contiguous()
-        try:
-            if self._file is None:
+            if self._tensors is None:
                 # Open for as long as a transport is there that reads from it.
-                self._file = tempfile.TemporaryFile(prefix="regraft-")  # noqa: SIM115
-            start = self._file.seek(0, 2)
-            self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                file = tempfile.TemporaryFile(prefix="regraft-", buffering=0)  # noqa: SIM115
+                self._tensors = WaitingTensors(cast("BinaryIO", file))
+        places = {key: self._written(self._tensors, tensor) for key, tensor in wanted.items()}
+        terms = tuple((_waiting(left, places), _waiting(right, places)) for left, right in transport.terms)
+        return Spilled(self._tensors, terms, transport.rotates)
+
+    def _written(self, tensors: WaitingTensors, tensor: Tensor) -> Place:
+        try:
+            return tensors.add(tensor.detach().to("cpu", torch.float32).contiguous())
         except OSError as error:
             raise OutputError(
                 f"the maps of this fit can't be written to it ({error.strerror or first_line(error)})",
                 file=tempfile.gettempdir(),
                 remedy="Make room there, or set TMPDIR to a folder on another disk.",
             ) from None
-        return partial(self._read, start, tuple(tensor.shape))
-
-    def _read(self, start: int, shape: Shape) -> Tensor:
-        assert self._file is not None
-        found = torch.empty(prod(shape), dtype=torch.float32)
-        with self._lock:
-            self._file.seek(start)
-            self._file.readinto(memoryview(found.view(torch.uint8).numpy()))  # type: ignore[arg-type, attr-defined]
-        return found.reshape(shape)
 
 
 class Spilled(Deferred):
     """A transport whose maps lie in a `Spill`'s file."""
 
-    def __init__(self, waiting: Sequence[tuple[_WaitingMap, _WaitingMap]], rotates: bool) -> None:
+    def __init__(
+        self, tensors: WaitingTensors, waiting: Sequence[tuple[_WaitingMap, _WaitingMap]], rotates: bool
+    ) -> None:
         super().__init__(rotates)
+        object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "waiting", waiting)
 
+    tensors: WaitingTensors
     waiting: Sequence[tuple[_WaitingMap, _WaitingMap]]
 
     @property
     def terms(self) -> Terms:
-        read: dict[_Read, Tensor] = {}
-        return tuple((left.read(read), right.read(read)) for left, right in self.waiting)
+        read: dict[Place, Tensor] = {}
+        return tuple((left.read(self.tensors, read), right.read(self.tensors, read)) for left, right in self.waiting)
 
     def to_cpu(self, seen: dict[int, Tensor]) -> Transport:
         return self
@@ -101,21 +92,21 @@ class Spilled(Deferred):
 
 @dataclass(frozen=True)
 class _WaitingMap:
-    """A `LinearMap`; of each tensor what reads it, and whether it is the transpose of what is read."""
+    """A `LinearMap`; of each tensor where it lies, and whether it is the transpose of what lies there."""
 
     identity: float
-    parts: Sequence[tuple[_Read, bool] | None]
+    parts: Sequence[tuple[Place, bool] | None]
 
-    def read(self, known: dict[_Read, Tensor]) -> LinearMap:
+    def read(self, tensors: WaitingTensors, known: dict[Place, Tensor]) -> LinearMap:
         found: list[Tensor | None] = []
         for part in self.parts:
             if part is None:
                 found.append(None)
                 continue
-            reader, turned = part
-            tensor = known.get(reader)
+            place, turned = part
+            tensor = known.get(place)
             if tensor is None:
-                tensor = known[reader] = reader()
+                tensor = known[place] = tensors.read(place)
             found.append(tensor.T if turned else tensor)
         return LinearMap(self.identity, *found)
 
@@ -137,7 +128,7 @@ def _key(tensor: Tensor) -> tuple[int, Shape]:
     return tensor.data_ptr(), tuple(_lying(tensor).shape)
 
 
-def _waiting(map_: LinearMap, readers: Mapping[tuple[int, Shape], _Read]) -> _WaitingMap:
+def _waiting(map_: LinearMap, places: Mapping[tuple[int, Shape], Place]) -> _WaitingMap:
     return _WaitingMap(
-        map_.identity, [None if part is None else (readers[_key(part)], _is_turned(part)) for part in _parts(map_)]
+        map_.identity, [None if part is None else (places[_key(part)], _is_turned(part)) for part in _parts(map_)]
     )

@@ -43,6 +43,7 @@ from regraft.output import check_writable
 from regraft.plan import same_matrix
 from regraft.report.ops_schema import MergedModule, MergeReport
 from regraft.residual import check_whole
+from regraft.settling import as_shifts
 from regraft.tensors import InMemory, TensorRef
 from regraft.transport import Transport
 from regraft.updates import Diff, Full, LowRank, Update
@@ -110,7 +111,7 @@ def merge(
         merged, row = merger.merge(spelt, here)
         if merged.by_parameter and not here[0].update.by_parameter:
             spelt = ModuleRef(spelt.component, f"{spelt.path}.weight")
-            if spelt in parts:
+            if ModuleRef(name.component, f"{name.path}.weight") in parts:
                 raise Refused(
                     "one of the inputs shifts this norm, and another holds its change: they can't be added up",
                     file=adapters[here[0].index].path,
@@ -375,7 +376,10 @@ def merge_adapters(
     merged, rows = merge(adapters, settings, opened, tick=tick)
     into = format or merged.format
     kinds = {type(update) for update in merged.updates.values()}
-    if into == "peft" and opened is not None and {Diff, LowRank} <= kinds:
+    shifts = as_shifts(merged, merged.updates, opened) if into == "peft" and opened is not None else None
+    if shifts is not None:
+        merged = shifts
+    elif into == "peft" and opened is not None and {Diff, LowRank} <= kinds:
         # PEFT holds a norm whole.
         plan = plan_conversion(merged, into, opened, energy=1.0)
         merged = merged if plan.lost else plan.adapter

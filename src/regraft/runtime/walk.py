@@ -58,7 +58,7 @@ class Walk(Generic[Key]):
 
     def _go_on(self) -> None:
         self._course.parent = course()
-        # Whether gradients are recorded is a setting of the thread, which the runs share.
+        # Whether gradients are recorded is a setting of the thread, which the runs share: they leave it as it is here.
         with torch.no_grad():
             self._course.switch()
 
@@ -139,7 +139,9 @@ class Walks(Generic[Key]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for walk in self.walks:
-            walk.close()
-        for undo in self._undo:
-            undo()
+        try:
+            for walk in self.walks:
+                walk.close()
+        finally:
+            for undo in self._undo:
+                undo()
