@@ -12,6 +12,7 @@ from test_logit_bridge import PADDED, PROMPT, counted, generate, lora
 from torch import Tensor
 
 from bridge import letters
+from regraft.bridge import logits
 from regraft.bridge.logits import FORGETTING, LogitBridge, log_probabilities
 from regraft.bridge.mixture import Mixture, mixed
 from regraft.errors import UsageError
@@ -136,7 +137,9 @@ def test_what_was_followed_is_what_a_new_reading_finds(pair, prompt: Tensor, set
     torch.testing.assert_close(torch.stack(kept.scores), torch.stack(anew.scores), atol=1e-4, rtol=0)
 
 
-def test_texts_are_scored_as_they_would_be_sampled(pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_texts_are_scored_as_they_would_be_sampled(pair, tmp_path: Path, monkeypatch, chunk: int) -> None:
+    monkeypatch.setattr(logits, "_CHUNK", chunk)
     old, new = pair
     split = letters.model(tmp_path / "o", [("a", "b")], seed=1), letters.model(tmp_path / "n", [("c", "d")], seed=2)
     for bridge, ids in (
@@ -145,9 +148,9 @@ def test_texts_are_scored_as_they_would_be_sampled(pair, tmp_path: Path) -> None
     ):
         found = log_probabilities(bridge, ids)
         torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(ids)))
-        logits = bridge.new.main(ids[None]).logits[0]
+        theirs = bridge.new.main(ids[None]).logits[0]
         for i in range(len(ids)):
-            step = bridge(ids[None, : i + 1], logits[i : i + 1])[0]
+            step = bridge(ids[None, : i + 1], theirs[i : i + 1])[0]
             torch.testing.assert_close(found[i], step, atol=1e-5, rtol=0)
 
 

@@ -195,10 +195,15 @@ def log_probabilities(bridge: LogitBridge, ids: Tensor) -> Tensor:
     if bridge.strength == 0:
         alone: Tensor = bridge.new.main(input_ids=ids[None].to(bridge.new.device)).logits[0].float().cpu()
         return alone.log_softmax(-1)
-    experts = torch.cat([some.cpu() for some in bridge.read(ids.tolist())], dim=1)
-    if bridge.mixture is None:
-        return experts[0]
-    return mixed(bridge.mixture.along(_of_tokens(experts, ids[1:].cpu())), experts)
+    found, rest, weights = list[Tensor](), ids[1:], None
+    for experts in bridge.read(ids.tolist()):
+        if bridge.mixture is None:
+            found.append(experts[0].cpu())
+            continue
+        before = bridge.mixture.along(_of_tokens(experts, rest), weights)
+        weights, rest = before[-1], rest[experts.shape[1] :]
+        found.append(mixed(before[: experts.shape[1]], experts).cpu())
+    return torch.cat(found)
 
 
 def scored(bridge: LogitBridge, text: str) -> Tensor:

@@ -51,13 +51,14 @@ class Mixture:
         found = weights + (told - told.amax(-1, keepdim=True))
         return torch.logaddexp(found.log_softmax(-1) + self._kept, self._given.to(found.device))
 
-    def along(self, told: Tensor) -> Tensor:
+    def along(self, told: Tensor, start: Tensor | None = None) -> Tensor:
         """Log-weights before each token of a text and after the last, (tokens + 1, experts).
 
         Args:
             told: log p of each token by each expert, (tokens, experts).
+            start: log-weights to begin with, (experts,); by default the prior.
         """
-        found = [self.prior.to(told.device)]
+        found = [(self.prior if start is None else start).to(told.device)]
         for one in told:
             found.append(self.after(found[-1], one))
         return torch.stack(found)
