@@ -18,7 +18,7 @@ def check_mix(mix: float | None) -> None:
         UsageError: it is not above 0 and below 1.
     """
     if mix is not None and not 0 < mix < 1:
-        raise UsageError(f"mix={mix} is no part of a mixture", remedy="Give a number above 0 and below 1, such as 0.9.")
+        raise UsageError(f"mix={mix} is no part of a mixture", remedy="Give a number above 0 and below 1, such as 0.8.")
 
 
 class Mixture:
