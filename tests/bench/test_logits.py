@@ -59,9 +59,14 @@ def test_between_equal_bases_it_scores_as_the_adapter_does(world: LanguageWorld,
 def test_what_is_asked_of_it_is_looked_through() -> None:
     (variant,) = parse_variants(["logits strength=0.85"])
     assert (variant.method, dict(variant.options)) == ("logits", {"strength": 0.85})
-    for wrong in ("pull=1", "strength=much", "strength=true", "strength=NaN", "rank=16", "n_inputs=4"):
+    (variant,) = parse_variants(["logits mix=0.9"])
+    assert dict(variant.options) == {"mix": 0.9}
+    numbers = ("strength=much", "strength=true", "strength=NaN", "mix=much", "mix=true")
+    for wrong in ("pull=1", *numbers, "rank=16", "n_inputs=4"):
         with pytest.raises(UsageError, match="logits"):
             parse_variants([f"logits {wrong}"])
+    with pytest.raises(UsageError, match="no part of a mixture"):
+        parse_variants(["logits mix=1"])
 
 
 def test_a_world_without_texts_says_so(world: LanguageWorld, monkeypatch) -> None:
@@ -101,6 +106,7 @@ def record() -> BenchReport:
         row("auto", "method", 0.03, 0.9, refused=True),
         row("logits", "method", 0.63, -0.75),
         row("logits strength=0.85", "method", 0.66, -0.5),
+        row("logits mix=0.9", "method", 1.02, 0.75),
     ]
     one = BenchAdapter(
         name="js",
@@ -115,6 +121,7 @@ def record() -> BenchReport:
         BenchMethod(name="auto", method="auto"),
         BenchMethod(name="logits", method="logits"),
         BenchMethod(name="logits strength=0.85", method="logits", options={"strength": 0.85}),
+        BenchMethod(name="logits mix=0.9", method="logits", options={"mix": 0.9}),
     ]
     pair = BenchPair(name="lm-scratch", **facts, adapters=[one], rows=rows)
     return BenchReport(runs=[], methods=methods, groups=[], pairs=[pair])
@@ -131,10 +138,12 @@ def test_the_table_says_what_was_scored(record: BenchReport, tmp_path: Path, run
         "auto": "(0.030 [−0.07, 0.13])",
         "λ = 1": "0.630 [0.53, 0.73]",
         "λ = 0.85": "0.660 [0.56, 0.76]",
+        "λ = 1, mix 0.9": "1.020 [0.92, 1.12]",
         "old + adapter": "1.12",
         "retention: native": "−0.25",
         "retention: λ = 1": "−0.75",
         "retention: λ = 0.85": "−0.50",
+        "retention: λ = 1, mix 0.9": "0.75",
     }
     save(record, tmp_path / "record.json")
     page = tmp_path / "page.md"

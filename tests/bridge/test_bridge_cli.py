@@ -8,10 +8,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 from running import Run
+from transformers import LogitsProcessorList
 
 from bridge import drawing, letters
 from regraft.base import open_base
 from regraft.bridge.delta import DeltaPipeline, strength_of
+from regraft.bridge.logits import LogitBridge
 from regraft.bridge.run import BridgeSettings, _smaller
 from regraft.bridge.x_adapter.files import load_mapper, save_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
@@ -68,6 +70,19 @@ def test_texts_are_drawn_alike_at_one_seed(run: Run, lora: Path, numbered: tuple
     assert told[0] == told[1] != told[2]
     same = run(*asked, "--strength", 0).record["texts"][0]
     assert same["new"] == same["bridged"]
+
+
+def test_a_mixture_is_what_the_processor_makes_of_it(run: Run, lora: Path, numbered: tuple[Path, Path]) -> None:
+    first, second = numbered
+    asked = ["bridge", "run", lora, "--from", first, "--to", second, "--prompt", "w3 w7", "--json", "--mix", 0.4]
+    record = parse(BridgeReport, run(*asked, "--max-new-tokens", 8).out)
+    assert (record.mix, record.way) == (0.4, "logit arithmetic: three passes for a token, weighed by the text so far")
+    old, new = load_model(first), load_model(second)
+    ids = new.tokenizer("w3 w7", return_tensors="pt")["input_ids"]
+    bridge = LogitBridge(old, new, load_adapter(lora), mix=0.4)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    made = new.main.generate(ids, logits_processor=LogitsProcessorList([bridge]), **settings)
+    assert record.texts[0].bridged == new.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_pictures_are_a_grid_of_prompts_by_new_and_bridged(run: Run, tmp_path: Path) -> None:
@@ -154,6 +169,8 @@ def test_what_can_not_be_bridged_is_told_in_one_line(
         (("--from", pipeline, "--to", pipeline, "-o", tmp_path / "x.png"), 1, "has no place"),
         (("--from", first, "--to", second, "--strength", "nan"), 2, "--strength"),
         (("--from", first, "--to", second, "--strength", "1:0"), 2, "--strength of a text"),
+        (("--from", first, "--to", second, "--mix", "1"), 2, "no part of a mixture"),
+        (("--from", pipeline, "--to", pipeline, "--mix", "0.9", "-o", tmp_path / "x.png"), 2, "--mix is of texts"),
         (("--from", first, "--to", second, "--height", 16), 2, "--height is of pictures"),
     ]
     for options, code, words in cases:

@@ -54,7 +54,10 @@ def _line(pair: BenchPair, names: list[str], bridges: list[str]) -> list[str]:
 
 
 def _called(method: BenchMethod) -> str:
-    return f"λ = {method.options.get('strength', 1)}" if method.method == LOGITS else method.name
+    if method.method != LOGITS:
+        return method.name
+    mix = method.options.get("mix")
+    return f"λ = {method.options.get('strength', 1)}" + ("" if mix is None else f", mix {mix}")
 
 
 def _share(row: BenchRow | None) -> str:

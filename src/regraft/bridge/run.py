@@ -17,6 +17,7 @@ from regraft.adapter import Adapter
 from regraft.base import Base
 from regraft.bridge.control import load_controlnet
 from regraft.bridge.delta import Course, DeltaPipeline, strength_of
+from regraft.bridge.mixture import check_mix
 from regraft.bridge.x_adapter.files import load_mapper
 from regraft.bridge.x_adapter.mapper import Mapper
 from regraft.bridge.x_adapter.settings import Joining
@@ -39,6 +40,7 @@ class BridgeSettings:
 
     Attributes:
         strength: λ; for pictures it may go from one number to another over the sampling.
+        mix: of texts, the adapter's part of a mixture; None: no mixture.
         seed: of the noise of the first picture, the next has the next; of texts that are drawn.
         steps: of the new pipeline's sampler.
         guidance: of both pipelines; None: each one's own default.
@@ -59,6 +61,7 @@ class BridgeSettings:
     """
 
     strength: Course = 1.0
+    mix: float | None = None
     seed: int = 0
     steps: int = 30
     guidance: float | None = None
@@ -130,6 +133,8 @@ def run_bridge(
         if models.new.kind == "denoiser":
             if output is None:
                 raise _unnamed()
+            if settings.mix is not None:
+                raise UsageError("--mix is of texts", remedy="Leave it out: these are pictures.")
             way, texts, notes = _pictures(models, adapter, prompts, output, settings, mapper, tick)
         elif adapter is None or mapper is not None or settings.controlnet is not None:
             raise UsageError(
@@ -146,6 +151,7 @@ def run_bridge(
         unit="pictures" if models.new.kind == "denoiser" else "texts",
         way=way,
         strength=settings.strength,
+        mix=settings.mix,
         seed=settings.seed,
         prompts=list(prompts),
         texts=texts,
@@ -169,7 +175,7 @@ def _texts(
     if isinstance(settings.strength, tuple):
         raise UsageError("--strength of a text is one number", remedy="Give one such as 0.85.")
     new = models.new
-    bridge = LogitBridge(models.old, new, adapter, settings.strength)
+    bridge = LogitBridge(models.old, new, adapter, settings.strength, mix=settings.mix)
     if new.tokenizer is None:
         raise InputError("there is no tokenizer to read the prompts with", file=new.path)
     found = []
@@ -183,7 +189,8 @@ def _texts(
     vocabulary = bridge.vocabulary
     shared = int((vocabulary.to_old >= 0).sum())
     notes = [] if vocabulary.alike else [f"{shared} of {len(vocabulary.to_old)} tokens have one in the old base"]
-    return "logit arithmetic: three passes for a token", found, notes
+    way = "logit arithmetic: three passes for a token"
+    return way if settings.mix is None else f"{way}, weighed by the text so far", found, notes
 
 
 def _continued(new: Loaded, ids: Any, bridge: Any, settings: BridgeSettings) -> str:
@@ -208,6 +215,7 @@ def _check(adapter: Adapter | None, settings: BridgeSettings) -> None:
     if (settings.controlnet is None) != (settings.image is None):
         raise UsageError("a ControlNet and its image go together", remedy="Give --controlnet and --control-image.")
     # Before the bases are loaded.
+    check_mix(settings.mix)
     _opened(settings.image)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.bridge.groups import Groups
 from regraft.errors import InputError
 from regraft.probes.sentences import SENTENCES
 from regraft.probes.text import same_tokens, vocabulary_of
@@ -25,12 +26,14 @@ class Vocabulary:
     Attributes:
         old, new: their tokenizers; None where the ids are the same.
         to_old: (new rows,), the old id of every new one, −1 for those without.
+        groups: which tokens of the two begin alike, for what is said of the next one.
         alike: plain text is split at the same places, so that ids are exchanged one by one.
     """
 
     old: Any
     new: Any
     to_old: Tensor
+    groups: Groups
     alike: bool
 
     @classmethod
@@ -43,7 +46,7 @@ class Vocabulary:
         rows, wanted = vocabulary_of(old), vocabulary_of(new)
         ours, theirs = old.tokenizer, new.tokenizer
         if ours is None and theirs is None and rows == wanted:
-            return cls(None, None, torch.arange(wanted), True)
+            return cls._with_groups(None, None, torch.arange(wanted), rows, True)
         if ours is None or theirs is None:
             raise InputError(
                 "there is no tokenizer to tell which tokens the two models share",
@@ -52,7 +55,7 @@ class Vocabulary:
             )
         if same_tokens(ours, theirs):
             numbers = torch.arange(wanted)
-            return cls(ours, theirs, numbers.where(numbers < rows, torch.tensor(-1)), True)
+            return cls._with_groups(ours, theirs, numbers.where(numbers < rows, torch.tensor(-1)), rows, True)
         to_old = _shared(ours, theirs, rows, wanted)
         if not bool((to_old >= 0).any()):
             raise InputError(f"its tokenizer shares no token with that of {old.path}", file=new.path)
@@ -64,7 +67,13 @@ class Vocabulary:
         if None not in unknown and unknown[0] < rows and unknown[1] < wanted:
             # Only now: two that know none of the words would split them alike.
             to_old[unknown[1]] = unknown[0]
-        return cls(ours, theirs, to_old, alike)
+        return cls._with_groups(ours, theirs, to_old, rows, alike)
+
+    @classmethod
+    def _with_groups(cls, ours: Any, theirs: Any, to_old: Tensor, rows: int, alike: bool) -> Vocabulary:
+        # Where text is split alike, what the other side lacks was added for itself, and no part of a word.
+        grouped = Groups.of(None, None, rows, to_old) if alike else Groups.of(ours, theirs, rows, to_old)
+        return cls(ours, theirs, to_old, grouped, alike)
 
     def exchanged(self, ids: Sequence[int]) -> list[int] | None:
         """Old ids one by one; None where the text must be split anew."""
@@ -103,17 +112,21 @@ class Vocabulary:
                 split.append(int(self.to_old[token]))
         return split
 
-    def carried(self, shift: Tensor) -> Tensor:
-        """Changes of the old tokens' log-probabilities, (rows, old), as those of the new ones, (rows, new).
+    def change(self, old: Tensor, with_adapter: Tensor) -> Tensor:
+        """What the adapter adds to log p of each group of tokens, (rows, groups), by logits (rows, old).
 
-        A token without counterpart gets 0: E_old[p_adapted / p_old] = 1, so a token of which nothing is known keeps
-        its weight. The mean of the changes would not do: each token counts the same in it, and most are improbable.
+        Tokens of no group get 0 when it is spread: E_old[p_adapted / p_old] = 1, so a token of which nothing is known
+        keeps its weight. The mean of the changes would not do: each token counts the same in it, and most are
+        improbable.
         """
-        # A head may have fewer columns than the table of embeddings has rows.
-        known = (self.to_old >= 0) & (self.to_old < shift.shape[1])
-        carried = shift.new_zeros(len(shift), len(known))
-        carried[:, known.to(shift.device)] = shift[:, self.to_old[known].to(shift.device)]
-        return carried
+        # An adapter with added tokens has more columns than its base.
+        n = min(old.shape[1], with_adapter.shape[1])
+        before, after = (self.said(found[:, :n]) for found in (old, with_adapter))
+        return after - before
+
+    def said(self, logits: Tensor) -> Tensor:
+        """log p of each group by the old base's logits, (rows, groups)."""
+        return self.groups.masses(logits.log_softmax(-1), self.groups.old)
 
 
 def _shared(ours: Any, theirs: Any, rows: int, wanted: int) -> Tensor:

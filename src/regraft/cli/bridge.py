@@ -48,6 +48,14 @@ def run(
         typer.Option("--output", "-o", metavar="OUT", help="Of pictures a PNG, new alone | bridged; of texts a file."),
     ] = None,
     strength: b.CourseText = "1",
+    mix: Annotated[
+        float | None,
+        typer.Option(
+            "--mix",
+            metavar="P",
+            help="Of texts: weigh each base by how it foretells the text; P is the adapter's part at first.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of noise and draws.")] = BridgeSettings.seed,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of the sampler of pictures.")] = BridgeSettings.steps,
     guidance: Annotated[
@@ -109,6 +117,7 @@ def run(
         raise UsageError(f"--{theirs[0].replace('_', '-')} is a mapper's", remedy="Give --mapper with it.")
     settings = BridgeSettings(
         strength=b.course(strength),
+        mix=mix,
         seed=seed,
         steps=steps,
         guidance=None if guidance is None else o.at_least_zero(guidance, "--guidance"),

@@ -28,6 +28,7 @@ class BridgeReport(VersionedRecord):
     unit: Literal["texts", "pictures"]
     way: str = Field(description="how the old base's effect reaches the new one")
     strength: float | tuple[float, float] = Field(description="λ; or λ at the beginning of the sampling and at its end")
+    mix: float | None = Field(default=None, description="the adapter's part of a mixture before anything is read")
     seed: int
     prompts: list[str]
     texts: list[BridgedText] = Field(default_factory=list)
