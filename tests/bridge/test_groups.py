@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bridge import letters
+from regraft.bridge.groups import _prefixes, _texts
 from regraft.bridge.vocabulary import Vocabulary
 
 MERGES = [("a", "b"), ("ab", "c")], [("c", "d"), ("cd", "a")]
@@ -54,3 +55,34 @@ def test_what_can_not_come_next_has_no_group_that_is_not_a_number(vocabulary: Vo
     said = vocabulary.said(logits)
     assert bool(said.isfinite().all())
     assert float(said.exp().sum()) == 1
+
+
+def test_bytes_of_a_byte_level_tokenizer_are_read_as_characters() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>"],
+        show_progress=False,
+    )
+    words.train_from_iterator(["ét été 你 été ét the the"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    ids = tokenizer.get_vocab()
+    assert "Ã©t" in ids
+    texts = _texts(tokenizer, len(ids))
+    assert texts[ids["Ã©t"]] == "ét"
+    assert texts[ids["Ġthe"]] == " the"
+    assert ids["Ã"] not in texts
+    assert ids["<s>"] not in texts
+    assert dict(_prefixes(texts, set(), {0: "é", 1: "Ã", 2: "th"}))[ids["Ã©t"]] == 0
+
+
+def test_an_adapter_that_makes_the_impossible_possible_takes_nothing_else_away(vocabulary: Vocabulary) -> None:
+    logits = torch.zeros(1, len(vocabulary.groups.old))
+    before = logits.clone()
+    before[0, 3] = -torch.inf
+    assert bool((vocabulary.change(before, logits).abs() < 1).all())

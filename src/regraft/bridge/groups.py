@@ -18,8 +18,13 @@ from torch import Tensor
 from regraft.refine.firsts import SPELT
 
 _BYTE = re.compile(r"<0x([0-7][0-9A-F])>")
-# Stands for log 0 where two of them are subtracted.
-_LEAST = -1e30
+#: Stands for log 0 where two of them are subtracted.
+LEAST = -1e30
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+# Byte-level tokenizers write each byte as one character: itself where it can be seen, else one from U+0100 on (GPT-2).
+_BYTES = {chr(b): b for b in _PRINTED} | {
+    chr(0x100 + i): b for i, b in enumerate(b for b in range(0x100) if b not in _PRINTED)
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,10 @@ class Groups:
         # A head may have fewer columns than the table of embeddings has rows, or more.
         n = min(found.shape[1], len(of))
         found, of = found[:, :n], of[:n].to(found.device)
-        most = found.new_full((len(found), self.n + 1), _LEAST)
+        most = found.new_full((len(found), self.n + 1), LEAST)
         most = most.scatter_reduce(1, of.expand_as(found), found, "amax")
         sums = torch.zeros_like(most).index_add(1, of, (found - most[:, of]).exp())
-        return (most + sums.log())[:, :-1].clamp(min=_LEAST)
+        return (most + sums.log())[:, :-1].clamp(min=LEAST)
 
     def spread(self, change: Tensor) -> Tensor:
         """A change of log p of groups, (rows, groups), as one of the new tokens', (rows, new); 0 for the others."""
@@ -81,14 +86,28 @@ class Groups:
 
 
 def _texts(tokenizer: Any, rows: int) -> dict[int, str]:
-    """What plain tokens stand for; those added by hand and those of the control of a chat are none."""
+    """What plain tokens stand for, of those that stand for whole characters at the beginning of something.
+
+    Left out are those added by hand, those of the control of a chat, parts of a character, and WordPiece's ``##ing``.
+    """
     apart = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    found = {}
-    for token, i in tokenizer.get_vocab().items():
-        if i < rows and token and token not in apart:
-            byte = _BYTE.fullmatch(token)
-            found[i] = token.translate(SPELT) if byte is None else chr(int(byte[1], 16))
-    return found
+    plain = {token: i for token, i in tokenizer.get_vocab().items() if i < rows and token and token not in apart}
+    is_bytes = any("\u0120" in token for token in plain) and all(c in _BYTES for token in plain for c in token)
+    texts = {i: _of_bytes(token) if is_bytes else _spelt(token) for token, i in plain.items()}
+    pieces = "##e" in plain
+    return {i: text for i, text in texts.items() if text and not (pieces and text.startswith("##"))}
+
+
+def _spelt(token: str) -> str:
+    byte = _BYTE.fullmatch(token)
+    return token.translate(SPELT) if byte is None else chr(int(byte[1], 16))
+
+
+def _of_bytes(token: str) -> str:
+    try:
+        return bytes(_BYTES[c] for c in token).decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _prefixes(texts: Mapping[int, str], done: set[int], other: Mapping[int, str]) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.bridge.groups import Groups
+from regraft.bridge.groups import LEAST, Groups
 from regraft.errors import InputError
 from regraft.probes.sentences import SENTENCES
 from regraft.probes.text import same_tokens, vocabulary_of
@@ -122,7 +122,8 @@ class Vocabulary:
         # An adapter with added tokens has more columns than its base.
         n = min(old.shape[1], with_adapter.shape[1])
         before, after = (self.said(found[:, :n]) for found in (old, with_adapter))
-        return after - before
+        # What the old base held impossible has no factor.
+        return (after - before).masked_fill(before <= LEAST, 0.0)
 
     def said(self, logits: Tensor) -> Tensor:
         """log p of each group by the old base's logits, (rows, groups)."""
