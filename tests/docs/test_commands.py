@@ -42,7 +42,7 @@ _DEMO = "tests/demo runs it"
 NOT_RUN = {
     "regraft batch manifest.parquet --out s3://bucket/ported --ray auto": "a store: tests/batch has one",
     'regraft bridge run ADAPTER --from OLD --to NEW --prompt "a boat" --prompt "the sun" -o grid.png': _BRIDGE,
-    'regraft bridge run ADAPTER --from OLD --to NEW --prompt "function" --strength 0.85 -o texts.txt': _BRIDGE,
+    'regraft bridge run ADAPTER --from OLD --to NEW --prompt "function" --mix 0.8 -o texts.txt': _BRIDGE,
     "regraft bridge train --from OLD --to NEW --self -o mapper.safetensors": _BRIDGE,
     "regraft check ADAPTER --from OLD --to NEW": "the first of the page on bridges: other pages have it with files",
     "regraft refine ADAPTER --from OLD --to NEW --teacher bridge --mapper mapper.safetensors -o adapter.safetensors": (
