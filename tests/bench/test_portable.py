@@ -140,6 +140,19 @@ def test_a_line_holds_what_a_kind_is_at_home_and_carried(record: BenchReport) ->
     assert page.index("| LoRA |") < page.index("| LoRA-X, all directions |")
 
 
+def test_a_kind_of_fewer_seeds_than_the_others_says_so(record: BenchReport) -> None:
+    (pair,) = record.pairs
+    short, full = pair.adapters
+    page = kinds_page(
+        record.model_copy(
+            update={"pairs": [pair.model_copy(update={"adapters": [short.model_copy(update={"seeds": [1]}), full]})]}
+        )
+    )
+    assert "| 3 seeds |" in page
+    assert "| LoRA |" in page
+    assert "| LoRA-X, all directions (1) |" in page
+
+
 def test_a_page_keeps_its_own_words(record: BenchReport) -> None:
     page = f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n"
     found = WRITTEN(page, record)

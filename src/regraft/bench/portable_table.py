@@ -62,10 +62,16 @@ _LEGEND = (
 def _table(pair: BenchPair) -> str:
     pictures = pair.world == "diffusion"
     seeds = max(len(adapter.seeds) for adapter in pair.adapters)
+    # Behind a kind's name stands the number of its seeds, where it has fewer.
     head = [f"{seeds} seed{'s' * (seeds > 1)}", "numbers", "at home", "native", *_CARRIED, "against LoRA", "seconds"]
     head += ["style", "diversity"] if pictures else []
     plain = next((a for a in pair.adapters if kind_of(a.name) == "lora"), None)
-    return markdown(head, [_line(adapter, plain, pictures=pictures) for adapter in _in_order(pair.adapters)])
+    lines = []
+    for adapter in _in_order(pair.adapters):
+        name, *figures = _line(adapter, plain, pictures=pictures)
+        fewer = f" ({len(adapter.seeds)})" if len(adapter.seeds) < seeds else ""
+        lines.append([name + fewer, *figures])
+    return markdown(head, lines)
 
 
 def kind_of(adapter: str) -> str:
