@@ -94,8 +94,7 @@ class Carrier:
         if str(ref) in ready.problems:
             return self._row(ref, update, "refused", ready.problems[str(ref)]), None, None
         if ref in ready.wholes:
-            shifts = isinstance(update, SpectralShift)
-            return self._carry_shift(ref, update) if shifts else self._carry_whole(ref, update)
+            return self._carry_whole(ref, update)
         entry = ready.migration.entries[ready.located.modules[ref]]
         assert entry.transport is not None
         assert entry.target is not None
@@ -146,10 +145,10 @@ class Carrier:
     def _oriented(self, ref: ModuleRef, made: Update) -> Update:
         """A LoRA that another kind has become, as PEFT's files have one of an embedding or of GPT-2's Conv1D."""
         base, home = self.old or self.new, self.ready.located.modules[ref]
-        plain = isinstance(made, LowRank) and made.orientation == "weight"
-        if self.adapter.format != "peft" or base is None or not plain:
+        if self.adapter.format != "peft" or base is None or not isinstance(made, LowRank):
             return made
-        assert isinstance(made, LowRank)
+        if made.orientation != "weight":
+            return made
         return replace(made, orientation=orientation_in(base, home, len(made.shape)))
 
     def _unmoved(self, ref: ModuleRef, entry: Entry) -> bool:
@@ -302,12 +301,16 @@ class Carrier:
 
     def _carry_whole(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
         whole = self.ready.wholes[ref]
-        assert isinstance(update, Full | Diff)
         if whole.fate == "skip":
             return self._row(ref, update, "skipped", whole.reason), None, None
+        strength = self.settings.strength_of(ref, self.adapter.family)
+        if isinstance(update, SpectralShift):
+            check_finite(update.shift.load(), self.adapter.path, getattr(update.shift, "name", str(ref)))
+            target, shift, how = shifted(update, whole, strength)
+            return self._row(ref, update, "ported", how, target=target), target, shift
+        assert isinstance(update, Full | Diff)
         check_finite(update.value.load(), self.adapter.path, update.key)
         row = self._row(ref, update, "ported", whole.reason, target=whole.target)
-        strength = self.settings.strength_of(ref, self.adapter.family)
         if isinstance(update, Diff):
             if whole.move is not None:
                 moved = whole.move(update.value.load()).to(update.value.dtype).contiguous()
@@ -319,15 +322,6 @@ class Carrier:
         if whole.fate == "own":
             return row, whole.target, update
         return row, whole.target, changed(update, whole, strength)
-
-    def _carry_shift(self, ref: ModuleRef, update: Update) -> tuple[PortedModule, ModuleRef | None, Update | None]:
-        whole = self.ready.wholes[ref]
-        assert isinstance(update, SpectralShift)
-        if whole.fate == "skip":
-            return self._row(ref, update, "skipped", whole.reason), None, None
-        check_finite(update.shift.load(), self.adapter.path, getattr(update.shift, "name", str(ref)))
-        target, carried, how = shifted(update, whole, self.settings.strength_of(ref, self.adapter.family))
-        return self._row(ref, update, "ported", how, target=target), target, carried
 
     def _row(
         self,

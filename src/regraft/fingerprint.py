@@ -67,12 +67,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regraft.errors import InputError, reading
 from regraft.sketch import Sample, Sketch, is_quantised, kind_of, line_of, take_sample, tensor_id
-from regraft.tensors import ByElements, Shape, TensorRef
+from regraft.tensors import ByElements, Shape, TensorRef, raw
 
 VERSION = 1
 _TEXT_MODEL = "text_model."
@@ -256,4 +255,4 @@ def _blocks(ref: TensorRef) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return raw(tensor.contiguous())

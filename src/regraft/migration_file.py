@@ -35,9 +35,9 @@ from regraft.nearness import Nearness
 from regraft.output import check_writable, readable, whole
 from regraft.safetensors_stream import write_stream
 from regraft.tensor_files import read_safetensors
-from regraft.tensors import Shape, TensorRef
+from regraft.tensors import Shape, TensorRef, raw
 from regraft.transport import LinearMap, Transport
-from regraft.waiting import Place, WaitingTensors, raw
+from regraft.waiting import Place, WaitingTensors
 
 KEY = "regraft_migration"
 #: Bytes of the longest header text that is read; 100,000 modules take a third of it.

@@ -10,8 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from regraft.tensors import Shape
-from regraft.waiting import raw
+from regraft.tensors import Shape, raw
 
 # In the library's order: wider ones first, so that each tensor begins at a multiple of its width.
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -33,14 +32,23 @@ def write_stream(
     """
     order = list(_NAMES)
     names = sorted(kinds, key=lambda name: (order.index(kinds[name][0]), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in names:
-        dtype, shape = kinds[name]
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
+    stream.write(header({name: kinds[name] for name in names}, metadata))
     for name in names:
         stream.write(raw(tensor(name).contiguous()))
+
+
+def header(kinds: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors' own bytes.
+
+    Args:
+        kinds: name → dtype and shape, in the order that they follow in.
+        metadata: of the file.
+    """
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in kinds.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        fields[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

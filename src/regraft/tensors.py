@@ -216,6 +216,11 @@ def n_bytes(ref: TensorRef) -> int:
     return prod(ref.shape) * ref.dtype.itemsize
 
 
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf."""
     if not tensor.is_floating_point() or not tensor.numel():

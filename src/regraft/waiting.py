@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from regraft.tensors import Shape
+from regraft.tensors import Shape, raw
 
 
 class Place(NamedTuple):
@@ -64,8 +64,3 @@ class WaitingTensors:
                     raise OSError("the file has become shorter")
                 rest = rest[count:]
         return found.reshape(place.shape)
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

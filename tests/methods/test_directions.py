@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from regraft.lapack import LapackError, Tridiagonal
+from regraft.methods._directions import _made, _Side, directions
 from regraft.methods._filters import step_between
-from regraft.methods._subspace import _made, _Side, directions
 from toys import relative_error
 
 

@@ -226,10 +226,10 @@ def _of_tokens(experts: Tensor, ids: Tensor) -> Tensor:
     return experts[:, torch.arange(len(some), device=some.device), some].T
 
 
-def _added(scores: Tensor, shift: Tensor) -> Tensor:
+def _added(log_p: Tensor, shift: Tensor) -> Tensor:
     # The columns of logits may be more than the table's rows, or fewer.
-    n = min(scores.shape[1], shift.shape[1])
-    found = scores.float().log_softmax(-1)
+    n = min(log_p.shape[1], shift.shape[1])
+    found = log_p.clone()
     found[:, :n] += shift[:, :n]
     return found.log_softmax(-1)
 

@@ -248,11 +248,11 @@ class _Streams:
         for model in self.ported:
             stack.enter_context(applied(model.components, rest))
         self.new = modules_of(new, layers.order.values())
-        self.folded, self.biases = layers.folded, layers.biases
+        self.folded = layers.folded
         own = modules_of(self.ported[0], layers.order.values())
-        self.added = {
-            target: more for target in own if (more := _added_bias(self.new[target], own[target])) is not None
-        }
+        brought = {target: (layers.biases.get(target), _added_bias(self.new[target], own[target])) for target in own}
+        # What comes on a module's bias as it is, (out,) each: no ΔW is to make it.
+        self.biases = {target: [bias for bias in pair if bias is not None] for target, pair in brought.items()}
         gone = [ref for refs in layers.folded.values() for ref in refs]
         olds, news = [*layers.order, *gone], list(layers.order.values())
         self.walks = [
@@ -289,14 +289,10 @@ class _Streams:
                 now, x = (_chosen(part, self.rows[i][1]) for part in (output_rows(module, output), rows))
                 # (y_t − now) + (y_a − y_s) + μ (y_s − y_t), with one new tensor.
                 change = (y_t - y_s).mul_(1 - sweep.pull).add_(y_a).sub_(now)
-                for bias in self._biases(target):
+                for bias in self.biases[target]:
                     change -= bias.to(change)
                 moments[j].add(x, change if stream is None else self.missing[j].wanted(i, stream, x, change))
         return moments
-
-    def _biases(self, target: ModuleRef) -> list[Tensor]:
-        """What comes on a module's bias as it is, (out,) each: no ΔW is to make it."""
-        return [biases[target] for biases in (self.biases, self.added) if target in biases]
 
     def _outputs(self, walks: Walks[ModuleRef], i: int, key: ModuleRef) -> Tensor:
         stop = walks.walks[i].at(key)
@@ -314,7 +310,7 @@ class _Streams:
             x = input_rows(self.new[target], stop.input)
             # One pass over the output, which is nobody else's.
             rows = output_rows(nn.Identity(), stop.output).addmm_(_through(rest, x), first.to(x).T)
-            for bias in self._biases(target):
+            for bias in self.biases[target]:
                 rows += bias.to(rows)
             stop.walk.answer(as_output(rows, stop.output))
         self.stops[sweep].clear()

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from regraft.errors import UsageError
 from regraft.methods import Outcome, Skip, equal_sizes_only, method
-from regraft.methods._subspace import MOST_EDGE, Projected, directions, filtered, index_matched, overlap, subspaces
+from regraft.methods._directions import directions
+from regraft.methods._subspace import MOST_EDGE, Projected, filtered, index_matched, overlap, subspaces
 from regraft.transport import Transport
 
 
@@ -56,16 +57,15 @@ def lora_x(
         return filtered(new, edge)
     u, v = directions(new, subspace_rank, energy)
     if old is not None and old.shape != new.shape:
-        # The matrices first: with them there is no need of anything else to tell their rank.
         left, right = u.matrix, v.matrix
-        return index_matched(*subspaces(old, u.rank, None), left, right)
+        return index_matched(*subspaces(old, left.shape[1], None), left, right)
     if isinstance(threshold, str):
         raise UsageError(f"lora-x has no threshold {threshold!r}", remedy="The paper gives none: give a number.")
     if threshold is not None:
         if old is None:
             raise UsageError("lora-x with --threshold compares both bases", remedy="Give --from.")
         left, right = u.matrix, v.matrix
-        u_old, v_old = subspaces(old, u.rank, None)
+        u_old, v_old = subspaces(old, left.shape[1], None)
         similarity = (overlap(u_old, left) + overlap(v_old, right)) / 2
         if similarity < threshold:
             return Skip(f"subspace similarity {similarity:.2f} is below the threshold {threshold:g}")

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from regraft.adapter import ModuleRef
 from regraft.methods import Fit, Outcome, Skip, WeightPairs, equal_sizes_only, method
+from regraft.methods._directions import directions
 from regraft.methods._layers import grids
-from regraft.methods._subspace import Projected, directions, overlap, phi
+from regraft.methods._subspace import Projected, overlap, phi
 
 #: The paper's, on Φ as it stands, not corrected for chance.
 PAPER_THRESHOLD = 0.8

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from regraft.errors import InputError, UsageError
 from regraft.hub import HubId, hub_id_of
 from regraft.lineage.model import BaseId
@@ -18,6 +16,7 @@ from regraft.migrations.base_id import called
 from regraft.migrations.compose import compose_all
 from regraft.migrations.model import Header
 from regraft.tensor_files import read_safetensors
+from regraft.tensors import raw
 
 # A folder of more files, and more ways to look at than these, is no folder of migrations that anybody keeps.
 _MOST_FILES, _MOST_WAYS = 10_000, 5_000
@@ -143,7 +142,7 @@ def content_hash(file: Path) -> str:
     digest = hashlib.sha256(content.metadata[KEY].encode())
     for name, ref in sorted(content.tensors.items()):
         digest.update(f"{name}\t{ref.dtype}\t{ref.shape}\n".encode())
-        digest.update(memoryview(ref.load().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(raw(ref.load()))
     return digest.hexdigest()
 
 

@@ -7,12 +7,12 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft.singular import Singular, decompose
+from regraft.tensors import raw
 
 
 def vectors_of(weight: Tensor, rank: int | None, folder: str | Path | None) -> Singular:
@@ -27,7 +27,7 @@ def vectors_of(weight: Tensor, rank: int | None, folder: str | Path | None) -> S
         return decompose(weight, rank)
     plain = weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {list(plain.shape)} {rank}".encode())
-    digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    digest.update(raw(plain))
     path = Path(folder) / f"{digest.hexdigest()[:40]}.safetensors"
     try:
         held = load_file(path)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +16,8 @@ from torch import Tensor
 from regraft.errors import OutputError
 from regraft.families._tables import table
 from regraft.output import whole
-from regraft.tensors import Shape
+from regraft.safetensors_stream import header
+from regraft.tensors import Shape, raw
 
 Shapes = Mapping[str, Shape]
 
@@ -189,22 +188,13 @@ def write_pair(pair: Geometry, folder: Path, *, dtype: torch.dtype = torch.float
     return old, new
 
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-
-
 def _write(path: Path, shapes: Shapes, tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
     """A safetensors file of tensors that are never held all at once, as the library's own writer would have it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    kinds = {name: (dtype, tuple(shape)) for name, shape in shapes.items()}
     with whole(path) as stage, stage.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(header(kinds, {"format": "pt"}))
         for tensor in tensors:
-            stream.write(memoryview(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            stream.write(raw(tensor.to(dtype).contiguous()))
 
 
 def write_lora(
