@@ -100,7 +100,7 @@ def test_what_is_distilled_is_what_the_bridge_is_measured_by(bench: TinyBench, m
     assert torch.allclose((painted + 1) / 2, shown, atol=1e-4)
     assert settings.guidance == GUIDANCE
     plain = made.settings_of(case, made.REFINE, None, 7)
-    assert (plain.teacher, plain.steps, plain.prompts) == ("adapter", 7, ("a cat",))
+    assert (plain.teacher, plain.steps, plain.prompts, plain.guidance) == ("adapter", 7, ("a cat",), GUIDANCE)
 
 
 def test_passes_are_those_that_each_way_is_said_to_take(bench: TinyBench, monkeypatch: pytest.MonkeyPatch) -> None:

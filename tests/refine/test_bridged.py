@@ -157,7 +157,6 @@ def test_with_little_memory_the_teachers_bases_take_turns(
     ("settings", "words"),
     [
         ({"teacher": "adapter", "mapper": Path("m")}, "--mapper is a bridge's"),
-        ({"teacher": "adapter", "guidance": 2.0}, "--guidance is a bridge's"),
         ({"teacher": "adapter", "bridge_strength": 0.5}, "--bridge-strength is a bridge's"),
         ({"teacher": "adapter", "bridge_start": 0.5}, "--bridge-start is a bridge's"),
         ({"bridge_start": 0.5}, "--bridge-start is a mapper's"),

@@ -15,7 +15,7 @@ from regraft import Adapter, InputError, UsageError, open_base
 from regraft.lineage import with_port
 from regraft.methods.task import Running
 from regraft.probes.sentences import PICTURE_PROMPTS
-from regraft.refine import RefineSettings, drawn, inputs_of, refine
+from regraft.refine import RefineSettings, drawn, inputs_of, pictures, refine
 from regraft.refine.drawn import PictureBatch, picture_aims, picture_samples
 from regraft.refine.samples import objective_of
 from regraft.refine.shared import unshared
@@ -136,6 +136,9 @@ def test_a_student_gains_on_pictures_that_it_never_saw(
     assert result.report.recovered > 0.02
     assert "read by the new base's autoencoder" in result.report.inputs
     assert result.report.inputs.endswith("for 2 given prompts")
+    assert "by the new base, for retention" in result.report.inputs
+    result = refine(adapter, old, new, start=zero, settings=replace(QUICK, steps=2, retention=None))
+    assert "for retention" not in result.report.inputs
 
 
 def test_a_start_is_found_across_autoencoders(adapter: Adapter, here: Path, there: Path) -> None:
@@ -196,3 +199,39 @@ def test_prompts_of_its_training_are_drawn_and_the_report_says_so(
     assert "its training's tags" in found.made
     assert "ink" in texts
     assert any(text in PICTURE_PROMPTS for text in texts)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_all_pictures_are_drawn_with_the_guidance_that_was_asked_for(
+    adapter: Adapter, both: BothModels, monkeypatch: pytest.MonkeyPatch, sampled: bool
+) -> None:
+    seen: list[tuple[Any, Any]] = []
+    module = drawn if sampled else pictures
+    draw = module.sample_latents
+
+    def noted(model: Any, *args: Any, **settings: Any) -> Any:
+        seen.append((model.main, settings["guidance_scale"]))
+        return draw(model, *args, **settings)
+
+    monkeypatch.setattr(module, "sample_latents", noted)
+    inputs_of(both, adapter, replace(QUICK, n_inputs=32, guidance=1.5), sampled=sampled)
+    assert {model for model, _ in seen} == {both.old.main, both.new.main}
+    assert {guidance for _, guidance in seen} == {1.5}
+
+
+def test_guidance_is_the_pipelines_own(both: BothModels) -> None:
+    made = drawn.draw_pictures(both.new, ["a cat"], 1, 7, guidance=1.5).latents
+    by_default = drawn.draw_pictures(both.new, ["a cat"], 1, 7).latents
+    for guidance, found in ((1.5, made), (7.5, by_default)):
+        generator = torch.Generator().manual_seed(7)
+        wanted = both.new.pipeline(
+            ["a cat"], num_inference_steps=2, guidance_scale=guidance, generator=generator, output_type="latent"
+        ).images
+        assert torch.allclose(found, wanted.cpu(), atol=1e-4)
+    assert (made - by_default).abs().max() > 1e-3
+
+
+def test_texts_have_no_guidance(adapter: Adapter, old: Path, drifted: Path) -> None:
+    words = tiny.lora(load_model(old).main, ("q_proj",), size=0.5)
+    with pytest.raises(InputError, match="Leave --guidance out"):
+        refine(words, open_base(old), open_base(drifted), settings=replace(QUICK, guidance=2.0), start="zero")

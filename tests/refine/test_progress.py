@@ -36,5 +36,14 @@ def test_before_the_first_step_there_is_no_loss_and_no_time() -> None:
 def test_from_afar_it_learns_longer_and_of_more_texts_unless_asked_otherwise(
     asked: RefineSettings, far: bool, texts: bool, wanted: tuple[int, int | None]
 ) -> None:
-    found = settled(asked, far=far, texts=texts)
+    found = settled(asked, far=far, texts=texts, sampled=False)
     assert (found.steps, found.n_inputs) == wanted
+
+
+@pytest.mark.parametrize(
+    ("texts", "sampled", "wanted"), [(True, True, 0.25), (True, False, 0.25), (False, False, 0.25), (False, True, 0.0)]
+)
+def test_pictures_that_are_learnt_are_not_unlearnt_unless_asked_for(texts: bool, sampled: bool, wanted: float) -> None:
+    for asked, found in ((None, wanted), (0.4, 0.4)):
+        settings = settled(RefineSettings(retention=asked), far=True, texts=texts, sampled=sampled)
+        assert settings.retention == settings.kept == found

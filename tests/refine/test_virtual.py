@@ -177,6 +177,11 @@ def test_what_has_no_meaning_for_a_prompt_is_told(prompt: SoftPrompt, old: Path,
         refine_soft_prompt(prompt, open_base(old), open_base(old), settings=replace(QUICK, **asked))
 
 
+def test_a_prompt_draws_nothing(prompt: SoftPrompt, old: Path) -> None:
+    with pytest.raises(UsageError, match="Leave --guidance out"):
+        refine_soft_prompt(prompt, open_base(old), open_base(old), settings=replace(QUICK, guidance=2.0))
+
+
 def test_a_damaged_file_is_told_in_a_line(
     prompt: SoftPrompt, old: Path, drifted: Path, run: Run, tmp_path: Path
 ) -> None:

@@ -55,12 +55,12 @@ def made(case: Case, way: str, mapper: Path | None = None, *, steps: int | None 
 
 
 def settings_of(case: Case, way: str, mapper: Path | None, steps: int | None) -> RefineSettings:
-    """Of a refine by the old base with its adapter, or by the bridge as `Case.x_adapter` draws through it."""
-    plain = RefineSettings(steps=steps, prompts=case.prompts, seed=case.seed)
+    """Of a refine by the old base with its adapter, or by the bridge: as `Case` draws with either."""
+    plain = RefineSettings(steps=steps, prompts=case.prompts, seed=case.seed, guidance=GUIDANCE)
     if way == REFINE:
         return plain
     assert mapper is not None
-    return replace(plain, teacher="bridge", mapper=mapper, guidance=GUIDANCE)
+    return replace(plain, teacher="bridge", mapper=mapper)
 
 
 def _refined(case: Case, adapter: Adapter, bases: list[Base], settings: RefineSettings, file: Path) -> Any:

@@ -75,7 +75,9 @@ def refine(
     ] = "1",
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", help="--teacher bridge: of both bases; by default each pipeline's own."),
+        typer.Option(
+            "--guidance", help="Of the pictures that are drawn to learn from; by default each pipeline's own."
+        ),
     ] = None,
     bridge_start: Annotated[
         float, typer.Option("--bridge-start", help="--mapper: share of the schedule at which the new base joins.")
@@ -91,9 +93,13 @@ def refine(
         ),
     ] = RefineSettings.hidden,
     retention: Annotated[
-        float,
-        typer.Option("--retention", help="Share of the steps that keep the new base as it is on inputs of its own."),
-    ] = RefineSettings.retention,
+        float | None,
+        typer.Option(
+            "--retention",
+            help="Share of the steps that keep the new base as it is on inputs of its own; by default 0.25, "
+            "or 0 where pictures are learnt (sample).",
+        ),
+    ] = None,
     stay: Annotated[
         float, typer.Option("--stay", help="How far it stays itself there: 0 with the adapter's effect, 1 without.")
     ] = RefineSettings.stay,
@@ -162,7 +168,7 @@ def refine(
         steps=steps,
         rate=o.above_zero(rate, "--rate"),
         hidden=o.at_least_zero(hidden, "--hidden"),
-        retention=o.share(retention, "--retention"),
+        retention=None if retention is None else o.share(retention, "--retention"),
         stay=o.share(stay, "--stay"),
         n_inputs=n_inputs,
         prompts=o.texts(prompts),

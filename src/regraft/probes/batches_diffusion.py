@@ -89,9 +89,15 @@ class DiffusionBatch:
 
 
 def diffusion_batches(
-    models: BothModels, adapter: Adapter | None, n: int, seed: int, prompts: Sequence[str] | None, held_out: int
+    models: BothModels,
+    adapter: Adapter | None,
+    n: int,
+    seed: int,
+    prompts: Sequence[str] | None,
+    held_out: int,
+    guidance: float | None = None,
 ) -> Batches:
-    """See `regraft.probes.batches.make_batches`."""
+    """See `regraft.probes.batches.make_batches`; ``guidance`` is each pipeline's own default where it is None."""
     old, new = models.old, models.new
     _check_alike(old, new)
     if prompts is not None and not reads_prompts(old):
@@ -106,7 +112,7 @@ def diffusion_batches(
         model = models.side(side)
         with models.turn(side), applied(model.components, adapter if maker == "adapter" else None):
             for part, count, first in ((fit, to_fit, 0), (held, to_hold, 1)):
-                part += _states(model, count, seed + 10_000 * (2 * number + first), prompts, maker)
+                part += _states(model, count, seed + 10_000 * (2 * number + first), prompts, maker, guidance)
     halves = "the old base and the old base with its adapter" if adapter is not None else "the old and the new base"
     made = f"{n} noisy states, {STATES} of each picture that {halves} drew in {STEPS} steps, half each, seed {seed}"
     return Batches(tuple(fit), tuple(held), made)
@@ -134,7 +140,9 @@ def _check_alike(old: Loaded, new: Loaded) -> None:
         )
 
 
-def _states(model: Loaded, count: int, seed: int, prompts: Sequence[str] | None, maker: Maker) -> list[Batch]:
+def _states(
+    model: Loaded, count: int, seed: int, prompts: Sequence[str] | None, maker: Maker, guidance: float | None
+) -> list[Batch]:
     """``count`` states in batches."""
     if count <= 0:
         return []
@@ -147,17 +155,19 @@ def _states(model: Loaded, count: int, seed: int, prompts: Sequence[str] | None,
     batches: list[Batch] = []
     left = count
     for i in range(0, pictures, _TOGETHER):
-        batch = _drawn(model, texts[i : i + _TOGETHER], seed + i, maker, left)
+        batch = _drawn(model, texts[i : i + _TOGETHER], seed + i, maker, left, guidance)
         left -= len(batch)
         batches.append(batch)
     return batches
 
 
-def _drawn(model: Loaded, texts: list[str], seed: int, maker: Maker, most: int) -> DiffusionBatch:
+def _drawn(
+    model: Loaded, texts: list[str], seed: int, maker: Maker, most: int, guidance: float | None
+) -> DiffusionBatch:
     """States on the way to one picture of each text."""
     calls: list[Call] = []
     with recording(model.main, calls):
-        sample_latents(model, texts, seed, guidance_scale=1.0 if "" in texts and len(texts) == 1 else None)
+        sample_latents(model, texts, seed, guidance_scale=1.0 if texts == [""] else guidance)
     name = first_argument(model)
     spread = torch.linspace(0, len(calls) - 1, STATES).round().int().tolist()
     n = len(texts)

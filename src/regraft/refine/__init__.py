@@ -20,7 +20,7 @@ from regraft.probes.batches import Batches, make_batches
 from regraft.probes.diffusion import reads_prompts
 from regraft.refine.aims import Aim, aims_of
 from regraft.refine.beside import COPY, NATIVE, alone, placed, rows, worse_than_none
-from regraft.refine.bridged import check_bridge, check_teacher
+from regraft.refine.bridged import check_draws, check_teacher
 from regraft.refine.hidden import with_hidden
 from regraft.refine.kept import inputs_file, read_or_made
 from regraft.refine.loop import Heard, Look, train
@@ -122,11 +122,11 @@ def refine(
         models = BothModels.load(
             old, new, settings.config, settings.device, in_turns=settings.low_memory, remedy=REMEDY
         )
-        check_bridge(models, settings)
+        check_draws(models, settings)
         chosen, why = objective_of(settings.objective, models, settings.teacher)
         sampled = chosen == "sample"
         far = begin.how in (ZERO, STREAM) or old.structure != new.structure
-        settings = settled(settings, far=far, texts=models.old.kind == "language")
+        settings = settled(settings, far=far, texts=models.old.kind == "language", sampled=sampled)
         file = inputs_file(adapter, old, new, settings, sampled)
         inputs, unkept = read_or_made(file, partial(inputs_of, models, adapter, settings, sampled=sampled))
         batches = (*inputs.fit, *inputs.held_out)
@@ -217,7 +217,7 @@ def inputs_of(models: BothModels, adapter: Adapter, settings: RefineSettings, *,
 
 def _states_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Batches:
     asked = (settings.n_inputs, settings.seed, settings.prompts)
-    return picture_inputs(models, adapter, *asked, kept=settings.retention > 0)
+    return picture_inputs(models, adapter, *asked, kept=settings.kept > 0, guidance=settings.guidance)
 
 
 def _better_than_none(

@@ -24,9 +24,7 @@ def check_teacher(settings: RefineSettings) -> None:
     """
     default = RefineSettings()
     mappers = ["--bridge-start" if name == "start" else _option(name) for name in settings.joining.asked]
-    own = [
-        name for name in ("mapper", "bridge_strength", "guidance") if getattr(settings, name) != getattr(default, name)
-    ]
+    own = [name for name in ("mapper", "bridge_strength") if getattr(settings, name) != getattr(default, name)]
     if settings.teacher != "bridge":
         for option in (*map(_option, own), *mappers):
             raise UsageError(f"{option} is a bridge's", remedy="Give --teacher bridge with it.")
@@ -44,18 +42,24 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_bridge(models: BothModels, settings: RefineSettings) -> None:
-    """Fail where no bridge can be learnt from.
+def check_draws(models: BothModels, settings: RefineSettings) -> None:
+    """Fail where settings speak of pictures, and there are none to learn from.
 
     Raises:
         InputError: the bases draw no pictures.
     """
-    if settings.teacher == "bridge" and models.old.pipeline is None:
-        raise InputError(
-            f"a {models.old.name} draws no pictures: only what a bridge draws can be learnt",
-            file=models.old.path,
-            remedy="Leave --teacher out.",
-        )
+    if models.old.pipeline is not None:
+        return
+    for asked, why, option in (
+        (settings.teacher == "bridge", "only what a bridge draws can be learnt", "--teacher"),
+        (settings.guidance is not None, "there is nothing to guide", "--guidance"),
+    ):
+        if asked:
+            raise InputError(
+                f"a {models.old.name} draws no pictures: {why}",
+                file=models.old.path,
+                remedy=f"Leave {option} out.",
+            )
 
 
 def painter_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -> Painter | None:

@@ -97,6 +97,7 @@ def picture_samples(
     *,
     kept: bool,
     dropped: float = 0.0,
+    guidance: float | None = None,
     painter: Painter | None = None,
 ) -> Batches:
     """Noisy states, in the new base's latents, of pictures by the old base with its adapter, and by the new base.
@@ -109,6 +110,7 @@ def picture_samples(
         prompts: in place of general ones.
         kept: the new base's own pictures are among those to fit on.
         dropped: share of the pictures drawn that is left out: those on which the adapter matters least.
+        guidance: that both bases draw with; None: each pipeline's own default.
         painter: draws the pictures in the old base's place.
 
     Raises:
@@ -124,7 +126,7 @@ def picture_samples(
     with models.turn("old"):
         if painter is None:
             with applied(models.old.components, adapter):
-                by_adapter = draw_pictures(models.old, given, drawn, seed, resolution_of(adapter))
+                by_adapter = draw_pictures(models.old, given, drawn, seed, resolution_of(adapter), guidance)
         _check_useful(by_adapter, adapter)
         before, after = _own_losses(models.old, adapter, by_adapter, seed)
     if dropped:
@@ -141,7 +143,7 @@ def picture_samples(
     if kept:
         own, apart = max(2, round(_KEPT * count)), max(1, held // 2)
         with models.turn("new"):
-            by_new = draw_pictures(models.new, given, own + apart, seed + 10_000)
+            by_new = draw_pictures(models.new, given, own + apart, seed + 10_000, guidance=guidance)
             fit += _noised(models.new, by_new.at(slice(own)), "new", seed + 1)
             held_out += _noised(models.new, by_new.at(slice(own, None)), "new", seed + 101)
         made += f"; {own} by the new base, for retention"
@@ -163,13 +165,22 @@ def check_pipelines(models: BothModels) -> None:
 
 
 @torch.no_grad()
-def draw_pictures(model: Loaded, given: Sequence[str], n: int, seed: int, size: tuple[int, int] | None = None) -> Drawn:
-    """Pictures for some prompts, ``size`` high and wide; by default as the pipeline draws them."""
+def draw_pictures(
+    model: Loaded,
+    given: Sequence[str],
+    n: int,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+) -> Drawn:
+    """Pictures for some prompts of a size (height, width) and guidance; by default as the pipeline draws them."""
     texts, (height, width) = prompts_for(given, n, seed), size or (None, None)
     latents, pictures = [], []
     for i in range(0, n, DRAWN):
         part = texts[i : i + DRAWN]
-        made = sample_latents(model, part, seed + i, num_inference_steps=STEPS, height=height, width=width)
+        made = sample_latents(
+            model, part, seed + i, num_inference_steps=STEPS, height=height, width=width, guidance_scale=guidance
+        )
         if made.dim() != 4:
             raise InputError(
                 f"a {type(model.pipeline).__name__} keeps its latents in a form of its own, which no picture can be "

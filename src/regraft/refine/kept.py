@@ -55,7 +55,7 @@ def inputs_file(adapter: Adapter | str, old: Base, new: Base, settings: RefineSe
         "new": str(new.prints),
         "settings": {name: getattr(settings, name) for name in _ASKED},
         "mapper": None if settings.mapper is None else file_hashes(settings.mapper).sha256,
-        "kept": settings.retention > 0,
+        "kept": settings.kept > 0,
         "sampled": sampled,
     }
     return kept_file("refine", content, "inputs-")

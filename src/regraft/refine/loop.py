@@ -182,7 +182,7 @@ class _Run:
 
     def chosen(self) -> Aim:
         """The next step's aim: in the seed's order, every so many of them for retention."""
-        share = self.settings.retention if self.kept else 0.0
+        share = self.settings.kept if self.kept else 0.0
         before, after = (math.floor(share * n) for n in (self.step, self.step + 1))
         pool, number = (self.kept, before) if after > before else (self.tasks, self.step - before)
         epoch, place = divmod(number, len(pool))

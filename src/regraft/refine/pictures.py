@@ -52,7 +52,14 @@ class PreparedBatch(DiffusionBatch):
 
 
 def picture_inputs(
-    models: BothModels, adapter: Adapter, n: int | None, seed: int, prompts: Sequence[str] | None, *, kept: bool
+    models: BothModels,
+    adapter: Adapter,
+    n: int | None,
+    seed: int,
+    prompts: Sequence[str] | None,
+    *,
+    kept: bool,
+    guidance: float | None = None,
 ) -> Batches:
     """Noisy states of pictures by the old base with its adapter, by the old base, and by the new one.
 
@@ -63,11 +70,14 @@ def picture_inputs(
         seed: same seed, same inputs.
         prompts: in place of general ones.
         kept: the new base's own pictures are among those to fit on, for retention.
+        guidance: that both bases draw with; None: each pipeline's own default.
     """
     old, new = models.old, models.new
     if not _renoised(old) or not _renoised(new):
         # States on the way to a picture are all that can be had of pipelines whose noise is another.
-        found = diffusion_batches(models, adapter, n or N_PICTURES * LEVELS, seed, prompts, max(4, (n or 96) // 4))
+        found = diffusion_batches(
+            models, adapter, n or N_PICTURES * LEVELS, seed, prompts, max(4, (n or 96) // 4), guidance
+        )
         return replace(found, fit=_prepared(found.fit), held_out=_prepared(found.held_out))
     pictures = max(4, -(-n // LEVELS)) if n else N_PICTURES
     given = list(prompts if prompts is not None else PICTURE_PROMPTS) if reads_prompts(old) else [""]
@@ -82,7 +92,7 @@ def picture_inputs(
         apart = max(1, count // 6)
         texts = prompts_for(given, count + apart, seed + number)
         with models.turn(side), applied(model.components, adapter if maker == "adapter" else None):
-            drawn = _drawn(model, texts, seed + 10_000 * number)
+            drawn = _drawn(model, texts, seed + 10_000 * number, guidance)
         fit += _noised(model, texts[:count], drawn[:count], maker, seed + number)
         held += _noised(model, texts[count:], drawn[count:], maker, seed + 100 + number)
     made = (
@@ -108,10 +118,12 @@ def _prepared(batches: Sequence[Batch]) -> tuple[Batch, ...]:
 
 
 @torch.no_grad()
-def _drawn(model: Loaded, texts: Sequence[str], seed: int) -> Tensor:
+def _drawn(model: Loaded, texts: Sequence[str], seed: int, guidance: float | None) -> Tensor:
     """Latents of finished pictures, (n, channels, height, width)."""
     parts = [
-        sample_latents(model, list(texts[i : i + _DRAWN]), seed + i, num_inference_steps=_STEPS)
+        sample_latents(
+            model, list(texts[i : i + _DRAWN]), seed + i, num_inference_steps=_STEPS, guidance_scale=guidance
+        )
         for i in range(0, len(texts), _DRAWN)
     ]
     return torch.cat(parts).float().cpu()

@@ -15,7 +15,7 @@ def with_own(found: Batches, models: BothModels, settings: RefineSettings) -> Ba
         models: both bases.
         settings: whether there is any retention, and the seed and prompts.
     """
-    if settings.retention == 0 or all(batch.made_by == "given" for batch in found.fit):
+    if settings.kept == 0 or all(batch.made_by == "given" for batch in found.fit):
         return found
     n = sum(len(batch) for batch in found.fit)
     more = make_batches(models, None, max(2, n // 2), settings.seed + 1, settings.prompts, held_out=0)

@@ -56,7 +56,13 @@ def samples_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
     asked = (settings.n_inputs, settings.seed, settings.prompts)
     painter = painter_of(models, adapter, settings)
     return picture_samples(
-        models, adapter, *asked, kept=settings.retention > 0, dropped=settings.filter, painter=painter
+        models,
+        adapter,
+        *asked,
+        kept=settings.kept > 0,
+        dropped=settings.filter,
+        guidance=settings.guidance,
+        painter=painter,
     )
 
 
@@ -74,7 +80,7 @@ def texts_of(models: BothModels, teacher: Teacher, settings: RefineSettings) -> 
                 "does not read from left to right alone: no texts can be drawn from it to learn from", file=model.path
             )
     asked = (settings.n_inputs, settings.seed, settings.prompts)
-    return text_samples(models, teacher, *asked, kept=settings.retention > 0, dropped=settings.filter)
+    return text_samples(models, teacher, *asked, kept=settings.kept > 0, dropped=settings.filter)
 
 
 def sample_aims(

@@ -22,6 +22,8 @@ PULLS = {"effect": 0.0, "mixed": 0.5, "output": 1.0}
 REMEDY = "Free some, take --low-memory, or a device or a machine with more."
 #: By default, at most; from afar much is yet to be learnt, and few texts are soon learnt by heart.
 STEPS, FAR_STEPS, FAR_TEXTS = 240, 480, 768
+#: Of the steps, by default.
+RETENTION = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,15 @@ class RefineSettings:
         teacher: see `TeacherKind`.
         mapper: of a bridge by X-Adapter; None for one by delta sampling.
         bridge_strength: λ of a bridge; it may go from one number to another over the sampling.
-        guidance: that a bridge draws with; None: each pipeline's own default.
+        guidance: that pictures to learn from are drawn with; None: each pipeline's own default.
         bridge_start: with a mapper, see `regraft.bridge.x_adapter.settings.Joining`, as the next four.
         lead: likewise.
         reading: likewise.
         new_prompt: likewise.
         new_guidance: likewise.
         hidden: weight of the change of hidden states beside the outputs; see `regraft.refine.hidden`.
-        retention: share of the steps that are spent on inputs that the new base made.
+        retention: share of the steps that are spent on inputs that the new base made; None for `RETENTION`, or 0 of
+            pictures that are learnt as samples.
         stay: how far the new base is to stay itself there, 0 (with the adapter's effect) to 1 (as it is alone).
         patience: looks at held-out inputs without a gain, after which it stops.
         look: steps from one such look to the next.
@@ -76,7 +79,7 @@ class RefineSettings:
     steps: int | None = None
     rate: float = 2e-3
     hidden: float = 0.0
-    retention: float = 0.25
+    retention: float | None = None
     stay: float = 0.0
     patience: int = 4
     look: int = 20
@@ -96,12 +99,17 @@ class RefineSettings:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
     @property
+    def kept(self) -> float:
+        """The share of the steps for retention."""
+        return RETENTION if self.retention is None else self.retention
+
+    @property
     def joining(self) -> Joining:
         """How the new base joins, in a bridge by X-Adapter."""
         return Joining(self.bridge_start, self.lead, self.reading, self.new_prompt, self.new_guidance)
 
 
-def settled(settings: RefineSettings, *, far: bool, texts: bool) -> RefineSettings:
+def settled(settings: RefineSettings, *, far: bool, texts: bool, sampled: bool) -> RefineSettings:
     """The same with what was left to the pair decided.
 
     On tuning adapters, share of native: from scratch at another width and depth, at rank 32, 0.83 with 192 texts, where
@@ -111,7 +119,9 @@ def settled(settings: RefineSettings, *, far: bool, texts: bool) -> RefineSettin
         settings: as asked for.
         far: the bases are built differently, or it begins without effect or from `stream`.
         texts: inputs are texts.
+        sampled: they are samples to learn from.
     """
     steps = settings.steps or (FAR_STEPS if far else STEPS)
     n_inputs = settings.n_inputs or (FAR_TEXTS if far and texts else None)
-    return replace(settings, steps=steps, n_inputs=n_inputs)
+    retention = 0.0 if settings.retention is None and sampled and not texts else settings.kept
+    return replace(settings, steps=steps, n_inputs=n_inputs, retention=retention)

@@ -101,7 +101,7 @@ def taught(
         tick: told of what is at work.
 
     Raises:
-        UsageError: ``settings`` ask for a rank, targets, hidden states, a quantised base or a bridge.
+        UsageError: ``settings`` ask for a rank, targets, hidden states, a quantised base, guidance or a bridge.
         InputError: the bases can't be run with it or compared, or it has no effect.
     """
     if settings.rank is not None or settings.targets:
@@ -110,6 +110,8 @@ def taught(
         raise UsageError(
             f"a {adapter.noun} is learnt from outputs of the whole base", remedy="Leave --hidden and --quantize out."
         )
+    if settings.guidance is not None:
+        raise UsageError(f"nothing is drawn with a {adapter.noun}", remedy="Leave --guidance out.")
     if settings.teacher == "bridge" or settings.mapper is not None:
         raise UsageError(
             f"a {adapter.noun} is learnt from what the old base writes with it: no bridge runs one",
@@ -124,7 +126,7 @@ def taught(
         teacher = adapter.teacher(models)
         chosen, why = objective_of(settings.objective, models)
         sampled = chosen == "sample"
-        settings = settled(settings, far=old.structure != new.structure, texts=True)
+        settings = settled(settings, far=old.structure != new.structure, texts=True, sampled=sampled)
         file = inputs_file(adapter.digest, old, new, settings, sampled)
         inputs, unkept = read_or_made(
             file, partial(_inputs_of, models, teacher, settings, sampled=sampled, retains=adapter.retains)
