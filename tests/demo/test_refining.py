@@ -45,8 +45,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def refined(far: refining.Far, folder: Path) -> FarUpgrade:
     file = folder / f"{far.base}.safetensors"
+    asked = ["owl on pink"], 2.0
     return refine_far(
-        far, load_adapter(STYLE), open_base(DATA / "v1"), DATA / far.base, file, ["owl on pink"], lambda what: None
+        far, load_adapter(STYLE), open_base(DATA / "v1"), DATA / far.base, file, *asked, lambda what: None
     )
 
 
@@ -77,6 +78,7 @@ def test_both_go_the_way_of_every_refine(faked: list[dict[str, Any]], tmp_path: 
         assert call["settings"].objective == "auto"
         assert call["settings"].n_inputs == far.pictures * far.levels
         assert call["settings"].prompts == ("owl on pink",)
+        assert call["settings"].guidance == 2.0
 
 
 def test_a_refined_column_stands_behind_its_bases_own(faked: list[dict[str, Any]], tmp_path: Path) -> None:

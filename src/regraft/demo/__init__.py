@@ -118,7 +118,8 @@ def _run(out: Path, tick: Ticker | None, refine: bool) -> DemoReport:
     for far in FAR if refine else ():
         steps(f"refine v1 → {far.base}")
         file = out / f"{STYLE}-refined-for-{far.base}.safetensors"
-        refined.append(refine_far(far, adapter, v1, data / far.base, file, _other_prompts(facts), steps.say))
+        asked = _other_prompts(facts), facts["report"]["guidance"]
+        refined.append(refine_far(far, adapter, v1, data / far.base, file, *asked, steps.say))
 
     pictures, loaded = [], _Pipelines(data, facts)
     for column in _with_refined(columns, refined):

@@ -34,10 +34,10 @@ class Far:
         """Of its column."""
         return f"{self.base} + refined"
 
-    def settings(self, prompts: Sequence[str]) -> RefineSettings:
+    def settings(self, prompts: Sequence[str], guidance: float) -> RefineSettings:
         """For about a minute on two threads."""
         inputs = self.pictures * self.levels
-        return RefineSettings(n_inputs=inputs, steps=self.steps, rate=RATE, prompts=tuple(prompts))
+        return RefineSettings(n_inputs=inputs, steps=self.steps, rate=RATE, prompts=tuple(prompts), guidance=guidance)
 
 
 #: v2-retrained has v1's latents, so its outputs are matched; v3 reads pictures by an autoencoder of its own, and learns
@@ -54,6 +54,7 @@ def refine_far(
     new: Path,
     file: Path,
     prompts: Sequence[str],
+    guidance: float,
     say: Callable[[str], None],
 ) -> FarUpgrade:
     """Refine ``adapter`` for one of `FAR` and write it; or say why that is not possible, which does not end the demo.
@@ -65,6 +66,7 @@ def refine_far(
         new: folder of the new base.
         file: to write to.
         prompts: in the words that the bases know.
+        guidance: that the demo's pictures are drawn with.
         say: told of what is at work.
     """
     label = f"{old.path.name} → {far.base}"
@@ -79,7 +81,7 @@ def refine_far(
             open_base(new),
             # From a start without effect: quicker than a port across architectures, and a demo has minutes.
             start="zero",
-            settings=far.settings(prompts),
+            settings=far.settings(prompts, guidance),
             tick=lambda done, total, what: say(f"refine {label}: {what}"),
             heard=heard,
         )
