@@ -10,6 +10,7 @@ from tools.bench_bridge.styles import GUIDANCE, NEW, OLD, STEPS, Case
 
 from regraft.adapter import Adapter
 from regraft.base import Base, open_base
+from regraft.bench.diffusion_recipes import AdapterRecipe
 from regraft.carry import Settings
 from regraft.formats import load_adapter
 from regraft.methods.task import Running
@@ -56,7 +57,9 @@ def made(case: Case, way: str, mapper: Path | None = None, *, steps: int | None 
 
 def settings_of(case: Case, way: str, mapper: Path | None, steps: int | None) -> RefineSettings:
     """Of a refine by the old base with its adapter, or by the bridge: as `Case` draws with either."""
-    plain = RefineSettings(steps=steps, prompts=case.prompts, seed=case.seed, guidance=GUIDANCE)
+    # At the rate that native ones are trained with.
+    rate = AdapterRecipe.rate
+    plain = RefineSettings(steps=steps, rate=rate, prompts=case.prompts, seed=case.seed, guidance=GUIDANCE)
     if way == REFINE:
         return plain
     assert mapper is not None
