@@ -206,14 +206,13 @@ def test_all_pictures_are_drawn_with_the_guidance_that_was_asked_for(
     adapter: Adapter, both: BothModels, monkeypatch: pytest.MonkeyPatch, sampled: bool
 ) -> None:
     seen: list[tuple[Any, Any]] = []
-    module = drawn if sampled else pictures
-    draw = module.sample_latents
+    draw = pictures.sample_latents
 
     def noted(model: Any, *args: Any, **settings: Any) -> Any:
         seen.append((model.main, settings["guidance_scale"]))
         return draw(model, *args, **settings)
 
-    monkeypatch.setattr(module, "sample_latents", noted)
+    monkeypatch.setattr(pictures, "sample_latents", noted)
     inputs_of(both, adapter, replace(QUICK, n_inputs=32, guidance=1.5), sampled=sampled)
     assert {model for model, _ in seen} == {both.old.main, both.new.main}
     assert {guidance for _, guidance in seen} == {1.5}

@@ -12,6 +12,7 @@ from regraft.errors import InputError, UsageError
 from regraft.probes.diffusion import prompts_for
 from regraft.refine import drawn
 from regraft.refine.drawn import Drawn, Painter
+from regraft.refine.pictures import DRAWN
 from regraft.refine.settings import RefineSettings
 from regraft.runtime.both import BothModels
 
@@ -92,8 +93,8 @@ def painter_of(models: BothModels, adapter: Adapter, settings: RefineSettings) -
 
     def paint(given: Sequence[str], n: int, seed: int) -> Drawn:
         texts, parts = prompts_for(given, n, seed), []
-        for i in range(0, n, drawn.DRAWN):
-            part = texts[i : i + drawn.DRAWN]
+        for i in range(0, n, DRAWN):
+            part = texts[i : i + DRAWN]
             generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(part))]
             made = bridge(part, generator=generators, **asked).images
             parts.append(made.float().cpu() * 2 - 1)

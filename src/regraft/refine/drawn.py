@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from regraft.adapter import Adapter
 from regraft.errors import InputError
 from regraft.probes.batches import Batch, Batches, Maker
-from regraft.probes.diffusion import first_argument, noise_plan, prompts_for, reads_prompts, sample_latents
+from regraft.probes.diffusion import first_argument, noise_plan, prompts_for, reads_prompts
 from regraft.probes.sentences import PICTURE_PROMPTS
 from regraft.refine.aims import Aim
-from regraft.refine.pictures import PreparedBatch
+from regraft.refine.pictures import DRAWN, PreparedBatch, latents_of
+from regraft.refine.pictures import STEPS as STEPS
 from regraft.refine.prompting import resolution_of
 from regraft.refine.useful import useless
 from regraft.runtime.applied import applied
@@ -27,8 +28,6 @@ from regraft.runtime.load import Loaded
 N_PICTURES, LEVELS, TOGETHER = 64, 16, 16
 # Of the pictures to learn from: so many more to look at, and so many by the new base for retention.
 _HELD, _KEPT = 1 / 6, 1 / 4
-# Pictures that are drawn together, and the steps that they take.
-DRAWN, STEPS = 16, 20
 # Pictures, from −1 to 1, whose values vary less than this are blank.
 _BLANK = 0.01
 
@@ -176,11 +175,7 @@ def draw_pictures(
     """Pictures for some prompts of a size (height, width) and guidance; by default as the pipeline draws them."""
     texts, (height, width) = prompts_for(given, n, seed), size or (None, None)
     latents, pictures = [], []
-    for i in range(0, n, DRAWN):
-        part = texts[i : i + DRAWN]
-        made = sample_latents(
-            model, part, seed + i, num_inference_steps=STEPS, height=height, width=width, guidance_scale=guidance
-        )
+    for made in latents_of(model, texts, seed, STEPS, height=height, width=width, guidance_scale=guidance):
         if made.dim() != 4:
             raise InputError(
                 f"a {type(model.pipeline).__name__} keeps its latents in a form of its own, which no picture can be "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from regraft.runtime.load import Loaded
 N_PICTURES, LEVELS, TOGETHER = 64, 6, 16
 #: Of the pictures, those that the old base draws without its adapter: there the adapter acts, too.
 _PLAIN = 0.25
-# Pictures that are drawn together, and the steps that they take.
-_DRAWN, _STEPS = 16, 20
+#: Pictures that are drawn together, and the steps that they take.
+DRAWN, STEPS = 16, 20
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ def picture_inputs(
         apart = max(1, count // 6)
         texts = prompts_for(given, count + apart, seed + number)
         with models.turn(side), applied(model.components, adapter if maker == "adapter" else None):
-            drawn = _drawn(model, texts, seed + 10_000 * number, guidance)
+            parts = latents_of(model, texts, seed + 10_000 * number, STEPS, guidance_scale=guidance)
+            drawn = torch.cat([part.float().cpu() for part in parts])
         fit += _noised(model, texts[:count], drawn[:count], maker, seed + number)
         held += _noised(model, texts[count:], drawn[count:], maker, seed + 100 + number)
     made = (
-        f"{pictures} pictures that the old base drew in {_STEPS} steps, {pictures - plain} of them with its adapter"
+        f"{pictures} pictures that the old base drew in {STEPS} steps, {pictures - plain} of them with its adapter"
         f"{f', {makers[-1][1]} by the new base' if kept else ''}; {LEVELS} noise levels of each, seed {seed}"
     )
     return Batches(tuple(fit), tuple(held), made)
@@ -117,16 +119,12 @@ def _prepared(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     )
 
 
-@torch.no_grad()
-def _drawn(model: Loaded, texts: Sequence[str], seed: int, guidance: float | None) -> Tensor:
-    """Latents of finished pictures, (n, channels, height, width)."""
-    parts = [
-        sample_latents(
-            model, list(texts[i : i + _DRAWN]), seed + i, num_inference_steps=_STEPS, guidance_scale=guidance
-        )
-        for i in range(0, len(texts), _DRAWN)
-    ]
-    return torch.cat(parts).float().cpu()
+def latents_of(model: Loaded, texts: Sequence[str], seed: int, steps: int, **settings: Any) -> Iterator[Tensor]:
+    """Latents of finished pictures, `DRAWN` at a time, as the pipeline gives them; None leaves a setting to it."""
+    for i in range(0, len(texts), DRAWN):
+        with torch.no_grad():
+            made = sample_latents(model, list(texts[i : i + DRAWN]), seed + i, num_inference_steps=steps, **settings)
+        yield made
 
 
 def _noised(model: Loaded, texts: Sequence[str], clean: Tensor, maker: Maker, seed: int) -> list[Batch]:
